@@ -1,0 +1,43 @@
+# env: the environment    serve: demo server in the foreground    test: all that CI tests
+# test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8080
+SCHEDULE ?= 2,5
+
+BIN := .venv/bin
+ENV := .venv/.installed
+DEMO := model_store/demo
+STORE := build/model_store
+
+.PHONY: env serve test test-all check bench clean
+
+env: $(ENV)
+
+$(ENV): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,loadtest,dev]'
+	touch $@
+
+serve: $(ENV)
+	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
+		--name segmenter --schedule $(SCHEDULE) --out $(STORE)
+	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) --host $(HOST) --port $(PORT)
+
+test: $(ENV)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(ENV)
+	$(BIN)/python -m pytest
+
+check: $(ENV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(ENV)
+	$(BIN)/python -m mpm_ops.bench --checkpoint $(DEMO)/checkpoint.pth
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

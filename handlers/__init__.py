@@ -1,0 +1,1 @@
+"""Serving: requests in, masks out, whatever the server in front."""

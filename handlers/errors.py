@@ -1,0 +1,32 @@
+"""What can go wrong with a request, and how each server says it."""
+
+import json
+from enum import Enum
+
+
+class ErrorKind(Enum):
+    """Kinds of failure, each with its HTTP status."""
+
+    BAD_REQUEST = 400
+    NOT_ACCEPTABLE = 406
+    TOO_LARGE = 413
+    INTERNAL = 500
+    OVERLOADED = 503
+    DEADLINE = 504
+
+    @property
+    def http_status(self) -> int:
+        return self.value
+
+
+class ServingError(Exception):
+    """A request's own failure, told to its client; never a reason to fail its neighbours."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def body(self, request_id: str) -> bytes:
+        """One line of JSON."""
+        fields = {"code": self.kind.http_status, "error": str(self), "request_id": request_id}
+        return json.dumps(fields).encode() + b"\n"

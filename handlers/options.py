@@ -1,0 +1,77 @@
+"""What a client asks for beside its picture: headers in, typed options out."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ErrorKind, ServingError
+
+MASK_TYPES = ("image/png", "application/json", "application/x-npy")
+VIEW_TYPES = ("image/png", "image/jpeg")
+VIEWS = ("overlay", "tokens", "confidence")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """One request's wishes.
+
+    Attributes:
+        request_id: names the request in replies and logs.
+        media_type: of the reply; one of MASK_TYPES, or of VIEW_TYPES where a view is asked for.
+        view: a picture for people instead of the mask, one of VIEWS, or None.
+    """
+
+    request_id: str
+    media_type: str = "image/png"
+    view: str | None = None
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
+        """Read Accept and X-MPM-View; names of headers are lower-case.
+
+        Raises:
+            ServingError: a header asks for what isn't there.
+        """
+        view = headers.get("x-mpm-view")
+        if view is not None and view not in VIEWS:
+            raise ServingError(
+                ErrorKind.BAD_REQUEST, f"X-MPM-View: expected one of {', '.join(VIEWS)}, got {view[:40]!r}"
+            )
+        media_type = negotiate(headers.get("accept", "*/*"), MASK_TYPES if view is None else VIEW_TYPES)
+        return cls(request_id=request_id, media_type=media_type, view=view)
+
+
+def request_id_from(headers: Mapping[str, str], default: str) -> str:
+    """The client's X-Request-Id where it is safe to repeat in headers and logs, else the server's own."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else default
+
+
+def negotiate(accept: str, offered: tuple[str, ...]) -> str:
+    """Choose the media type an Accept header likes best; the order of `offered` decides between equals.
+
+    Raises:
+        ServingError: nothing on offer is acceptable.
+
+    Source: RFC 9110, section 12.5.1.
+    """
+    weights = {}
+    for entry in accept.split(","):
+        media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[media_range] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0
+
+    def weight(media_type: str) -> float:
+        for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
+            if media_range in weights:
+                return weights[media_range]
+        return 0.0
+
+    best = max(offered, key=weight)
+    if weight(best) <= 0:
+        raise ServingError(
+            ErrorKind.NOT_ACCEPTABLE, f"Accept: expected one of {', '.join(offered)}, got {accept[:80]!r}"
+        )
+    return best

@@ -1,0 +1,118 @@
+"""TorchServe's view of the engine. All that is peculiar to TorchServe's workers stays in this file."""
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from http import HTTPStatus
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+from . import codec
+from .config import CONFIG_KEY, ServingConfig
+from .engine import Engine, SegmentReply
+from .errors import ErrorKind, ServingError
+from .options import RequestOptions, request_id_from
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
+_BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
+
+
+class SegmenterHandler:
+    """One engine behind TorchServe's synchronous batches.
+
+    `handle` never raises: an exception would fail every request of the batch.
+    """
+
+    def initialize(self, context: Any) -> None:
+        """Load the model that lies beside the handler and warm it up."""
+        logging.getLogger().setLevel(logging.WARNING)  # TorchServe's own worker logs three lines a batch
+        logging.getLogger(__package__).setLevel(logging.INFO)
+        folder = Path(context.system_properties["model_dir"])
+        config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
+        if config.torch_threads:
+            torch.set_num_threads(config.torch_threads)
+        model = load_segmenter(
+            folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
+        )
+        self._engine = Engine(model, load_classes(folder / "classes.csv", model.config.n_cls), config)
+        self._warm_up()
+        logger.info("ready: schedule %s, align %d", config.schedule, config.align)
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer a batch; statuses and headers go to the context."""
+        start = perf_counter()
+        requests = []
+        for i, parts in enumerate(data):
+            # Part headers share this mapping as dictionaries of their own.
+            headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
+            request_id = request_id_from(headers, default=context.get_request_id(i))
+            requests.append((request_id, self._submit(parts, headers, request_id)))
+        bodies = []
+        for i, (request_id, answer) in enumerate(requests):
+            try:
+                bodies.append(_succeed(context, i, request_id, answer.result(), start))
+            except ServingError as error:
+                bodies.append(_fail(context, i, request_id, error, start))
+        return bodies
+
+    def _submit(self, parts: Mapping[str, Any], headers: Mapping[str, str], request_id: str) -> "Future[SegmentReply]":
+        try:
+            return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
+        except ServingError as error:
+            failed: Future[SegmentReply] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _warm_up(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
+        options = RequestOptions(request_id="warm-up")
+        self._engine.submit(codec.encode_picture(noise, "image/jpeg"), options).result()
+
+
+def _image_bytes(parts: Mapping[str, Any]) -> bytes | bytearray:
+    """The picture among the parts of a request; a raw body is a part named `body`."""
+    name = next((name for name in _BODY_PARTS if name in parts), None)
+    if name is None:
+        got = ", ".join(repr(name[:40]) for name in sorted(parts)[:5]) or "no part"
+        raise ServingError(ErrorKind.BAD_REQUEST, f"expected the picture as body or as form part 'image', got {got}")
+    value = parts[name]
+    if isinstance(value, str):
+        return value.encode()
+    if not isinstance(value, bytes | bytearray):
+        raise ServingError(ErrorKind.BAD_REQUEST, "image: expected an encoded picture, got JSON")
+    return value
+
+
+def _succeed(context: Any, i: int, request_id: str, reply: SegmentReply, start: float) -> bytes:
+    elapsed = perf_counter() - start
+    timings = [f"{step};dur={1000 * seconds:.2f}" for step, seconds in (reply.seconds | {"total": elapsed}).items()]
+    context.set_response_status(code=200, phrase="OK", idx=i)
+    context.set_response_content_type(i, reply.media_type)
+    context.set_response_header(i, _REQUEST_ID_HEADER, request_id)
+    context.set_response_header(i, "Server-Timing", ", ".join(timings))
+    context.set_response_header(i, "X-MPM-Tokens", f"in={reply.tokens[0]}, out={reply.tokens[-1]}")
+    _log(request_id, 200, elapsed, tokens=reply.tokens)
+    return reply.body
+
+
+def _fail(context: Any, i: int, request_id: str, error: ServingError, start: float) -> bytes:
+    status = error.kind.http_status
+    context.set_response_status(code=status, phrase=HTTPStatus(status).phrase, idx=i)
+    context.set_response_content_type(i, "application/json")
+    context.set_response_header(i, _REQUEST_ID_HEADER, request_id)
+    _log(request_id, status, perf_counter() - start, error=str(error))
+    return error.body(request_id)
+
+
+def _log(request_id: str, code: int, seconds: float, **fields: Any) -> None:
+    logger.info(json.dumps({"request_id": request_id, "code": code, "ms": round(1000 * seconds, 2), **fields}))

@@ -1,0 +1,1 @@
+"""Models that the servers load, and how the demo model is made."""

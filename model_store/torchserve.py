@@ -1,0 +1,94 @@
+"""Package a checkpoint as a TorchServe model archive."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handlers.config import CONFIG_KEY, ServingConfig
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+# TorchServe takes the one class that this file defines; the code lives in the installed package.
+_HANDLER = '''"""Serves the Segmenter in this archive."""
+
+from handlers.torchserve_handler import SegmenterHandler
+
+
+class Handler(SegmenterHandler):
+    pass
+'''
+
+
+def build_archive(
+    checkpoint: Path, *, name: str, out: Path, serving: Mapping[str, Any], batch_size: int = 8, max_delay_ms: int = 5
+) -> Path:
+    """Write `NAME.mar` into a model store.
+
+    Args:
+        checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
+        name: under which the model is served.
+        out: the model store; made if missing.
+        serving: fields of `handlers.config.ServingConfig`.
+        batch_size: requests that TorchServe hands over at once.
+        max_delay_ms: how long it waits for them.
+
+    Returns:
+        Path of the archive.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint or the configuration can't be served; nothing is written.
+    """
+    config = ServingConfig.from_mapping(serving)
+    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
+    folder = checkpoint.parent
+    load_classes(folder / "classes.csv", model.config.n_cls)
+    if batch_size < 1 or max_delay_ms < 1:
+        raise ValueError(f"batch_size and max_delay_ms: expected at least 1, got {batch_size} and {max_delay_ms}")
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch_name:
+        scratch = Path(scratch_name)
+        (scratch / "handler.py").write_text(_HANDLER)
+        (scratch / "model-config.yaml").write_text(yaml.safe_dump(_model_config(serving, batch_size, max_delay_ms)))
+        shutil.copy(checkpoint, scratch / "checkpoint.pth")
+        extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
+        _run_archiver(
+            scratch,
+            f"--model-name={name}",
+            "--version=1.0",
+            f"--handler={scratch / 'handler.py'}",
+            f"--config-file={scratch / 'model-config.yaml'}",
+            "--extra-files=" + ",".join(str(path) for path in extra if path.is_file()),
+            f"--export-path={out}",
+            "--force",
+        )
+    return out / f"{name}.mar"
+
+
+def _model_config(serving: Mapping[str, Any], batch_size: int, max_delay_ms: int) -> dict[str, Any]:
+    return {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": batch_size,
+        "maxBatchDelay": max_delay_ms,
+        "responseTimeout": 120,
+        "startupTimeout": 300,
+        CONFIG_KEY: dict(serving),
+    }
+
+
+def _run_archiver(scratch: Path, *arguments: str) -> None:
+    # A process with a temp folder of its own: the archiver empties and reuses TMPDIR/NAME.
+    workspace = scratch / "workspace"
+    workspace.mkdir()
+    command = [sys.executable, "-m", "model_archiver.model_packaging", *arguments]
+    done = subprocess.run(command, env=os.environ | {"TMPDIR": str(workspace)}, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1]}")

@@ -1,0 +1,20 @@
+"""Mutual Pair Merging for Segmenter vision transformers."""
+
+from .checkpoint import CheckpointError, load_segmenter
+from .merge import compose_maps, merge_tokens, reconstruct
+from .patch import patch_timm
+from .segmenter import Segmenter, SegmenterConfig
+from .windows import InferenceConfig, TooManyWindowsError
+
+__all__ = [
+    "CheckpointError",
+    "InferenceConfig",
+    "Segmenter",
+    "SegmenterConfig",
+    "TooManyWindowsError",
+    "compose_maps",
+    "load_segmenter",
+    "merge_tokens",
+    "patch_timm",
+    "reconstruct",
+]

@@ -1,0 +1,85 @@
+"""The Vision Transformer encoder of Segmenter, on timm's blocks and with the official parameter names."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._timm import Block
+from .packed import PackedTokens
+
+LAYER_NORM_EPS = 1e-5  # Segmenter's; timm's own models use 1e-6
+HEAD_DIM = 64
+
+
+class Encoder(nn.Module):
+    """Patch embedding, position embedding, transformer blocks, final norm."""
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        d_model: int,
+        n_heads: int,
+        n_layers: int,
+        distilled: bool,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.num_special = 2 if distilled else 1
+        self.stored_grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        num_patches = self.stored_grid[0] * self.stored_grid[1]
+
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, d_model, kernel_size=patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + self.num_special, d_model))
+        self.blocks = make_blocks(d_model, n_heads, n_layers, drop_path_rate)
+        self.norm = nn.LayerNorm(d_model, eps=LAYER_NORM_EPS)
+
+    def embed(self, windows: Tensor) -> PackedTokens:
+        """[B, 3, H, W] normalised windows -> special tokens and Gh x Gw patches of each, with positions.
+
+        A window that is no multiple of the patch size is zero-padded on the right and bottom.
+        """
+        pad_bottom, pad_right = (-windows.shape[2] % self.patch_size, -windows.shape[3] % self.patch_size)
+        if pad_bottom or pad_right:
+            windows = F.pad(windows, (0, pad_right, 0, pad_bottom))
+        patches = self.patch_embed["proj"](windows)  # [B, D, Gh, Gw]
+        grid = (patches.shape[2], patches.shape[3])
+        special = [self.cls_token] if self.num_special == 1 else [self.cls_token, self.dist_token]
+        x = torch.cat(
+            [token.expand(len(windows), -1, -1) for token in special] + [patches.flatten(2).transpose(1, 2)],
+            dim=1,
+        )
+        return PackedTokens.from_batch(x + self._positions(grid))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        # Upstream compares counts, not shapes: a 16x64 grid takes the rows of a stored 32x32 one as they are.
+        if grid[0] * grid[1] == self.stored_grid[0] * self.stored_grid[1]:
+            return self.pos_embed
+        special, patches = self.pos_embed.split([self.num_special, self.pos_embed.shape[1] - self.num_special], 1)
+        stored = patches.unflatten(1, self.stored_grid).permute(0, 3, 1, 2)
+        resized = F.interpolate(stored, size=grid, mode="bilinear", align_corners=False)
+        return torch.cat([special, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def make_blocks(d_model: int, n_heads: int, n_layers: int, drop_path_rate: float = 0.0) -> nn.Sequential:
+    """Segmenter's transformer blocks: pre-norm, exact GELU, 4x MLP, biases everywhere."""
+    rates = torch.linspace(0, drop_path_rate, n_layers).tolist()
+    return nn.Sequential(
+        *(
+            Block(
+                d_model,
+                n_heads,
+                qkv_bias=True,
+                drop_path=rate,
+                norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            )
+            for rate in rates
+        )
+    )

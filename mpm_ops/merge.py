@@ -1,0 +1,129 @@
+"""Mutual Pair Merging: Algorithm 1 of the paper in plain torch, one image at a time.
+
+This file is the specification. Faster implementations are held against it.
+Source: MPM (arXiv 2604.05718), Algorithm 1 and section 3.4.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def merge_tokens(x: Tensor, *, align: int = 1) -> tuple[Tensor, Tensor]:
+    """Average mutually nearest token pairs of one image.
+
+    Two tokens merge when each is the other's most similar token by cosine similarity (ties go to
+    the lowest index). Similarity is computed in float32, or in float64 for float64 tokens, whatever
+    the precision of the network. A zero token has similarity 0 to every other; a token with a
+    non-finite value never merges and passes through unchanged.
+
+    Args:
+        x: [N, D] float tokens, special tokens excluded.
+        align: merge only the most similar pairs, so that M is a multiple of it; 1 merges all.
+            Nothing merges where no multiple lies between the fully merged length and N.
+
+    Returns:
+        merged [M, D] in the dtype of x, and merge_map [N] int64, the row of `merged` that stands
+        for each token. Rows keep the order of each pair's first token.
+
+    Raises:
+        ValueError: x is not a floating-point matrix, or align < 1.
+
+    Source: MPM, Algorithm 1 (arXiv 2604.05718); `align` is ours.
+    """
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point matrix [N, D], got {x.dtype} {list(x.shape)}")
+    if align < 1:
+        raise ValueError(f"align: expected an integer >= 1, got {align}")
+    work = x if x.dtype == torch.float64 else x.float()
+    first, second = _mutual_pairs(work, align)
+
+    index = torch.arange(len(x), device=x.device)
+    partner = index.clone()
+    partner[first] = second
+    representative = index.clone()
+    representative[second] = first
+
+    kept = representative == index
+    merge_map = (kept.cumsum(0) - 1)[representative]
+    merged = 0.5 * work[kept] + 0.5 * work[partner[kept]]  # a singleton is its own partner
+    return merged.to(x.dtype), merge_map
+
+
+def compose_maps(first: Tensor, second: Tensor) -> Tensor:
+    """Chain two merge maps: the one map that does what `first` and then `second` did.
+
+    Args:
+        first: [N] int64 with values in 0..M-1, from the earlier merge.
+        second: [M] int64, from the merge of what the first one left.
+
+    Returns:
+        [N] int64, where each original token ended up.
+
+    Raises:
+        ValueError: a map is not an int64 vector, or `first` points outside `second`.
+
+    Source: MPM, section 3.4, r*(i) = r2(r1(i)).
+    """
+    _check_map("first", first)
+    _check_map("second", second)
+    if len(first) and int(first.max()) >= len(second):
+        raise ValueError(
+            f"second: expected at least {int(first.max()) + 1} entries to compose with first, got {len(second)}"
+        )
+    return second[first]
+
+
+def reconstruct(merged: Tensor, merge_map: Tensor) -> Tensor:
+    """Copy every merged token back to the places it stands for.
+
+    Args:
+        merged: [M, D] tokens, or anything with one row per merged token, such as [M, K] logits.
+        merge_map: [N] int64 with values in 0..M-1.
+
+    Returns:
+        [N, D], in the original order of the tokens.
+
+    Raises:
+        ValueError: merge_map is not an int64 vector, or points outside merged.
+
+    Source: MPM, section 3.4.
+    """
+    _check_map("merge_map", merge_map)
+    if len(merge_map) and int(merge_map.max()) >= len(merged):
+        raise ValueError(f"merge_map: expected values below {len(merged)}, got {int(merge_map.max())}")
+    return merged[merge_map]
+
+
+def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
+    """First and second indices of the pairs to merge, first < second."""
+    num_tokens = len(x)
+    none = torch.empty(0, dtype=torch.int64, device=x.device)
+    if num_tokens < 2:
+        return none, none
+
+    finite = x.isfinite().all(dim=1)
+    unit = F.normalize(torch.where(finite[:, None], x, 0.0), dim=1)
+    similarity = unit @ unit.T
+    similarity.fill_diagonal_(-torch.inf)
+    similarity[:, ~finite] = -torch.inf
+
+    best, nearest = similarity.max(dim=1)
+    index = torch.arange(num_tokens, device=x.device)
+    mutual = (nearest[nearest] == index) & finite & finite[nearest] & (index < nearest)
+    first = index[mutual]
+
+    if align > 1:
+        merged_length = num_tokens - len(first)
+        aligned_length = -(-merged_length // align) * align
+        num_pairs = max(num_tokens - aligned_length, 0)
+        strongest = best[first].sort(descending=True, stable=True).indices[:num_pairs]
+        first = first[strongest.sort().values]
+    return first, nearest[first]
+
+
+def _check_map(name: str, merge_map: Tensor) -> None:
+    if merge_map.ndim != 1 or merge_map.dtype != torch.int64:
+        raise ValueError(f"{name}: expected an int64 vector, got {merge_map.dtype} {list(merge_map.shape)}")
+    if len(merge_map) and int(merge_map.min()) < 0:
+        raise ValueError(f"{name}: expected values >= 0, got {int(merge_map.min())}")

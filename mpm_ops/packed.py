@@ -1,0 +1,56 @@
+"""Ragged batches without padding: rows of all sequences one after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """Sequences of different lengths in one matrix.
+
+    Attributes:
+        values: [T, D], the rows of sequence 0, then those of sequence 1, and so on.
+        lengths: rows of each sequence; their sum is T.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(self.lengths) != len(self.values):
+            raise ValueError(f"lengths: expected a sum of {len(self.values)}, got {sum(self.lengths)}")
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Tensor]) -> "PackedTokens":
+        """Join [L_b, D] sequences."""
+        return cls(torch.cat(list(sequences)), tuple(len(s) for s in sequences))
+
+    @classmethod
+    def from_batch(cls, batch: Tensor) -> "PackedTokens":
+        """View a [B, L, D] batch of equal lengths."""
+        return cls(batch.flatten(0, 1), (batch.shape[1],) * batch.shape[0])
+
+    @property
+    def is_uniform(self) -> bool:
+        return len(set(self.lengths)) <= 1
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] int32, where each sequence starts in `values`."""
+        bounds = torch.tensor((0, *self.lengths), device=self.values.device).cumsum(0)
+        return bounds.to(torch.int32)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    def split(self) -> tuple[Tensor, ...]:
+        """The sequences as [L_b, D] views."""
+        return self.values.split(self.lengths)
+
+    def with_values(self, values: Tensor) -> "PackedTokens":
+        """The same sequences with other rows."""
+        return PackedTokens(values, self.lengths)

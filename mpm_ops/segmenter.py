@@ -1,0 +1,169 @@
+"""The Segmenter: a ViT encoder with Mutual Pair Merging, a decoder, and the official inference around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import block_forward
+from .decoders import DecoderLinear, MaskTransformer
+from .encoder import HEAD_DIM, Encoder
+from .labels import label_map
+from .packed import PackedTokens
+from .stages import Stage, WindowBatch, cut_stages
+from .windows import InferenceConfig, cut_windows, plan_windows
+
+DECODERS = ("mask_transformer", "linear")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterConfig:
+    """The shape of a Segmenter, as `variant.yml` gives it under `net_kwargs`."""
+
+    image_size: tuple[int, int]
+    patch_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    n_cls: int
+    decoder: str = "mask_transformer"
+    decoder_layers: int = 2
+    distilled: bool = False
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        if any(side < self.patch_size or side % self.patch_size for side in self.image_size):
+            raise ValueError(
+                f"image_size: expected multiples of the patch size {self.patch_size}, got {self.image_size}"
+            )
+        if self.d_model != self.n_heads * HEAD_DIM:
+            raise ValueError(f"d_model: expected n_heads x {HEAD_DIM} = {self.n_heads * HEAD_DIM}, got {self.d_model}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {self.decoder!r}")
+
+
+class Segmenter(nn.Module):
+    """A semantic segmentation network whose tokens merge on the way.
+
+    Attributes:
+        config: the network's shape.
+        inference: how pictures become windows.
+        schedule: encoder blocks before which tokens merge; empty for no merging.
+        align: see `merge_tokens`.
+    """
+
+    def __init__(
+        self,
+        config: SegmenterConfig,
+        inference: InferenceConfig,
+        *,
+        schedule: Sequence[int] = (),
+        align: int = 1,
+    ) -> None:
+        super().__init__()
+        if align < 1:
+            raise ValueError(f"align: expected an integer >= 1, got {align}")
+        self.config = config
+        self.inference = inference
+        self.schedule = tuple(schedule)
+        self.align = align
+        self.stages = cut_stages(config.n_layers, self.schedule)
+        self.encoder = Encoder(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            d_model=config.d_model,
+            n_heads=config.n_heads,
+            n_layers=config.n_layers,
+            distilled=config.distilled,
+            drop_path_rate=config.drop_path_rate,
+        )
+        self.decoder: DecoderLinear | MaskTransformer
+        if config.decoder == "linear":
+            self.decoder = DecoderLinear(n_cls=config.n_cls, d_encoder=config.d_model)
+        else:
+            self.decoder = MaskTransformer(
+                n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
+            )
+
+    # The steps of the network, one by one, for whoever groups windows between them.
+
+    def embed(self, windows: Tensor) -> WindowBatch:
+        """[B, 3, H, W] normalised windows -> their tokens."""
+        return WindowBatch(self.encoder.embed(windows))
+
+    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
+        """Run the encoder blocks of one stage."""
+        tokens = batch.tokens
+        for i in stage.blocks:
+            tokens = block_forward(self.encoder.blocks[i], tokens)
+        return WindowBatch(tokens, batch.merge_maps)
+
+    def merge(self, batch: WindowBatch) -> WindowBatch:
+        """Merge the image tokens of every window; special tokens are never touched."""
+        return batch.merged(num_special=self.encoder.num_special, align=self.align)
+
+    def decode(self, batch: WindowBatch) -> Tensor:
+        """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""
+        special = self.encoder.num_special
+        normed = batch.tokens.with_values(self.encoder.norm(batch.tokens.values))
+        image = PackedTokens.pack([sequence[special:] for sequence in normed.split()])
+        if batch.merge_maps is None:
+            return self.decoder(image).unflatten(0, (len(image.lengths), -1))
+        sizes = torch.cat([m.bincount(minlength=n) for m, n in zip(batch.merge_maps, image.lengths, strict=True)])
+        logits = image.with_values(self.decoder(image, sizes)).split()
+        return torch.stack([part[m] for part, m in zip(logits, batch.merge_maps, strict=True)])
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""
+        batch = self.embed(windows)
+        for stage in self.stages:
+            batch = self.run_blocks(stage, batch)
+            if stage.merges:
+                batch = self.merge(batch)
+        grid_height = -(-windows.shape[2] // self.config.patch_size)
+        return self.decode(batch).transpose(1, 2).unflatten(2, (grid_height, -1))
+
+    @torch.inference_mode()
+    def window_logits(self, windows: Tensor) -> Tensor:
+        """Class logits of windows, one vector per patch.
+
+        Args:
+            windows: float [B, 3, H, W], normalised as the checkpoint expects; H and W are padded
+                with zeros to a multiple of the patch size P.
+
+        Returns:
+            [B, K, ceil(H/P), ceil(W/P)].
+
+        Raises:
+            ValueError: windows is not a float [B, 3, H, W] tensor with at least one window.
+        """
+        if windows.ndim != 4 or windows.shape[1] != 3 or 0 in windows.shape or not windows.is_floating_point():
+            raise ValueError(f"windows: expected float [B, 3, H, W], got {windows.dtype} {list(windows.shape)}")
+        return self(windows)
+
+    def segment(self, image: np.ndarray, *, window_batch: int = 4) -> np.ndarray:
+        """Label every pixel of a picture, as Segmenter's official single-scale inference does.
+
+        Args:
+            image: uint8 RGB [H, W, 3] of any size.
+            window_batch: windows computed together; memory, not the answer, depends on it.
+
+        Returns:
+            [H, W] class ids, uint8 (uint16 from 257 classes on).
+
+        Raises:
+            ValueError: image is not a uint8 RGB array.
+            TooManyWindowsError: the picture is so elongated that it exceeds `max_windows_per_request`.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype != np.uint8:
+            raise ValueError(f"image: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        plan = plan_windows(image.shape[0], image.shape[1], self.inference)
+        device = self.encoder.pos_embed.device
+        windows = cut_windows(image, plan, self.inference)
+        logits = torch.cat([self.window_logits(part.to(device)) for part in windows.split(window_batch)])
+        return label_map(logits, plan, self.config.patch_size).labels

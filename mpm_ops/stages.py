@@ -1,0 +1,84 @@
+"""A Segmenter cut at its schedule: what runs between two merges, and what travels from one to the next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .merge import compose_maps, merge_tokens
+from .packed import PackedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of encoder blocks in which the token count of a window does not change.
+
+    Attributes:
+        index: 0 for the stage that starts with the patch embedding.
+        blocks: the encoder blocks it runs.
+        merges: it ends with a merge; the last stage ends with the decoder instead.
+    """
+
+    index: int
+    blocks: range
+    merges: bool
+
+
+def cut_stages(n_layers: int, schedule: Sequence[int]) -> tuple[Stage, ...]:
+    """Cut an encoder before each block of the schedule; (2, 5) gives blocks 0-1, 2-4 and 5 to the end.
+
+    Raises:
+        ValueError: the schedule is not strictly increasing within 0..n_layers-1.
+    """
+    if any(not 0 <= block < n_layers for block in schedule) or list(schedule) != sorted(set(schedule)):
+        raise ValueError(
+            f"schedule: expected strictly increasing block numbers within 0..{n_layers - 1}, got {tuple(schedule)}"
+        )
+    bounds = [0, *schedule, n_layers]
+    return tuple(
+        Stage(index=i, blocks=range(start, stop), merges=i < len(schedule))
+        for i, (start, stop) in enumerate(pairwise(bounds))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBatch:
+    """Windows on their way through the encoder.
+
+    Attributes:
+        tokens: packed tokens of each window, special tokens first.
+        merge_maps: one [N] int64 map per window from its patches to its image tokens, composed over
+            all merges so far; None before the first.
+    """
+
+    tokens: PackedTokens
+    merge_maps: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def join(cls, batches: Sequence["WindowBatch"]) -> "WindowBatch":
+        """Group windows that stand at the same stage."""
+        tokens = PackedTokens.pack([sequence for batch in batches for sequence in batch.tokens.split()])
+        maps = [batch.merge_maps for batch in batches]
+        if any(m is None for m in maps):
+            return cls(tokens)
+        return cls(tokens, tuple(merge_map for m in maps if m is not None for merge_map in m))
+
+    def split(self) -> list["WindowBatch"]:
+        """The windows one by one."""
+        maps = [None] * len(self.tokens.lengths) if self.merge_maps is None else [(m,) for m in self.merge_maps]
+        return [
+            WindowBatch(PackedTokens(sequence, (len(sequence),)), merge_map)
+            for sequence, merge_map in zip(self.tokens.split(), maps, strict=True)
+        ]
+
+    def merged(self, *, num_special: int, align: int) -> "WindowBatch":
+        """Merge the image tokens of every window and extend its map."""
+        sequences, maps = [], []
+        for i, sequence in enumerate(self.tokens.split()):
+            special, image = sequence[:num_special], sequence[num_special:]
+            image, merge_map = merge_tokens(image, align=align)
+            sequences.append(torch.cat([special, image]))
+            maps.append(merge_map if self.merge_maps is None else compose_maps(self.merge_maps[i], merge_map))
+        return WindowBatch(PackedTokens.pack(sequences), tuple(maps))

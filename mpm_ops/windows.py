@@ -1,0 +1,125 @@
+"""From a picture to the network's square windows: Segmenter's official resize rule and sliding window."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# On the 0..255 scale, as upstream rounds them.
+NORMALIZATIONS = {
+    "vit": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "deit": ((123.68, 116.28, 103.53), (58.4, 57.12, 57.38)),
+}
+
+
+class TooManyWindowsError(ValueError):
+    """A picture would need more windows than `max_windows_per_request`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceConfig:
+    """How a picture of any size becomes windows.
+
+    Attributes:
+        im_size: the picture is resized to fit (max_ratio * im_size) x im_size pixels, up or down.
+        max_ratio: how much longer than im_size the long side may get.
+        window_size: side of the square windows in pixels.
+        window_stride: pixels between neighbouring windows.
+        normalization: a key of NORMALIZATIONS.
+        max_windows_per_request: pictures that need more are refused.
+    """
+
+    im_size: int
+    max_ratio: int
+    window_size: int
+    window_stride: int
+    normalization: str
+    max_windows_per_request: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("im_size", "max_ratio", "window_size", "window_stride", "max_windows_per_request"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        if self.window_stride > self.window_size:
+            raise ValueError(
+                f"window_stride: expected at most window_size = {self.window_size}, got {self.window_stride}"
+            )
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """Where the windows of one picture lie. Sizes are (height, width) in pixels.
+
+    Attributes:
+        original_size: the picture as it came.
+        fitted_size: after the keep-ratio resize of its 8-bit pixels.
+        frame_size: after the short side is brought up to the window; windows lie in this frame.
+        window_size: side of a window.
+        tops, lefts: window origins; windows are their product, row by row.
+    """
+
+    original_size: tuple[int, int]
+    fitted_size: tuple[int, int]
+    frame_size: tuple[int, int]
+    window_size: int
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+
+def plan_windows(height: int, width: int, inference: InferenceConfig) -> WindowPlan:
+    """Lay out the windows of a height x width picture; needs its size only.
+
+    Raises:
+        ValueError: height or width is below 1.
+        TooManyWindowsError: see `InferenceConfig.max_windows_per_request`.
+
+    Source: mmcv's keep-ratio resize, then rstrudel/segmenter@20d1bfad, `segm/model/utils.py`.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
+    window = inference.window_size
+    scale = min(inference.im_size * inference.max_ratio / max(height, width), inference.im_size / min(height, width))
+    fitted = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
+    frame = fitted
+    if min(fitted) < window:
+        ratio = max(fitted) / min(fitted)
+        frame = (window, int(ratio * window)) if fitted[0] < fitted[1] else (int(ratio * window), window)
+    tops, lefts = (_origins(side, window, inference.window_stride) for side in frame)
+    if len(tops) * len(lefts) > inference.max_windows_per_request:
+        raise TooManyWindowsError(
+            f"a {width}x{height} picture needs {len(tops) * len(lefts)} windows of {window}x{window}; "
+            f"at most {inference.max_windows_per_request} are allowed"
+        )
+    return WindowPlan((height, width), fitted, frame, window, tuple(tops), tuple(lefts))
+
+
+def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig) -> Tensor:
+    """Resize, normalise and cut a picture.
+
+    Args:
+        image: uint8 RGB [H, W, 3], of the size that was planned.
+
+    Returns:
+        float32 [num_windows, 3, window_size, window_size].
+    """
+    fitted = cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
+    mean, std = (torch.tensor(stat, dtype=torch.float32) for stat in NORMALIZATIONS[inference.normalization])
+    frame = ((torch.from_numpy(fitted) - mean) / std).permute(2, 0, 1)[None]
+    if plan.frame_size != plan.fitted_size:
+        frame = F.interpolate(frame, size=plan.frame_size, mode="bilinear", align_corners=False)
+    size = plan.window_size
+    return torch.stack([frame[0, :, top : top + size, left : left + size] for top in plan.tops for left in plan.lefts])
+
+
+def _origins(side: int, window: int, stride: int) -> list[int]:
+    last = side - window
+    return [*range(0, last, stride), last]
