@@ -9,6 +9,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 DEMO := model_store/demo
 STORE := build/model_store
+SAMPLES := build/samples
 
 .PHONY: env serve test test-all check bench clean
 
@@ -20,10 +21,14 @@ $(ENV): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,loadtest,dev]'
 	touch $@
 
-serve: $(ENV)
+serve: $(ENV) $(SAMPLES)
 	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
 		--name segmenter --schedule $(SCHEDULE) --out $(STORE)
-	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) --host $(HOST) --port $(PORT)
+	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
+		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
+
+$(SAMPLES): $(ENV)
+	$(BIN)/python -m model_store.demo.samples --out $@
 
 test: $(ENV)
 	$(BIN)/python -m pytest -m 'not slow'
@@ -36,8 +41,8 @@ check: $(ENV)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(ENV)
-	$(BIN)/python -m mpm_ops.bench --checkpoint $(DEMO)/checkpoint.pth
+bench: $(ENV) $(SAMPLES)
+	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -12,10 +12,10 @@ from mpm_ops.classes import Classes
 
 from .errors import ErrorKind, ServingError
 
-# MPO is what many phones write under the name of JPEG.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# JPEG stands for MPO too, which many phones write; Pillow knows no MPO of its own for reading.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-Image.init()  # register every format now; otherwise one that is named in FORMATS may not be known yet
+Image.init()  # load the parsers now rather than in the first request
 
 # The limit is ours and known before decoding; Pillow's own would only warn, and at another number.
 Image.MAX_IMAGE_PIXELS = None

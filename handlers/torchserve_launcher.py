@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--model-store", type=Path, required=True, help="folder with .mar files")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--sample", default="photo.jpg", help="picture to name in the curl line printed when ready")
     arguments = parser.parse_args()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -219,7 +220,9 @@ def main() -> int:
             server.wait_ready()
             print(f"\nReady on {server.url}. Try:\n", flush=True)
             for name in server.models:
-                print(f"  curl -T photo.jpg -H 'Content-Type: image/jpeg' {server.url}/predictions/{name} -o mask.png")
+                print(
+                    f"  curl -T {arguments.sample} -H 'Content-Type: image/jpeg' {server.url}/predictions/{name} -o mask.png"
+                )
             print("\nCtrl-C stops the server.", flush=True)
             return server.wait()
     except KeyboardInterrupt:

@@ -10,17 +10,9 @@ from typing import Any
 
 import yaml
 
+from mpm_ops.stages import parse_schedule
+
 from .torchserve import build_archive
-
-
-def parse_schedule(text: str) -> list[int]:
-    """'2,5' -> [2, 5]; 'off' -> []."""
-    if text == "off":
-        return []
-    try:
-        return [int(block) for block in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected block numbers such as 2,5, or off, got {text!r}") from None
 
 
 def read_serving_config(path: Path) -> dict[str, Any]:
@@ -41,7 +33,7 @@ def main() -> int:
     build.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
     build.add_argument("--name", required=True, help="under which the model is served")
     build.add_argument("--out", type=Path, required=True, help="the model store; made if missing")
-    build.add_argument("--schedule", type=parse_schedule, help="blocks before which tokens merge (2,5), or off")
+    build.add_argument("--schedule", help="blocks before which tokens merge (2,5), or off")
     build.add_argument("--align", type=int, help="token counts after a merge are multiples of this (1)")
     build.add_argument("--batch-size", type=int, default=8, help="requests handed over at once (8)")
     build.add_argument("--max-delay-ms", type=int, default=5, help="how long to wait for them (5)")
@@ -50,9 +42,10 @@ def main() -> int:
 
     try:
         serving = read_serving_config(arguments.config) if arguments.config else {}
-        for field in ("schedule", "align"):
-            if getattr(arguments, field) is not None:
-                serving[field] = getattr(arguments, field)
+        if arguments.schedule is not None:
+            serving["schedule"] = list(parse_schedule(arguments.schedule))
+        if arguments.align is not None:
+            serving["align"] = arguments.align
         archive = build_archive(
             arguments.checkpoint,
             name=arguments.name,

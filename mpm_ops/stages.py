@@ -43,6 +43,20 @@ def cut_stages(n_layers: int, schedule: Sequence[int]) -> tuple[Stage, ...]:
     )
 
 
+def parse_schedule(text: str) -> tuple[int, ...]:
+    """A schedule as people write it: '2,5' -> (2, 5), 'off' -> ().
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if text == "off":
+        return ()
+    try:
+        return tuple(int(block) for block in text.split(","))
+    except ValueError:
+        raise ValueError(f"schedule: expected block numbers such as 2,5, or off, got {text!r}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
     """Windows on their way through the encoder.

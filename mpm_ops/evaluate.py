@@ -1,0 +1,145 @@
+"""Mean IoU of a checkpoint, with and without merging.
+
+python -m mpm_ops.evaluate --dataset camvid --root DIR --split val --checkpoint checkpoint.pth --schedule 2,5
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .checkpoint import load_segmenter
+from .classes import load_classes
+from .segmenter import Segmenter
+from .stages import parse_schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Where a dataset keeps a split's pictures and label PNGs, and what the labels mean.
+
+    Attributes:
+        images, labels: folders below the root; `{split}` is filled in.
+        ignore: label value without a class.
+        first_class: label value of class 0.
+    """
+
+    images: str
+    labels: str
+    ignore: int
+    first_class: int = 0
+
+
+DATASETS = {
+    "ade20k": Dataset(images="images/{split}", labels="annotations/{split}", ignore=0, first_class=1),
+    "camvid": Dataset(images="{split}/images", labels="{split}/labels", ignore=11),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """iou: [K], NaN for classes that neither occur nor are predicted; pixel_accuracy: share of labelled pixels."""
+
+    iou: np.ndarray
+    pixel_accuracy: float
+
+    @property
+    def mean_iou(self) -> float:
+        return float(np.nanmean(self.iou))
+
+
+def evaluate(model: Segmenter, pairs: Sequence[tuple[Path, Path]], dataset: Dataset) -> Scores:
+    """Segment every picture and compare it with its labels.
+
+    Raises:
+        ValueError: there are no pictures, or labels do not have the size of their picture.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one picture with labels, got none")
+    num_classes = model.config.n_cls
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)  # rows: truth, columns: prediction
+    for image_path, label_path in pairs:
+        predicted = model.segment(np.asarray(Image.open(image_path).convert("RGB")))
+        labels = np.asarray(Image.open(label_path)).astype(np.int64)
+        if labels.shape != predicted.shape:
+            raise ValueError(f"{label_path}: expected {predicted.shape}, the size of its picture, got {labels.shape}")
+        truth = labels - dataset.first_class
+        counted = (labels != dataset.ignore) & (truth >= 0) & (truth < num_classes)
+        pairs_of_classes = num_classes * truth[counted] + predicted[counted]
+        confusion += np.bincount(pairs_of_classes, minlength=confusion.size).reshape(confusion.shape)
+    return score(confusion)
+
+
+def score(confusion: np.ndarray) -> Scores:
+    """Intersection over union per class from a [K, K] confusion matrix, truth in rows."""
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    with np.errstate(invalid="ignore"):
+        return Scores(hits / np.where(union, union, np.nan), float(hits.sum() / max(confusion.sum(), 1)))
+
+
+def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Path]]:
+    """Pictures of a split with their label PNGs.
+
+    Raises:
+        FileNotFoundError: the folder of pictures, or the labels of one, are missing.
+    """
+    return list(_pairs(root / dataset.images.format(split=split), root / dataset.labels.format(split=split)))
+
+
+def _pairs(images: Path, labels: Path) -> Iterator[tuple[Path, Path]]:
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: no such folder")
+    for image in sorted(images.iterdir()):
+        label = labels / f"{image.stem}.png"
+        if not label.is_file():
+            raise FileNotFoundError(f"{label}: no labels for {image.name}")
+        yield image, label
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mpm_ops.evaluate", description="Mean IoU of a checkpoint.")
+    parser.add_argument("--dataset", choices=sorted(DATASETS), required=True)
+    parser.add_argument("--root", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
+    parser.add_argument("--schedule", action="append", help="2,5 or off; repeat to compare (off and 2,5)")
+    parser.add_argument("--align", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the scores as JSON too")
+    arguments = parser.parse_args()
+    dataset = DATASETS[arguments.dataset]
+    results = []
+    try:
+        pairs = find_pairs(arguments.root, arguments.split, dataset)
+        for schedule in map(parse_schedule, arguments.schedule or ["off", "2,5"]):
+            model = load_segmenter(arguments.checkpoint, schedule, arguments.align)
+            names = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls).names
+            scores = evaluate(model, pairs, dataset)
+            results.append({"schedule": list(schedule), "align": arguments.align} | _as_fields(scores, names))
+            print(f"schedule {list(schedule) or 'off'}, align {arguments.align}, {len(pairs)} pictures")
+            for name, iou in zip(names, scores.iou, strict=True):
+                print(f"  {name:20} {iou:7.4f}")
+            print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _as_fields(scores: Scores, names: Sequence[str]) -> dict[str, object]:
+    iou = {
+        name: None if np.isnan(value) else round(float(value), 4)
+        for name, value in zip(names, scores.iou, strict=True)
+    }
+    return {"mean_iou": round(scores.mean_iou, 4), "pixel_accuracy": round(scores.pixel_accuracy, 4), "iou": iou}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
