@@ -24,7 +24,13 @@ Image.MAX_IMAGE_PIXELS = None
 _PNG_LEVEL = 1
 
 
-def decode_image(data: bytes | bytearray | memoryview, *, max_bytes: int, max_pixels: int) -> np.ndarray:
+def read_size(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a picture as it is stored, from its header; refuses what `decode_image` would."""
+    width, height = _open(data, max_bytes, max_pixels).size
+    return height, width
+
+
+def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> np.ndarray:
     """Decode a picture the way a person sees it.
 
     The first frame of an animation, turned upright by its EXIF orientation; transparency over white;
@@ -41,6 +47,17 @@ def decode_image(data: bytes | bytearray | memoryview, *, max_bytes: int, max_pi
     Raises:
         ServingError: too large, or not a readable picture.
     """
+    image = _open(data, max_bytes, max_pixels)
+    try:
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:
+        width, height = image.size
+        raise ServingError(
+            ErrorKind.BAD_REQUEST, f"image: broken or truncated {image.format} picture of {width}x{height} pixels"
+        ) from error
+
+
+def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Image:
     if len(data) > max_bytes:
         raise ServingError(ErrorKind.TOO_LARGE, f"image: expected at most {max_bytes} bytes, got {len(data)}")
     if not data:
@@ -60,12 +77,7 @@ def decode_image(data: bytes | bytearray | memoryview, *, max_bytes: int, max_pi
             ErrorKind.TOO_LARGE,
             f"image: expected at most {max_pixels} pixels, got {width}x{height} = {width * height}",
         )
-    try:
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:
-        raise ServingError(
-            ErrorKind.BAD_REQUEST, f"image: broken or truncated {image.format} picture of {width}x{height} pixels"
-        ) from error
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

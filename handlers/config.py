@@ -17,7 +17,15 @@ class ServingConfig:
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
         max_image_bytes: larger request bodies are refused.
         max_image_pixels: larger pictures are refused before they are decoded.
-        max_batch_windows: windows computed together.
+        allowed_schedules: schedules that a request may ask for, beside `schedule`.
+        deterministic: compute every window alone, so that no mate can move the last bits of its answer.
+        max_batch_tokens: tokens computed together.
+        max_group_windows: windows computed together.
+        max_group_delay_ms: how long a window waits for mates while the device has other work.
+        bulk_patience_seconds: by how much a bulk request counts as younger than it is.
+        max_inflight_tokens: requests that would exceed it, before merging, are refused.
+        deadline_seconds: requests that take longer are answered with an error.
+        stall_seconds: a group that takes longer means that the device hangs, and ends the process.
         codec_threads: threads that decode pictures, and as many that encode replies.
         torch_threads: threads of the network's operators; 0 leaves torch's default.
     """
@@ -27,18 +35,39 @@ class ServingConfig:
     inference: Mapping[str, Any] = field(default_factory=dict)
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
-    max_batch_windows: int = 8
+    allowed_schedules: tuple[tuple[int, ...], ...] = ((),)
+    deterministic: bool = False
+    max_batch_tokens: int = 16_384
+    max_group_windows: int = 8
+    max_group_delay_ms: float = 20
+    bulk_patience_seconds: float = 10
+    max_inflight_tokens: int = 262_144
+    deadline_seconds: float = 60
+    stall_seconds: float = 100
     codec_threads: int = 2
     torch_threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("align", "max_image_bytes", "max_image_pixels", "max_batch_windows", "codec_threads"):
+        for name in (
+            "align",
+            "max_image_bytes",
+            "max_image_pixels",
+            "max_batch_tokens",
+            "max_group_windows",
+            "max_inflight_tokens",
+            "codec_threads",
+        ):
             _check_integer(name, getattr(self, name), minimum=1)
         _check_integer("torch_threads", self.torch_threads, minimum=0)
-        if not isinstance(self.schedule, tuple):
-            raise ValueError(f"schedule: expected block numbers, got {self.schedule!r}")
-        for block in self.schedule:
-            _check_integer("schedule", block, minimum=0)
+        for name in ("max_group_delay_ms", "bulk_patience_seconds", "deadline_seconds", "stall_seconds"):
+            _check_duration(name, getattr(self, name))
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic: expected true or false, got {self.deterministic!r}")
+        _check_schedule("schedule", self.schedule)
+        if not isinstance(self.allowed_schedules, tuple):
+            raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")
+        for schedule in self.allowed_schedules:
+            _check_schedule("allowed_schedules", schedule)
         if not isinstance(self.inference, Mapping):
             raise ValueError(f"inference: expected a mapping, got {self.inference!r}")
 
@@ -54,11 +83,29 @@ class ServingConfig:
         if unknown:
             raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         values = dict(values)
-        if isinstance(values.get("schedule"), list):
-            values["schedule"] = tuple(values["schedule"])
+        for name in ("schedule", "allowed_schedules"):
+            if name in values:
+                values[name] = _as_tuples(values[name])
         return cls(**values)
 
 
 def _check_integer(name: str, value: Any, *, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
+
+
+def _check_duration(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+
+
+def _check_schedule(name: str, value: Any) -> None:
+    if not isinstance(value, tuple):
+        raise ValueError(f"{name}: expected block numbers, got {value!r}")
+    for block in value:
+        _check_integer(name, block, minimum=0)
+
+
+def _as_tuples(value: Any) -> Any:
+    """YAML's lists, however deep, as tuples."""
+    return tuple(_as_tuples(part) for part in value) if isinstance(value, list) else value

@@ -1,15 +1,22 @@
 """The engine: takes encoded pictures, answers with encoded masks, whatever server stands in front.
 
-decode and cut (threads) -> batch, stages and merges (one device thread) -> labels and encode (threads)
+admit -> decode and cut (threads) -> schedule, run stages, regroup (one device thread) -> labels and encode (threads)
+
+Windows are what is batched. Between two stages they wait in the scheduler, because only a merge tells
+how long each of them became; the group they run in next is chosen anew every time.
 """
 
+import contextlib
 import logging
+import math
+import os
 import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,15 +25,20 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
-from mpm_ops.labels import label_map
+from mpm_ops.labels import LabelMap, label_map
+from mpm_ops.stages import Stage, WindowBatch, cut_stages
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import codec, views
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
 from .options import RequestOptions
+from .scheduler import Group, Lane, Scheduler, Waiting
 
 logger = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.05  # between two looks of the watchdog
+_RATE_SECONDS = 10.0  # over which the drain rate is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,176 +58,381 @@ class SegmentReply:
     seconds: dict[str, float]
 
 
-@dataclass(slots=True)
-class _Job:
-    """A request on its way."""
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request on its way. Over as soon as its answer is, whoever gave it."""
 
     options: RequestOptions
+    schedule: tuple[int, ...]
     answer: "Future[SegmentReply]"
-    image: np.ndarray
-    plan: WindowPlan
-    windows: Tensor  # [num_windows, 3, H, W]
-    seconds: dict[str, float]
-    queued_at: float
-    logits: list[Tensor] = field(default_factory=list)  # [K, Gh, Gw] per window
-    merge_maps: list[Tensor] = field(default_factory=list)  # [N] per window
-    lengths: list[list[int]] = field(default_factory=list)  # image tokens at the start and after each merge
+    arrived: float
+    tokens: int  # admitted
+    seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
+    ready_at: float = 0.0
+    image: np.ndarray | None = None
+    plan: WindowPlan | None = None
+    windows: "list[_Window]" = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """One window of a request, between two stages."""
+
+    request: _Request
+    state: Tensor | WindowBatch | None  # pixels [3, H, W] at first, None in the end
+    lengths: list[int]  # image tokens at the start and after each merge
+    logits: Tensor | None = None  # [K, Gh, Gw] in the end
+    merge_map: Tensor | None = None  # [N] in the end
 
 
 class Engine:
     """Runs one model for many requests at a time.
 
     A request's failure is its own: it reaches the future of that request as a `ServingError` and
-    leaves its neighbours alone.
+    leaves its neighbours alone. Cancelling the future drops the request at the next stage.
+
+    Args:
+        model: its schedule is the default; others are allowed by the configuration.
+        classes: names and colours.
+        config: see `ServingConfig`.
+        on_fatal: called when the device is beyond help, after everything in flight has failed. By
+            default the process ends, for its supervisor to start another.
+        observer: called after each group with the group and its seconds.
     """
 
-    def __init__(self, model: Segmenter, classes: Classes, config: ServingConfig) -> None:
+    def __init__(
+        self,
+        model: Segmenter,
+        classes: Classes,
+        config: ServingConfig,
+        *,
+        on_fatal: Callable[[], None] = lambda: os._exit(70),
+        observer: Callable[[Group["_Window"], float], None] = lambda group, seconds: None,
+    ) -> None:
         if len(classes) != model.config.n_cls:
             raise ValueError(f"classes: expected {model.config.n_cls}, got {len(classes)}")
         self._model = model
         self._classes = classes
         self._config = config
-        self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._on_fatal = on_fatal
+        self._observer = observer
+        self._stages = {
+            schedule: cut_stages(model.config.n_layers, schedule)
+            for schedule in {model.schedule, *config.allowed_schedules}
+        }
+        self._special = model.encoder.num_special
+        self._grid = -(-model.inference.window_size // model.config.patch_size)
+        self._tokens_of_window = self._grid**2 + self._special
+        self._scheduler: Scheduler[_Window] = Scheduler(
+            max_batch_tokens=config.max_batch_tokens,
+            max_group_windows=1 if config.deterministic else config.max_group_windows,
+            pool_windows=config.max_group_windows,
+            max_group_delay=config.max_group_delay_ms / 1000,
+            bulk_patience=config.bulk_patience_seconds,
+        )
+        self._lock = threading.Lock()  # guards the four below
+        self._inflight: set[_Request] = set()
+        self._inflight_tokens = 0
+        self._drained: deque[tuple[float, int]] = deque()  # when requests left lately, and their tokens
+        self._closing = False
+
+        self._inbox: queue.SimpleQueue[list[Waiting[_Window]] | None] = queue.SimpleQueue()
+        self._draining = False
+        self._group_started: float | None = None
         self._decoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="encode")
+        self._stopped = threading.Event()
         self._device = threading.Thread(target=self._serve_device, name="device", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._device.start()
+        self._watchdog.start()
+
+    # Taking work
 
     def submit(self, data: bytes | bytearray, options: RequestOptions) -> "Future[SegmentReply]":
-        """Take an encoded picture; the future gives a SegmentReply or raises a ServingError."""
+        """Take an encoded picture; the future gives a SegmentReply or raises a ServingError.
+
+        What can be refused from the picture's header is refused at once.
+        """
         answer: Future[SegmentReply] = Future()
-        self._decoders.submit(self._guard, answer, self._prepare, data, options, answer)
+        try:
+            request = self._admit(data, options, answer)
+            self._decoders.submit(self._guard, request, self._prepare, request, data)
+        except ServingError as error:
+            _fail(answer, error)
+        except RuntimeError:  # closed in between
+            _fail(answer, ServingError(ErrorKind.OVERLOADED, "the server is shutting down"))
         return answer
 
     def close(self) -> None:
-        """Finish what was submitted, then stop."""
+        """Refuse new requests, finish those that were accepted, then stop."""
+        with self._lock:
+            self._closing = True
         self._decoders.shutdown()
-        self._ready.put(None)
+        self._inbox.put(None)
         self._device.join()
         self._encoders.shutdown()
+        self._stopped.set()
+        self._watchdog.join()
 
-    def _prepare(self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]") -> None:
-        start = perf_counter()
+    @property
+    def inflight(self) -> int:
+        """Requests accepted and not yet answered."""
+        return len(self._inflight)
+
+    def _admit(self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]") -> _Request:
+        config = self._config
+        schedule = self._model.schedule if options.schedule is None else options.schedule
+        if schedule not in self._stages:
+            allowed = ", ".join(sorted(",".join(map(str, s)) or "off" for s in self._stages))
+            raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
+        height, width = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
+        tokens = self._plan(height, width).num_windows * self._tokens_of_window
+        request = _Request(options, schedule, answer, monotonic(), tokens)
+        with self._lock:
+            if self._closing:
+                raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down")
+            if self._inflight_tokens and self._inflight_tokens + tokens > config.max_inflight_tokens:
+                raise ServingError(
+                    ErrorKind.OVERLOADED,
+                    f"the server is busy with {len(self._inflight)} requests; try again later",
+                    retry_after=self._retry_after(),
+                )
+            self._inflight.add(request)
+            self._inflight_tokens += tokens
+        answer.add_done_callback(lambda _: self._leave(request))
+        return request
+
+    def _leave(self, request: _Request) -> None:
+        with self._lock:
+            self._inflight.discard(request)
+            self._inflight_tokens -= request.tokens
+            self._drained.append((monotonic(), request.tokens))
+
+    def _retry_after(self) -> int:
+        """Seconds until what is in flight has left at the rate of the last seconds, at least 1."""
+        now = monotonic()
+        while self._drained and self._drained[0][0] < now - _RATE_SECONDS:
+            self._drained.popleft()
+        if not self._drained:
+            return 1
+        tokens_per_second = sum(tokens for _, tokens in self._drained) / max(now - self._drained[0][0], 1.0)
+        return max(1, math.ceil(self._inflight_tokens / tokens_per_second))
+
+    def _prepare(self, request: _Request, data: bytes | bytearray) -> None:
         config = self._config
         image = codec.decode_image(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
-        try:
-            plan = plan_windows(image.shape[0], image.shape[1], self._model.inference)
-        except TooManyWindowsError as error:
-            raise ServingError(ErrorKind.TOO_LARGE, f"image: {error}") from None
-        windows = cut_windows(image, plan, self._model.inference)
-        now = perf_counter()
-        self._ready.put(_Job(options, answer, image, plan, windows, {"decode": now - start}, queued_at=now))
+        plan = self._plan(image.shape[0], image.shape[1])
+        pixels = cut_windows(image, plan, self._model.inference)
+        request.image, request.plan = image, plan
+        request.windows = [_Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
+        request.ready_at = monotonic()
+        request.seconds["decode"] = request.ready_at - request.arrived
+        self._inbox.put([self._waiting(window, 0, self._tokens_of_window) for window in request.windows])
+
+    # The device thread: take what came, choose a group, run it, route its windows
 
     def _serve_device(self) -> None:
-        while (job := self._ready.get()) is not None:
-            jobs = [job]
-            num_windows = job.plan.num_windows
-            closing = False
-            while num_windows < self._config.max_batch_windows and not self._ready.empty():
-                job = self._ready.get()
-                if job is None:
-                    closing = True
-                    break
-                jobs.append(job)
-                num_windows += job.plan.num_windows
-            self._compute(jobs)
-            if closing:
-                return
+        while self._take_work():
+            self._scheduler.remove(lambda window: window.request.answer.done())
+            group = self._scheduler.next_group(monotonic())
+            if group is not None:
+                self._group_started = monotonic()
+                self._run(group)
+                self._group_started = None
 
-    def _compute(self, jobs: Sequence[_Job]) -> None:
-        now = perf_counter()
-        for job in jobs:
-            job.seconds.update(queue=now - job.queued_at, compute=0.0, merge=0.0)
-        items = [(job, i) for job in jobs for i in range(job.plan.num_windows)]
+    def _take_work(self) -> bool:
+        """Move what came into the scheduler, waiting if there is nothing else to do; False when all is done."""
+        while not self._inbox.empty() or not (len(self._scheduler) or self._draining):
+            arrivals = self._inbox.get()
+            if arrivals is None:
+                self._draining = True
+            else:
+                self._scheduler.add(arrivals, monotonic())
+        return len(self._scheduler) > 0
+
+    def _run(self, group: Group[_Window]) -> None:
+        """Run a group. If it fails, run its halves, so that only the windows at fault fail."""
+        windows = [member.payload for member in group.members]
+        stage = self._stages[group.lane.schedule][group.lane.stage]
+        start = monotonic()
         try:
-            for start in range(0, len(items), self._config.max_batch_windows):
-                self._run_group(items[start : start + self._config.max_batch_windows])
-        except Exception:
-            logger.exception("computing a batch of %d requests failed", len(jobs))
-            for job in jobs:
-                _fail(job.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
+            merge_seconds = self._compute(stage, windows)
+        except Exception as error:
+            if _is_fatal(error):
+                self._give_up(f"the device failed: {error}")
+            elif len(windows) == 1:
+                logger.exception("request %s failed at stage %d", windows[0].request.options.request_id, stage.index)
+                _fail(windows[0].request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
+            else:
+                half = len(windows) // 2
+                self._run(Group(group.lane, group.members[:half], group.reason))
+                self._run(Group(group.lane, group.members[half:], group.reason))
             return
-        for job in jobs:
-            self._encoders.submit(self._guard, job.answer, self._finish, job)
+        elapsed = monotonic() - start
+        for request in {id(w.request): w.request for w in windows}.values():
+            request.seconds["compute"] += elapsed - merge_seconds
+            request.seconds["merge"] += merge_seconds
+        self._observer(group, elapsed)
+        self._route(stage, windows, elapsed)
 
     @torch.inference_mode()
-    def _run_group(self, items: Sequence[tuple[_Job, int]]) -> None:
-        model, start, merging = self._model, perf_counter(), 0.0
-        batch = model.embed(torch.stack([job.windows[i] for job, i in items]))
-        special = model.encoder.num_special
-        lengths = [batch.tokens.lengths]
-        for stage in model.stages:
-            batch = model.run_blocks(stage, batch)
-            if stage.merges:
-                before_merge = perf_counter()
-                batch = model.merge(batch)
-                merging += perf_counter() - before_merge
-                lengths.append(batch.tokens.lengths)
-        logits = model.decode(batch)
-        elapsed = perf_counter() - start
+    def _compute(self, stage: Stage, windows: Sequence[_Window]) -> float:
+        """Run one stage and keep each window's outcome with it; returns the seconds spent merging."""
+        model = self._model
+        if stage.index == 0:
+            batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
+        else:
+            batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
+        batch = model.run_blocks(stage, batch)
+        merge_seconds = 0.0
+        if stage.merges:
+            start = monotonic()
+            batch = model.merge(batch)
+            merge_seconds = monotonic() - start
+        else:
+            logits = model.decode(batch)
+            maps = batch.merge_maps or (None,) * len(windows)
+            for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
+                window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
+            return merge_seconds
+        for window, state in zip(windows, batch.split(), strict=True):
+            window.state = state
+        return merge_seconds
 
-        grid = -(-items[0][0].plan.window_size // model.config.patch_size)
-        for b, (job, _) in enumerate(items):
-            job.logits.append(logits[b].T.unflatten(1, (grid, grid)))
-            merge_map = torch.arange(grid * grid) if batch.merge_maps is None else batch.merge_maps[b]
-            job.merge_maps.append(merge_map)
-            job.lengths.append([step[b] - special for step in lengths])
-        for job in {id(job): job for job, _ in items}.values():
-            job.seconds["compute"] += elapsed - merging
-            job.seconds["merge"] += merging
+    def _route(self, stage: Stage, windows: Sequence[_Window], elapsed: float) -> None:
+        """Send windows to their next lane, and requests whose windows are all done to be labelled."""
+        now = monotonic()
+        if stage.merges:
+            arrivals = []
+            for window in windows:
+                assert isinstance(window.state, WindowBatch)
+                length = len(window.state.tokens.values)
+                window.lengths.append(length - self._special)
+                arrivals.append(self._waiting(window, stage.index + 1, length))
+            self._scheduler.add(arrivals, now)
+            return
+        for window in windows:
+            request = window.request
+            assert window.logits is not None
+            if not window.logits.isfinite().all():
+                logger.error("request %s: the network gave non-finite logits", request.options.request_id)
+                _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the network found no finite answer"))
+            elif all(other.logits is not None for other in request.windows):
+                busy = request.seconds["compute"] + request.seconds["merge"]
+                request.seconds["queue"] = max(0.0, now - request.ready_at - busy)
+                self._encoders.submit(self._guard, request, self._finish, request)
 
-    def _finish(self, job: _Job) -> None:
-        start = perf_counter()
-        wants_confidence = job.options.view == "confidence"
-        result = label_map(
-            torch.stack(job.logits), job.plan, self._model.config.patch_size, confidence=wants_confidence
-        )
-        labeled = perf_counter()
-        job.seconds["labels"] = labeled - start
-        tokens = tuple(sum(window[step] for window in job.lengths) for step in range(len(job.lengths[0])))
-        body = self._encode(job, result.labels, result.confidence, tokens)
-        job.seconds["encode"] = perf_counter() - labeled
-        job.answer.set_result(SegmentReply(body, job.options.media_type, tokens, job.seconds))
+    def _waiting(self, window: _Window, stage: int, length: int) -> Waiting[_Window]:
+        request = window.request
+        lane = Lane(stage, request.schedule)
+        return Waiting(lane, length, request.arrived, request.options.bulk, window)
 
-    def _encode(self, job: _Job, labels: np.ndarray, confidence: np.ndarray | None, tokens: tuple[int, ...]) -> bytes:
-        options = job.options
+    # The watchdog: deadlines hold and a dead or hung device is noticed even when nothing else moves
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCH_SECONDS):
+            now = monotonic()
+            with self._lock:
+                late = [r for r in self._inflight if now - r.arrived > self._config.deadline_seconds]
+            for request in late:
+                seconds = self._config.deadline_seconds
+                _fail(request.answer, ServingError(ErrorKind.DEADLINE, f"not answered within {seconds:g} s"))
+            started = self._group_started
+            if started is not None and now - started > self._config.stall_seconds:
+                self._give_up(f"a group has been running for {now - started:.0f} s")
+                return
+            if not self._device.is_alive() and not self._draining:
+                self._give_up("the device thread died")
+                return
+
+    def _give_up(self, reason: str) -> None:
+        logger.critical("giving up: %s", reason)
+        with self._lock:
+            self._closing = True
+            lost = list(self._inflight)
+        for request in lost:
+            _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
+        self._on_fatal()
+
+    # Labels and replies
+
+    def _finish(self, request: _Request) -> None:
+        assert request.plan is not None
+        start = monotonic()
+        grid = (self._grid, self._grid)
+        logits = torch.stack([w.logits.unflatten(1, grid) for w in request.windows if w.logits is not None])
+        wants_confidence = request.options.view == "confidence"
+        found = label_map(logits, request.plan, self._model.config.patch_size, confidence=wants_confidence)
+        labeled = monotonic()
+        request.seconds["labels"] = labeled - start
+        lengths = [window.lengths for window in request.windows]
+        tokens = tuple(sum(step) for step in zip(*lengths, strict=True))
+        body = self._encode(request, found, tokens)
+        request.seconds["encode"] = monotonic() - labeled
+        _resolve(request.answer, SegmentReply(body, request.options.media_type, tokens, request.seconds))
+
+    def _encode(self, request: _Request, found: LabelMap, tokens: tuple[int, ...]) -> bytes:
+        options = request.options
+        assert request.image is not None
+        assert request.plan is not None
         if options.view == "overlay":
-            return codec.encode_picture(views.overlay_view(job.image, labels, self._classes), options.media_type)
+            shown = views.overlay_view(request.image, found.labels, self._classes)
+            return codec.encode_picture(shown, options.media_type)
         if options.view == "tokens":
-            maps = [m.numpy() for m in job.merge_maps]
-            shown = views.tokens_view(job.image, job.plan, maps, self._model.config.patch_size, tokens)
+            everyone = torch.arange(self._grid**2)
+            maps = [(everyone if w.merge_map is None else w.merge_map).numpy() for w in request.windows]
+            shown = views.tokens_view(request.image, request.plan, maps, self._model.config.patch_size, tokens)
             return codec.encode_picture(shown, options.media_type)
         if options.view == "confidence":
-            assert confidence is not None
-            return codec.encode_picture(views.confidence_view(confidence), options.media_type)
+            assert found.confidence is not None
+            return codec.encode_picture(views.confidence_view(found.confidence), options.media_type)
         if options.media_type == "application/json":
-            return codec.encode_json(self._describe(job, labels))
+            return codec.encode_json(self._describe(request, found.labels))
         if options.media_type == "application/x-npy":
-            return codec.encode_npy(labels)
-        return codec.encode_mask_png(labels, self._classes)
+            return codec.encode_npy(found.labels)
+        return codec.encode_mask_png(found.labels, self._classes)
 
-    def _describe(self, job: _Job, labels: np.ndarray) -> dict[str, Any]:
+    def _describe(self, request: _Request, labels: np.ndarray) -> dict[str, Any]:
         return {
-            "request_id": job.options.request_id,
+            "request_id": request.options.request_id,
             "height": labels.shape[0],
             "width": labels.shape[1],
             "classes": codec.describe_classes(labels, self._classes),
-            "tokens_per_window": job.lengths,
-            "timings_ms": {step: round(1000 * seconds, 3) for step, seconds in job.seconds.items()},
+            "tokens_per_window": [window.lengths for window in request.windows],
+            "timings_ms": {step: round(1000 * seconds, 3) for step, seconds in request.seconds.items()},
         }
 
+    def _plan(self, height: int, width: int) -> WindowPlan:
+        try:
+            return plan_windows(height, width, self._model.inference)
+        except TooManyWindowsError as error:
+            raise ServingError(ErrorKind.TOO_LARGE, f"image: {error}") from None
+
     @staticmethod
-    def _guard(answer: "Future[SegmentReply]", step: Any, *args: Any) -> None:
-        """Run one step of one request; what it raises is that request's answer."""
+    def _guard(request: _Request, step: Callable[..., None], *args: Any) -> None:
+        """Run one step of one request, unless it is over; what the step raises is the request's answer."""
+        if request.answer.done():
+            return
         try:
             step(*args)
         except ServingError as error:
-            _fail(answer, error)
+            _fail(request.answer, error)
         except Exception:
-            logger.exception("a request failed")
-            _fail(answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
+            logger.exception("request %s failed", request.options.request_id)
+            _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
+
+
+def _is_fatal(error: Exception) -> bool:
+    """After such an error every further call on the device fails too."""
+    return isinstance(error, torch.AcceleratorError)
+
+
+def _resolve(answer: "Future[SegmentReply]", reply: SegmentReply) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
+        answer.set_result(reply)
 
 
 def _fail(answer: "Future[SegmentReply]", error: ServingError) -> None:
-    if not answer.done():
+    with contextlib.suppress(InvalidStateError):
         answer.set_exception(error)

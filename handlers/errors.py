@@ -20,11 +20,17 @@ class ErrorKind(Enum):
 
 
 class ServingError(Exception):
-    """A request's own failure, told to its client; never a reason to fail its neighbours."""
+    """A request's own failure, told to its client; never a reason to fail its neighbours.
 
-    def __init__(self, kind: ErrorKind, message: str) -> None:
+    Attributes:
+        kind: what went wrong.
+        retry_after: seconds after which trying again is worth it, where that is known.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.retry_after = retry_after
 
     def body(self, request_id: str) -> bytes:
         """One line of JSON."""

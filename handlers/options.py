@@ -4,11 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mpm_ops.stages import parse_schedule
+
 from .errors import ErrorKind, ServingError
 
 MASK_TYPES = ("image/png", "application/json", "application/x-npy")
 VIEW_TYPES = ("image/png", "image/jpeg")
 VIEWS = ("overlay", "tokens", "confidence")
+PRIORITIES = ("interactive", "bulk")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -21,26 +24,41 @@ class RequestOptions:
         request_id: names the request in replies and logs.
         media_type: of the reply; one of MASK_TYPES, or of VIEW_TYPES where a view is asked for.
         view: a picture for people instead of the mask, one of VIEWS, or None.
+        schedule: encoder blocks before which tokens merge, or None for the server's default.
+        bulk: the request gives way to interactive ones.
     """
 
     request_id: str
     media_type: str = "image/png"
     view: str | None = None
+    schedule: tuple[int, ...] | None = None
+    bulk: bool = False
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
-        """Read Accept and X-MPM-View; names of headers are lower-case.
+        """Read Accept, X-MPM-View, X-MPM-Schedule and X-MPM-Priority; names of headers are lower-case.
 
         Raises:
             ServingError: a header asks for what isn't there.
         """
-        view = headers.get("x-mpm-view")
-        if view is not None and view not in VIEWS:
-            raise ServingError(
-                ErrorKind.BAD_REQUEST, f"X-MPM-View: expected one of {', '.join(VIEWS)}, got {view[:40]!r}"
-            )
+        view = _one_of("X-MPM-View", headers.get("x-mpm-view"), VIEWS)
+        priority = _one_of("X-MPM-Priority", headers.get("x-mpm-priority"), PRIORITIES)
         media_type = negotiate(headers.get("accept", "*/*"), MASK_TYPES if view is None else VIEW_TYPES)
-        return cls(request_id=request_id, media_type=media_type, view=view)
+        schedule = None
+        if "x-mpm-schedule" in headers:
+            try:
+                schedule = parse_schedule(headers["x-mpm-schedule"][:100])
+            except ValueError as error:
+                raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: {error}") from None
+        return cls(request_id=request_id, media_type=media_type, view=view, schedule=schedule, bulk=priority == "bulk")
+
+
+def _one_of(header: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
+    if value is not None and value not in allowed:
+        raise ServingError(
+            ErrorKind.BAD_REQUEST, f"{header}: expected one of {', '.join(allowed)}, got {value[:40]!r}"
+        )
+    return value
 
 
 def request_id_from(headers: Mapping[str, str], default: str) -> str:

@@ -110,6 +110,8 @@ def _fail(context: Any, i: int, request_id: str, error: ServingError, start: flo
     context.set_response_status(code=status, phrase=HTTPStatus(status).phrase, idx=i)
     context.set_response_content_type(i, "application/json")
     context.set_response_header(i, _REQUEST_ID_HEADER, request_id)
+    if error.retry_after is not None:
+        context.set_response_header(i, "Retry-After", str(error.retry_after))
     _log(request_id, status, perf_counter() - start, error=str(error))
     return error.body(request_id)
 

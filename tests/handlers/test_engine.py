@@ -1,0 +1,302 @@
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from handlers.config import ServingConfig
+from handlers.engine import Engine, SegmentReply
+from handlers.errors import ErrorKind, ServingError
+from handlers.options import RequestOptions
+from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
+from mpm_ops.classes import Classes, default_colors
+from mpm_ops.stages import WindowBatch
+
+CONFIG = ServingConfig(schedule=(1, 2), deadline_seconds=250, stall_seconds=250)
+NPY = RequestOptions(request_id="test", media_type="application/x-npy")
+CLASSES = Classes(tuple("abcde"), default_colors(5))
+
+
+@pytest.fixture(scope="module")
+def model() -> Segmenter:
+    """Three narrow layers with random weights, 64-pixel windows."""
+    torch.manual_seed(0)
+    shape = SegmenterConfig(image_size=(64, 64), patch_size=8, d_model=64, n_heads=1, n_layers=3, n_cls=5)
+    inference = InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=48, normalization="vit")
+    network = Segmenter(shape, inference, schedule=(1, 2)).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+@pytest.fixture
+def start(model: Segmenter) -> Iterator[Callable[..., Engine]]:
+    """Start engines that are closed after the test."""
+    engines: list[Engine] = []
+
+    def make(config: ServingConfig = CONFIG, **options: Any) -> Engine:
+        engines.append(Engine(model, CLASSES, config, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    noise[: height * (seed % 4) // 4] = rng.integers(0, 256, 3)  # flat parts merge differently
+    return noise
+
+
+def encode(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def labels_of(answer: "Future[SegmentReply]") -> np.ndarray:
+    labels: np.ndarray = np.load(io.BytesIO(answer.result(250).body))
+    return labels
+
+
+def error_of(answer: "Future[SegmentReply]") -> ServingError:
+    error = answer.exception(250)
+    assert isinstance(error, ServingError)
+    return error
+
+
+def with_schedule(model: Segmenter, schedule: tuple[int, ...]) -> Segmenter:
+    other = Segmenter(model.config, model.inference, schedule=schedule).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_same_picture_same_mask_whatever_shares_its_groups(
+    model: Segmenter, start: Callable[..., Engine], deterministic: bool
+) -> None:
+    pictures = [
+        picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
+    ]
+    schedules: list[tuple[int, ...]] = [(1, 2), ()]
+    expected = {
+        (i, schedule): with_schedule(model, schedule).segment(image)
+        for i, image in enumerate(pictures)
+        for schedule in schedules
+    }
+    engine = start(replace(CONFIG, deterministic=deterministic))
+    encoded = [encode(image) for image in pictures]
+    kinds = list(expected) * 125
+    np.random.default_rng(0).shuffle(kinds)  # type: ignore[arg-type]
+    answers = [engine.submit(encoded[i], replace(NPY, schedule=tuple(schedule))) for i, schedule in kinds]
+    assert len(answers) == 1000
+    for (i, schedule), answer in zip(kinds, answers, strict=True):
+        np.testing.assert_array_equal(labels_of(answer), expected[i, tuple(schedule)])
+    assert engine.inflight == 0
+
+
+def test_windows_of_different_requests_share_groups(start: Callable[..., Engine]) -> None:
+    groups: list[int] = []
+    engine = start(observer=lambda group, seconds: groups.append(len({m.payload.request for m in group.members})))
+    wait([engine.submit(encode(picture(s)), NPY) for s in range(40)], 60)
+    assert max(groups) > 1
+
+
+def test_reply_tells_tokens_and_times(start: Callable[..., Engine]) -> None:
+    reply = start().submit(encode(picture(1)), NPY).result(250)
+    assert reply.tokens[0] == 128  # two windows of 8 x 8 patches
+    assert len(reply.tokens) == 3
+    assert reply.tokens[0] > reply.tokens[1] > reply.tokens[2]
+    assert set(reply.seconds) == {"decode", "queue", "compute", "merge", "labels", "encode"}
+    assert min(reply.seconds.values()) >= 0
+
+
+def test_a_bad_picture_fails_alone(model: Segmenter, start: Callable[..., Engine]) -> None:
+    engine = start()
+    good, truncated = encode(picture(0)), encode(picture(0))[:-2000]
+    answers = [engine.submit(data, NPY) for data in (good, b"no picture", truncated, good)]
+    for answer in (answers[0], answers[3]):
+        np.testing.assert_array_equal(labels_of(answer), model.segment(picture(0)))
+    assert [error_of(a).kind for a in answers[1:3]] == [ErrorKind.BAD_REQUEST] * 2
+
+
+def test_a_schedule_that_is_not_allowed_is_refused(start: Callable[..., Engine]) -> None:
+    error = error_of(start().submit(encode(picture(0)), replace(NPY, schedule=(2,))))
+    assert (error.kind, str(error)) == (ErrorKind.BAD_REQUEST, "X-MPM-Schedule: expected one of 1,2, off")
+
+
+WHITE = np.full((64, 64, 3), 255, np.uint8)  # the picture that faults below are tied to
+
+
+def break_embed(monkeypatch: pytest.MonkeyPatch, fault: Callable[[torch.Tensor], None]) -> None:
+    """Let `fault` see the windows of every group before the first stage runs."""
+    embed = Segmenter.embed
+
+    def broken(self: Segmenter, windows: torch.Tensor) -> WindowBatch:
+        fault(windows)
+        return embed(self, windows)
+
+    monkeypatch.setattr(Segmenter, "embed", broken)
+
+
+def is_white(windows: torch.Tensor) -> torch.Tensor:
+    return (windows == 1).flatten(1).all(dim=1)
+
+
+def test_a_window_that_breaks_a_stage_fails_only_its_own_request(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [model.segment(picture(i)) for i in range(8)]
+
+    def fault(windows: torch.Tensor) -> None:
+        if is_white(windows).any():
+            raise RuntimeError("white")
+
+    break_embed(monkeypatch, fault)
+    engine = start()
+    answers = [engine.submit(encode(WHITE if i == 5 else picture(i)), NPY) for i in range(8)]
+    for i in set(range(8)) - {5}:
+        np.testing.assert_array_equal(labels_of(answers[i]), expected[i])
+    assert error_of(answers[5]).kind is ErrorKind.INTERNAL
+    assert [r.levelname for r in caplog.records if "failed at stage" in r.message] == ["ERROR"]
+
+
+def test_a_window_with_non_finite_logits_fails_only_its_own_request(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [model.segment(picture(i)) for i in range(4)]
+
+    def fault(windows: torch.Tensor) -> None:
+        windows[is_white(windows)] = torch.nan
+
+    break_embed(monkeypatch, fault)
+    engine = start()
+    answers = [engine.submit(encode(WHITE if i == 2 else picture(i)), NPY) for i in range(4)]
+    for i in (0, 1, 3):
+        np.testing.assert_array_equal(labels_of(answers[i]), expected[i])
+    assert "finite" in str(error_of(answers[2]))
+
+
+def test_running_out_of_memory_halves_the_group(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [model.segment(picture(i)) for i in range(8)]
+    sizes: list[int] = []
+
+    def fault(windows: torch.Tensor) -> None:
+        sizes.append(len(windows))
+        if len(windows) > 2:
+            raise torch.OutOfMemoryError("too many windows")
+
+    break_embed(monkeypatch, fault)
+    engine = start()
+    answers = [engine.submit(encode(picture(i)), NPY) for i in range(8)]
+    for answer, labels in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(labels_of(answer), labels)
+    assert max(sizes) > 2
+
+
+def test_a_hung_stage_fails_everything_in_flight_and_gives_up(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, fatal = threading.Event(), threading.Event()
+    break_embed(monkeypatch, lambda windows: assert_none(release.wait(30)))
+    engine = start(replace(CONFIG, stall_seconds=0.2), on_fatal=fatal.set)
+    answers = [engine.submit(encode(picture(i)), NPY) for i in range(3)]
+    assert fatal.wait(10)
+    assert {error_of(answer).kind for answer in answers} == {ErrorKind.INTERNAL}
+    assert error_of(engine.submit(encode(picture(0)), NPY)).kind is ErrorKind.OVERLOADED
+    release.set()
+
+
+def assert_none(_: object) -> None:
+    """Drop a value where None is expected."""
+
+
+def test_a_poisoned_device_fails_everything_in_flight_and_gives_up(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(windows: torch.Tensor) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    break_embed(monkeypatch, fault)
+    fatal = threading.Event()
+    answer = start(on_fatal=fatal.set).submit(encode(picture(0)), NPY)
+    assert error_of(answer).kind is ErrorKind.INTERNAL
+    assert fatal.wait(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_death_of_the_device_thread_is_seen(start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(windows: torch.Tensor) -> None:
+        raise SystemExit
+
+    break_embed(monkeypatch, fault)
+    fatal = threading.Event()
+    answer = start(on_fatal=fatal.set).submit(encode(picture(0)), NPY)
+    assert error_of(answer).kind is ErrorKind.INTERNAL
+    assert fatal.wait(10)
+
+
+def slow_embed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    break_embed(monkeypatch, lambda windows: time.sleep(seconds))
+
+
+def test_a_late_request_gets_its_deadline_even_while_the_device_is_busy(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_embed(monkeypatch, 1.0)
+    begin = time.monotonic()
+    answer = start(replace(CONFIG, deadline_seconds=0.2)).submit(encode(picture(0)), NPY)
+    assert error_of(answer).kind is ErrorKind.DEADLINE
+    assert time.monotonic() - begin < 0.9
+
+
+def test_a_cancelled_request_is_dropped_between_stages(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_embed(monkeypatch, 0.3)
+    stages: list[int] = []
+    engine = start(observer=lambda group, seconds: stages.append(group.lane.stage))
+    answer = engine.submit(encode(picture(0)), NPY)
+    time.sleep(0.1)
+    assert answer.cancel()
+    assert engine.inflight == 0
+    labels_of(engine.submit(encode(picture(1)), NPY))
+    assert stages == [0, 0, 1, 2]
+
+
+def test_overload_is_refused_at_once_with_a_time_to_retry(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.segment(picture(0))
+    slow_embed(monkeypatch, 0.05)
+    engine = start(replace(CONFIG, max_inflight_tokens=8 * 65 * 2))  # eight requests of two windows
+    answers = [engine.submit(encode(picture(0)), NPY) for _ in range(40)]
+    accepted = [answer for answer in answers if answer.exception(250) is None]
+    refused = [error_of(answer) for answer in answers if answer not in accepted]
+    assert len(accepted) >= 8
+    assert {error.kind for error in refused} == {ErrorKind.OVERLOADED}
+    assert all(error.retry_after is not None and error.retry_after >= 1 for error in refused)
+    for answer in accepted:
+        np.testing.assert_array_equal(labels_of(answer), expected)
+    assert engine.inflight == 0
+
+
+def test_close_answers_what_was_accepted_and_leaves_no_thread(model: Segmenter) -> None:
+    before = threading.active_count()
+    engine = Engine(model, CLASSES, CONFIG)
+    answers = [engine.submit(encode(picture(i)), NPY) for i in range(10)]
+    engine.close()
+    assert all(answer.done() and answer.exception() is None for answer in answers)
+    assert error_of(engine.submit(encode(picture(0)), NPY)).kind is ErrorKind.OVERLOADED
+    assert threading.active_count() == before
