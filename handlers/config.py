@@ -18,6 +18,7 @@ class ServingConfig:
         max_image_bytes: larger request bodies are refused.
         max_image_pixels: larger pictures are refused before they are decoded.
         allowed_schedules: schedules that a request may ask for, beside `schedule`.
+        padded: pad ragged groups to their longest window instead of packing them, for runtimes that need one shape.
         deterministic: compute every window alone, so that no mate can move the last bits of its answer.
         max_batch_tokens: tokens computed together.
         max_group_windows: windows computed together.
@@ -36,6 +37,7 @@ class ServingConfig:
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
     allowed_schedules: tuple[tuple[int, ...], ...] = ((),)
+    padded: bool = False
     deterministic: bool = False
     max_batch_tokens: int = 16_384
     max_group_windows: int = 8
@@ -61,8 +63,9 @@ class ServingConfig:
         _check_integer("torch_threads", self.torch_threads, minimum=0)
         for name in ("max_group_delay_ms", "bulk_patience_seconds", "deadline_seconds", "stall_seconds"):
             _check_duration(name, getattr(self, name))
-        if not isinstance(self.deterministic, bool):
-            raise ValueError(f"deterministic: expected true or false, got {self.deterministic!r}")
+        for name in ("padded", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         _check_schedule("schedule", self.schedule)
         if not isinstance(self.allowed_schedules, tuple):
             raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")

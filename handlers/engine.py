@@ -26,18 +26,21 @@ from torch import Tensor
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.labels import LabelMap, label_map
+from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Stage, WindowBatch, cut_stages
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import codec, views
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
+from .grouping import GroupCost
 from .options import RequestOptions
 from .scheduler import Group, Lane, Scheduler, Waiting
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
+_POOL_GROUPS = 4  # groups' worth of windows among which padded execution chooses mates
 _RATE_SECONDS = 10.0  # over which the drain rate is measured
 
 
@@ -126,9 +129,10 @@ class Engine:
         self._scheduler: Scheduler[_Window] = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
             max_group_windows=1 if config.deterministic else config.max_group_windows,
-            pool_windows=config.max_group_windows,
+            pool_windows=_POOL_GROUPS * config.max_group_windows if config.padded else config.max_group_windows,
             max_group_delay=config.max_group_delay_ms / 1000,
             bulk_patience=config.bulk_patience_seconds,
+            cost=self._measure_cost() if config.padded else None,
         )
         self._lock = threading.Lock()  # guards the four below
         self._inflight: set[_Request] = set()
@@ -284,7 +288,7 @@ class Engine:
             batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
-        batch = model.run_blocks(stage, batch)
+        batch = model.run_blocks(stage, batch, padded=self._config.padded)
         merge_seconds = 0.0
         if stage.merges:
             start = monotonic()
@@ -354,6 +358,24 @@ class Engine:
         for request in lost:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
         self._on_fatal()
+
+    @torch.inference_mode()
+    def _measure_cost(self) -> GroupCost:
+        """What one encoder block costs a padded group; the ratio between shapes is what matters to the planner."""
+        model, width = self._model, self._model.config.d_model
+        block = Stage(index=1, blocks=range(1), merges=True)
+        longest = self._tokens_of_window
+        samples = []
+        for num_windows in (1, max(2, self._config.max_group_windows)):
+            for length in (max(1, longest // 2), longest):
+                batch = WindowBatch(PackedTokens.from_batch(torch.zeros(num_windows, length, width)))
+                seconds = []
+                for _ in range(4):
+                    start = monotonic()
+                    model.run_blocks(block, batch)
+                    seconds.append(monotonic() - start)
+                samples.append((num_windows, length, min(seconds[1:])))
+        return GroupCost.fit(samples)
 
     # Labels and replies
 

@@ -1,6 +1,6 @@
 """Which group of waiting windows the device runs next. No threads and no clock of its own: time is an argument."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -60,7 +60,7 @@ class Scheduler(Generic[Payload]):
         pool_windows: a lane with so many is released; more than a group lets padded execution choose mates.
         max_group_delay: seconds that a window waits in a lane for mates while the device has other work.
         bulk_patience: seconds by which a bulk window counts as younger than it is.
-        costs: of padded groups, by stage; None for packed execution.
+        cost: of padded groups; None for packed execution.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Scheduler(Generic[Payload]):
         pool_windows: int,
         max_group_delay: float,
         bulk_patience: float,
-        costs: Mapping[int, GroupCost] | None = None,
+        cost: GroupCost | None = None,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._max_group_windows = max_group_windows
         self._pool_windows = pool_windows
         self._max_group_delay = max_group_delay
         self._bulk_patience = bulk_patience
-        self._costs = costs
+        self._cost = cost
         self._lanes: dict[Lane, list[Waiting[Payload]]] = {}
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class Scheduler(Generic[Payload]):
         candidates = windows[: 4 * max(self._max_group_windows, self._pool_windows)]  # bounds the planner's work
         groups = plan_groups(
             [window.length for window in candidates],
-            None if self._costs is None else self._costs[lane.stage],
+            self._cost,
             max_batch_tokens=self._max_batch_tokens,
             max_group_windows=self._max_group_windows,
         )

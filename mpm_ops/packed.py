@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,6 +51,19 @@ class PackedTokens:
     def split(self) -> tuple[Tensor, ...]:
         """The sequences as [L_b, D] views."""
         return self.values.split(self.lengths)
+
+    def padded(self) -> tuple["PackedTokens", Tensor]:
+        """Zero rows up to the longest sequence, and a [B * max_seqlen] key bias that hides them from attention."""
+        longest = self.max_seqlen
+        rows = [F.pad(sequence, (0, 0, 0, longest - len(sequence))) for sequence in self.split()]
+        bias = self.values.new_zeros(len(rows), longest)
+        for i, length in enumerate(self.lengths):
+            bias[i, length:] = -torch.inf
+        return PackedTokens(torch.cat(rows), (longest,) * len(rows)), bias.flatten()
+
+    def unpadded(self, lengths: tuple[int, ...]) -> "PackedTokens":
+        """The first rows of each sequence: undoes `padded`."""
+        return PackedTokens.pack([s[:length] for s, length in zip(self.split(), lengths, strict=True)])
 
     def with_values(self, values: Tensor) -> "PackedTokens":
         """The same sequences with other rows."""

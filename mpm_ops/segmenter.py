@@ -96,11 +96,20 @@ class Segmenter(nn.Module):
         """[B, 3, H, W] normalised windows -> their tokens."""
         return WindowBatch(self.encoder.embed(windows))
 
-    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
-        """Run the encoder blocks of one stage."""
-        tokens = batch.tokens
+    def run_blocks(self, stage: Stage, batch: WindowBatch, *, padded: bool = False) -> WindowBatch:
+        """Run the encoder blocks of one stage.
+
+        Args:
+            padded: pad ragged windows to the longest and mask, as runtimes that need one shape do. It
+                moves the last bits of a window's tokens with the lengths of its mates.
+        """
+        tokens, key_bias = batch.tokens, None
+        if padded and not tokens.is_uniform:
+            tokens, key_bias = tokens.padded()
         for i in stage.blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens)
+            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
+        if key_bias is not None:
+            tokens = tokens.unpadded(batch.tokens.lengths)
         return WindowBatch(tokens, batch.merge_maps)
 
     def merge(self, batch: WindowBatch) -> WindowBatch:

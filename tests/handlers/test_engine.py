@@ -95,13 +95,20 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     }
     engine = start(replace(CONFIG, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
-    kinds = list(expected) * 125
-    np.random.default_rng(0).shuffle(kinds)  # type: ignore[arg-type]
+    kinds = list(expected) * (25 if deterministic else 125)
+    np.random.default_rng(0).shuffle(kinds)
     answers = [engine.submit(encoded[i], replace(NPY, schedule=tuple(schedule))) for i, schedule in kinds]
-    assert len(answers) == 1000
     for (i, schedule), answer in zip(kinds, answers, strict=True):
         np.testing.assert_array_equal(labels_of(answer), expected[i, tuple(schedule)])
     assert engine.inflight == 0
+
+
+def test_padded_groups_agree_with_packed_ones(model: Segmenter, start: Callable[..., Engine]) -> None:
+    """Padding moves the last bits, and a near-tie may then merge another pair; most pixels must not notice."""
+    engine = start(replace(CONFIG, padded=True))
+    answers = [engine.submit(encode(picture(s)), NPY) for s in range(24)]
+    agreement = [(labels_of(answer) == model.segment(picture(s))).mean() for s, answer in enumerate(answers)]
+    assert np.mean(agreement) > 0.999
 
 
 def test_windows_of_different_requests_share_groups(start: Callable[..., Engine]) -> None:

@@ -4,14 +4,14 @@ from handlers.scheduler import Group, Lane, Scheduler, Waiting
 FIRST, SECOND = Lane(0, (2, 5)), Lane(1, (2, 5))
 
 
-def scheduler(*, pool: int = 4, costs: dict[int, GroupCost] | None = None) -> Scheduler[str]:
+def scheduler(*, pool: int = 4, cost: GroupCost | None = None) -> Scheduler[str]:
     return Scheduler(
         max_batch_tokens=1000,
         max_group_windows=4,
         pool_windows=pool,
         max_group_delay=0.02,
         bulk_patience=10.0,
-        costs=costs,
+        cost=cost,
     )
 
 
@@ -65,7 +65,7 @@ def test_among_overdue_lanes_the_oldest_request_goes_first() -> None:
 
 
 def test_the_oldest_window_is_in_the_group_and_the_planner_picks_its_mates() -> None:
-    s = scheduler(pool=6, costs={0: GroupCost()})
+    s = scheduler(pool=6, cost=GroupCost())
     lengths = [90, 10, 11, 91, 92, 10]
     s.add([window(f"{n}.{i}", arrived=i, length=n) for i, n in enumerate(lengths)], now=0.0)
     assert names(s.next_group(0.0)) == ["90.0"]  # padding a mate to 91 would cost more than running alone
