@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import ts.service
 
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
@@ -24,6 +26,7 @@ from .options import RequestOptions, request_id_from
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
+_MAX_WAIT_SECONDS = 1.0  # well below TorchServe's responseTimeout
 _BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
 
 
@@ -44,26 +47,22 @@ class SegmenterHandler:
         model = load_segmenter(
             folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
         )
-        self._engine = Engine(model, load_classes(folder / "classes.csv", model.config.n_cls), config)
+        classes = load_classes(folder / "classes.csv", model.config.n_cls)
+        self._engine = Engine(model, classes, config, observer=lambda group, seconds: self._on_group())
         self._warm_up()
         logger.info("ready: schedule %s, align %d", config.schedule, config.align)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch; statuses and headers go to the context."""
         start = perf_counter()
-        requests = []
-        for i, parts in enumerate(data):
-            # Part headers share this mapping as dictionaries of their own.
-            headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
-            request_id = request_id_from(headers, default=context.get_request_id(i))
-            requests.append((request_id, self._submit(parts, headers, request_id)))
-        bodies = []
-        for i, (request_id, answer) in enumerate(requests):
-            try:
-                bodies.append(_succeed(context, i, request_id, answer.result(), start))
-            except ServingError as error:
-                bodies.append(_fail(context, i, request_id, error, start))
-        return bodies
+        requests = [self._take(i, parts, context) for i, parts in enumerate(data)]
+        return [_answer(context, i, *request, start) for i, request in enumerate(requests)]
+
+    def _take(self, i: int, parts: Mapping[str, Any], context: Any) -> tuple[str, "Future[SegmentReply]"]:
+        # Part headers share this mapping as dictionaries of their own.
+        headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
+        request_id = request_id_from(headers, default=context.get_request_id(i))
+        return request_id, self._submit(parts, headers, request_id)
 
     def _submit(self, parts: Mapping[str, Any], headers: Mapping[str, str], request_id: str) -> "Future[SegmentReply]":
         try:
@@ -73,10 +72,64 @@ class SegmenterHandler:
             failed.set_exception(error)
             return failed
 
+    def _on_group(self) -> None:
+        """Called by the engine after every group."""
+
     def _warm_up(self) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
         options = RequestOptions(request_id="warm-up")
         self._engine.submit(codec.encode_picture(noise, "image/jpeg"), options).result()
+
+
+class ContinuousHandler(SegmenterHandler):
+    """One engine behind TorchServe's continuous batching: requests join while others compute.
+
+    TorchServe passes everything in flight at every call, and takes answers for some of it. A call
+    returns when an answer is there, or when a group is through and new work could start.
+    """
+
+    def initialize(self, context: Any) -> None:
+        self._progress = threading.Event()
+        self._pending: dict[str, tuple[str, Future[SegmentReply], float]] = {}
+        super().initialize(context)
+        _answer_only_what_is_there()
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes | None]:  # type: ignore[override]
+        """Answer those requests of the batch that are done; None for the others."""
+        self._progress.clear()
+        job_ids = [context.get_request_id(i) for i in range(len(data))]
+        for gone in self._pending.keys() - set(job_ids):
+            self._pending.pop(gone)[1].cancel()
+        for i, job_id in enumerate(job_ids):
+            if job_id not in self._pending:
+                start = perf_counter()
+                request_id, answer = self._take(i, data[i], context)
+                self._pending[job_id] = (request_id, answer, start)
+                answer.add_done_callback(lambda _: self._progress.set())
+        self._progress.wait(_MAX_WAIT_SECONDS)
+        return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
+
+    def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
+        request_id, answer, start = self._pending[job_id]
+        if not answer.done():
+            return None
+        del self._pending[job_id]
+        return _answer(context, i, request_id, answer, start)
+
+    def _on_group(self) -> None:
+        self._progress.set()
+
+
+def _answer_only_what_is_there() -> None:
+    """Make TorchServe's reply builder leave out requests whose answer is None."""
+    build = ts.service.create_predict_response
+
+    def build_partial(ret: Any, req_id_map: dict[int, str], *args: Any, **kwargs: Any) -> Any:
+        if ret is not None:
+            req_id_map = {i: job_id for i, job_id in req_id_map.items() if ret[i] is not None}
+        return build(ret, req_id_map, *args, **kwargs)
+
+    ts.service.create_predict_response = build_partial
 
 
 def _image_bytes(parts: Mapping[str, Any]) -> bytes | bytearray:
@@ -91,6 +144,13 @@ def _image_bytes(parts: Mapping[str, Any]) -> bytes | bytearray:
     if not isinstance(value, bytes | bytearray):
         raise ServingError(ErrorKind.BAD_REQUEST, "image: expected an encoded picture, got JSON")
     return value
+
+
+def _answer(context: Any, i: int, request_id: str, answer: "Future[SegmentReply]", start: float) -> bytes:
+    try:
+        return _succeed(context, i, request_id, answer.result(), start)
+    except ServingError as error:
+        return _fail(context, i, request_id, error, start)
 
 
 def _succeed(context: Any, i: int, request_id: str, reply: SegmentReply, start: float) -> bytes:

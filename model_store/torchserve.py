@@ -18,16 +18,24 @@ from mpm_ops.classes import load_classes
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
 _HANDLER = '''"""Serves the Segmenter in this archive."""
 
-from handlers.torchserve_handler import SegmenterHandler
+from handlers.torchserve_handler import {handler}
 
 
-class Handler(SegmenterHandler):
+class Handler({handler}):
     pass
 '''
+_HANDLERS = {"synchronous": "SegmenterHandler", "continuous": "ContinuousHandler"}
 
 
 def build_archive(
-    checkpoint: Path, *, name: str, out: Path, serving: Mapping[str, Any], batch_size: int = 8, max_delay_ms: int = 5
+    checkpoint: Path,
+    *,
+    name: str,
+    out: Path,
+    serving: Mapping[str, Any],
+    batching: str = "continuous",
+    batch_size: int = 32,
+    max_delay_ms: int = 5,
 ) -> Path:
     """Write `NAME.mar` into a model store.
 
@@ -36,7 +44,8 @@ def build_archive(
         name: under which the model is served.
         out: the model store; made if missing.
         serving: fields of `handlers.config.ServingConfig`.
-        batch_size: requests that TorchServe hands over at once.
+        batching: "continuous", requests join while others compute, or "synchronous", batch after batch.
+        batch_size: requests that TorchServe hands over at once; with continuous batching, in flight at most.
         max_delay_ms: how long it waits for them.
 
     Returns:
@@ -55,8 +64,10 @@ def build_archive(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
-        (scratch / "handler.py").write_text(_HANDLER)
-        (scratch / "model-config.yaml").write_text(yaml.safe_dump(_model_config(serving, batch_size, max_delay_ms)))
+        (scratch / "handler.py").write_text(_HANDLER.format(handler=_HANDLERS[batching]))
+        (scratch / "model-config.yaml").write_text(
+            yaml.safe_dump(_model_config(serving, batching, batch_size, max_delay_ms))
+        )
         shutil.copy(checkpoint, scratch / "checkpoint.pth")
         extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
         _run_archiver(
@@ -72,10 +83,11 @@ def build_archive(
     return out / f"{name}.mar"
 
 
-def _model_config(serving: Mapping[str, Any], batch_size: int, max_delay_ms: int) -> dict[str, Any]:
+def _model_config(serving: Mapping[str, Any], batching: str, batch_size: int, max_delay_ms: int) -> dict[str, Any]:
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
+        "continuousBatching": batching == "continuous",
         "batchSize": batch_size,
         "maxBatchDelay": max_delay_ms,
         "responseTimeout": 120,

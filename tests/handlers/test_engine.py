@@ -1,12 +1,14 @@
 import io
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -307,3 +309,34 @@ def test_close_answers_what_was_accepted_and_leaves_no_thread(model: Segmenter) 
     assert all(answer.done() and answer.exception() is None for answer in answers)
     assert error_of(engine.submit(encode(picture(0)), NPY)).kind is ErrorKind.OVERLOADED
     assert threading.active_count() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_half_a_minute_at_three_times_capacity_loses_nothing(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_embed(monkeypatch, 0.1)  # a device that is the bottleneck, whatever the machine
+    engine = start(replace(CONFIG, max_inflight_tokens=40 * 2 * 65, deadline_seconds=20))
+    data = encode(picture(0))
+    begin = time.monotonic()
+    wait([engine.submit(data, NPY) for _ in range(40)])
+    gap = (time.monotonic() - begin) / 40 / 3
+    process = psutil.Process()
+    memory, threads = process.memory_info().rss, threading.active_count()
+
+    answers = []
+    begin = time.monotonic()
+    while time.monotonic() < begin + 30:
+        answers.append(engine.submit(data, NPY))
+        time.sleep(gap)
+    wait(answers, 60)
+
+    kinds = Counter("served" if a.exception(0) is None else error_of(a).kind for a in answers)
+    assert kinds["served"] > 0
+    assert kinds[ErrorKind.OVERLOADED] > kinds["served"]
+    assert kinds["served"] + kinds[ErrorKind.OVERLOADED] + kinds[ErrorKind.DEADLINE] == len(answers)
+    assert engine.inflight == 0
+    assert threading.active_count() == threads
+    del answers
+    assert process.memory_info().rss < memory + 64 * 2**20
