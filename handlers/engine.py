@@ -8,11 +8,9 @@ how long each of them became; the group they run in next is chosen anew every ti
 
 import contextlib
 import logging
-import math
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,40 +23,23 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
-from mpm_ops.labels import LabelMap, label_map
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Stage, WindowBatch, cut_stages
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
-from . import codec, views
+from . import codec
+from .admission import Admission
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
 from .grouping import GroupCost
 from .options import RequestOptions
+from .replies import Segmented, SegmentReply, encode_reply
 from .scheduler import Group, Lane, Scheduler, Waiting
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
 _POOL_GROUPS = 4  # groups' worth of windows among which padded execution chooses mates
-_RATE_SECONDS = 10.0  # over which the drain rate is measured
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentReply:
-    """An answer.
-
-    Attributes:
-        body: encoded as the request's media type.
-        media_type: of the body.
-        tokens: of the whole picture, at the start and after each merge.
-        seconds: how long each step took.
-    """
-
-    body: bytes
-    media_type: str
-    tokens: tuple[int, ...]
-    seconds: dict[str, float]
 
 
 @dataclass(slots=True, eq=False)
@@ -134,11 +115,9 @@ class Engine:
             bulk_patience=config.bulk_patience_seconds,
             cost=self._measure_cost() if config.padded else None,
         )
-        self._lock = threading.Lock()  # guards the four below
-        self._inflight: set[_Request] = set()
-        self._inflight_tokens = 0
-        self._drained: deque[tuple[float, int]] = deque()  # when requests left lately, and their tokens
-        self._closing = False
+        self._admission = Admission(config.max_inflight_tokens)
+        self._lock = threading.Lock()
+        self._inflight: set[_Request] = set()  # guarded by the lock
 
         self._inbox: queue.SimpleQueue[list[Waiting[_Window]] | None] = queue.SimpleQueue()
         self._draining = False
@@ -170,8 +149,7 @@ class Engine:
 
     def close(self) -> None:
         """Refuse new requests, finish those that were accepted, then stop."""
-        with self._lock:
-            self._closing = True
+        self._admission.close()
         self._decoders.shutdown()
         self._inbox.put(None)
         self._device.join()
@@ -193,35 +171,16 @@ class Engine:
         height, width = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
         tokens = self._plan(height, width).num_windows * self._tokens_of_window
         request = _Request(options, schedule, answer, monotonic(), tokens)
+        self._admission.enter(tokens)
         with self._lock:
-            if self._closing:
-                raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down")
-            if self._inflight_tokens and self._inflight_tokens + tokens > config.max_inflight_tokens:
-                raise ServingError(
-                    ErrorKind.OVERLOADED,
-                    f"the server is busy with {len(self._inflight)} requests; try again later",
-                    retry_after=self._retry_after(),
-                )
             self._inflight.add(request)
-            self._inflight_tokens += tokens
         answer.add_done_callback(lambda _: self._leave(request))
         return request
 
     def _leave(self, request: _Request) -> None:
         with self._lock:
             self._inflight.discard(request)
-            self._inflight_tokens -= request.tokens
-            self._drained.append((monotonic(), request.tokens))
-
-    def _retry_after(self) -> int:
-        """Seconds until what is in flight has left at the rate of the last seconds, at least 1."""
-        now = monotonic()
-        while self._drained and self._drained[0][0] < now - _RATE_SECONDS:
-            self._drained.popleft()
-        if not self._drained:
-            return 1
-        tokens_per_second = sum(tokens for _, tokens in self._drained) / max(now - self._drained[0][0], 1.0)
-        return max(1, math.ceil(self._inflight_tokens / tokens_per_second))
+        self._admission.leave(request.tokens)
 
     def _prepare(self, request: _Request, data: bytes | bytearray) -> None:
         config = self._config
@@ -274,11 +233,11 @@ class Engine:
                 self._run(Group(group.lane, group.members[half:], group.reason))
             return
         elapsed = monotonic() - start
-        for request in {id(w.request): w.request for w in windows}.values():
+        for request in _requests_of(windows):
             request.seconds["compute"] += elapsed - merge_seconds
             request.seconds["merge"] += merge_seconds
         self._observer(group, elapsed)
-        self._route(stage, windows, elapsed)
+        self._route(stage, windows)
 
     @torch.inference_mode()
     def _compute(self, stage: Stage, windows: Sequence[_Window]) -> float:
@@ -304,7 +263,7 @@ class Engine:
             window.state = state
         return merge_seconds
 
-    def _route(self, stage: Stage, windows: Sequence[_Window], elapsed: float) -> None:
+    def _route(self, stage: Stage, windows: Sequence[_Window]) -> None:
         """Send windows to their next lane, and requests whose windows are all done to be labelled."""
         now = monotonic()
         if stage.merges:
@@ -316,13 +275,12 @@ class Engine:
                 arrivals.append(self._waiting(window, stage.index + 1, length))
             self._scheduler.add(arrivals, now)
             return
-        for window in windows:
-            request = window.request
-            assert window.logits is not None
-            if not window.logits.isfinite().all():
+        for request in _requests_of(windows):
+            logits = [window.logits for window in request.windows if window.logits is not None]
+            if not all(found.isfinite().all() for found in logits):
                 logger.error("request %s: the network gave non-finite logits", request.options.request_id)
                 _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the network found no finite answer"))
-            elif all(other.logits is not None for other in request.windows):
+            elif len(logits) == len(request.windows):
                 busy = request.seconds["compute"] + request.seconds["merge"]
                 request.seconds["queue"] = max(0.0, now - request.ready_at - busy)
                 self._encoders.submit(self._guard, request, self._finish, request)
@@ -352,12 +310,14 @@ class Engine:
 
     def _give_up(self, reason: str) -> None:
         logger.critical("giving up: %s", reason)
+        self._admission.close()
         with self._lock:
-            self._closing = True
             lost = list(self._inflight)
         for request in lost:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
         self._on_fatal()
+
+    # Start-up and small parts
 
     @torch.inference_mode()
     def _measure_cost(self) -> GroupCost:
@@ -377,53 +337,21 @@ class Engine:
                 samples.append((num_windows, length, min(seconds[1:])))
         return GroupCost.fit(samples)
 
-    # Labels and replies
-
     def _finish(self, request: _Request) -> None:
-        assert request.plan is not None
-        start = monotonic()
-        grid = (self._grid, self._grid)
-        logits = torch.stack([w.logits.unflatten(1, grid) for w in request.windows if w.logits is not None])
-        wants_confidence = request.options.view == "confidence"
-        found = label_map(logits, request.plan, self._model.config.patch_size, confidence=wants_confidence)
-        labeled = monotonic()
-        request.seconds["labels"] = labeled - start
-        lengths = [window.lengths for window in request.windows]
-        tokens = tuple(sum(step) for step in zip(*lengths, strict=True))
-        body = self._encode(request, found, tokens)
-        request.seconds["encode"] = monotonic() - labeled
-        _resolve(request.answer, SegmentReply(body, request.options.media_type, tokens, request.seconds))
-
-    def _encode(self, request: _Request, found: LabelMap, tokens: tuple[int, ...]) -> bytes:
-        options = request.options
         assert request.image is not None
         assert request.plan is not None
-        if options.view == "overlay":
-            shown = views.overlay_view(request.image, found.labels, self._classes)
-            return codec.encode_picture(shown, options.media_type)
-        if options.view == "tokens":
-            everyone = torch.arange(self._grid**2)
-            maps = [(everyone if w.merge_map is None else w.merge_map).numpy() for w in request.windows]
-            shown = views.tokens_view(request.image, request.plan, maps, self._model.config.patch_size, tokens)
-            return codec.encode_picture(shown, options.media_type)
-        if options.view == "confidence":
-            assert found.confidence is not None
-            return codec.encode_picture(views.confidence_view(found.confidence), options.media_type)
-        if options.media_type == "application/json":
-            return codec.encode_json(self._describe(request, found.labels))
-        if options.media_type == "application/x-npy":
-            return codec.encode_npy(found.labels)
-        return codec.encode_mask_png(found.labels, self._classes)
-
-    def _describe(self, request: _Request, labels: np.ndarray) -> dict[str, Any]:
-        return {
-            "request_id": request.options.request_id,
-            "height": labels.shape[0],
-            "width": labels.shape[1],
-            "classes": codec.describe_classes(labels, self._classes),
-            "tokens_per_window": [window.lengths for window in request.windows],
-            "timings_ms": {step: round(1000 * seconds, 3) for step, seconds in request.seconds.items()},
-        }
+        grid = (self._grid, self._grid)
+        segmented = Segmented(
+            request.image,
+            request.plan,
+            torch.stack([window.logits.unflatten(1, grid) for window in request.windows if window.logits is not None]),
+            [window.merge_map for window in request.windows],
+            [window.lengths for window in request.windows],
+            request.seconds,
+        )
+        reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
+        with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
+            request.answer.set_result(reply)
 
     def _plan(self, height: int, width: int) -> WindowPlan:
         try:
@@ -445,14 +373,14 @@ class Engine:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
 
 
+def _requests_of(windows: Sequence[_Window]) -> list[_Request]:
+    """The requests that windows belong to, each once."""
+    return list(dict.fromkeys(window.request for window in windows))
+
+
 def _is_fatal(error: Exception) -> bool:
     """After such an error every further call on the device fails too."""
     return isinstance(error, torch.AcceleratorError)
-
-
-def _resolve(answer: "Future[SegmentReply]", reply: SegmentReply) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
-        answer.set_result(reply)
 
 
 def _fail(answer: "Future[SegmentReply]", error: ServingError) -> None:

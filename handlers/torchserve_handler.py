@@ -19,9 +19,10 @@ from mpm_ops.classes import load_classes
 
 from . import codec
 from .config import CONFIG_KEY, ServingConfig
-from .engine import Engine, SegmentReply
+from .engine import Engine
 from .errors import ErrorKind, ServingError
 from .options import RequestOptions, request_id_from
+from .replies import SegmentReply
 
 logger = logging.getLogger(__name__)
 

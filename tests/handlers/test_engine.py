@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from handlers.config import ServingConfig
-from handlers.engine import Engine, SegmentReply
+from handlers.engine import Engine
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
+from handlers.replies import SegmentReply
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.stages import WindowBatch
