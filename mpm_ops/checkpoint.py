@@ -1,6 +1,5 @@
 """Official Segmenter checkpoints: `checkpoint.pth` with `variant.yml` beside it."""
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def read_variant(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: expected variant.yml beside the checkpoint, found none")
     try:
         variant = yaml.load(path.read_text(encoding="utf-8"), Loader=_VariantLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # all of them mean bad YAML
         raise CheckpointError(f"{path}: not a readable variant.yml: {' '.join(str(error).split())}") from None
     if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
         raise CheckpointError(f"{path}: expected a mapping with net_kwargs, got {type(variant).__name__}")
@@ -113,6 +112,8 @@ def _segmenter_config(variant: Mapping[str, Any]) -> SegmenterConfig:
 def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) -> InferenceConfig:
     dataset = variant.get("dataset_kwargs") or {}
     stored = variant.get("inference_kwargs") or {}
+    if not isinstance(dataset, dict) or not isinstance(stored, dict):
+        raise CheckpointError("variant.yml: dataset_kwargs, inference_kwargs: expected mappings")
     window = stored.get("window_size", dataset.get("crop_size"))
     values = {
         "im_size": stored.get("im_size", dataset.get("image_size")),
@@ -135,11 +136,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a weights-only torch checkpoint: {reason}") from None
     weights = data.get("model", data) if isinstance(data, dict) else data
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
+    ):
         raise CheckpointError(f"{path}: expected a state_dict, or one under 'model', got {type(data).__name__}")
     return weights
 

@@ -104,7 +104,7 @@ def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
 
     finite = x.isfinite().all(dim=1)
     unit = F.normalize(torch.where(finite[:, None], x, 0.0), dim=1)
-    similarity = unit @ unit.T
+    similarity = _cosines(unit)
     similarity.fill_diagonal_(-torch.inf)
     similarity[:, ~finite] = -torch.inf
 
@@ -120,6 +120,16 @@ def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
         strongest = best[first].sort(descending=True, stable=True).indices[:num_pairs]
         first = first[strongest.sort().values]
     return first, nearest[first]
+
+
+def _cosines(unit: Tensor) -> Tensor:
+    """[N, N] products of unit rows, exactly equal for equal rows: a GEMM may round them by their position."""
+    with torch.autocast(unit.device.type, enabled=False):  # it would multiply in half precision
+        leading = unit[:, :1].sort(dim=0).values
+        if not (leading[1:] == leading[:-1]).any():  # cheap proof that no two rows are equal
+            return unit @ unit.T
+        distinct, row = unit.unique(dim=0, return_inverse=True)
+        return (distinct @ distinct.T)[row][:, row]
 
 
 def _check_map(name: str, merge_map: Tensor) -> None:

@@ -28,7 +28,8 @@ def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, alig
         The same model.
 
     Raises:
-        ValueError: vit is no VisionTransformer, drops patches, or does not have the blocks of the schedule.
+        ValueError: vit is no VisionTransformer, drops patches, checkpoints gradients, or does not have
+            the blocks of the schedule; or align < 1.
 
     Source: MPM, sections 3.2-3.4 (arXiv 2604.05718).
     """
@@ -36,9 +37,11 @@ def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, alig
         raise ValueError(f"vit: expected a timm VisionTransformer, got {type(vit).__name__}")
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ValueError("vit: expected a model without patch dropout")
-    vit.blocks = MergingBlocks(
-        OrderedDict(vit.blocks.named_children()), schedule, num_special=vit.num_prefix_tokens, align=align
-    )
+    if vit.grad_checkpointing:  # timm then runs the blocks one by one, past the merging
+        raise ValueError("vit: expected a model without gradient checkpointing")
+    blocks = OrderedDict(vit.blocks.named_children())
+    merging = MergingBlocks(blocks, schedule, num_special=vit.num_prefix_tokens, align=align)
+    vit.blocks = merging if schedule else nn.Sequential(blocks)
     return vit
 
 
@@ -54,6 +57,8 @@ class MergingBlocks(nn.Sequential):
     ) -> None:
         super().__init__(blocks)
         cut_stages(len(blocks), schedule)  # refuses what doesn't fit
+        if align < 1:
+            raise ValueError(f"align: expected an integer >= 1, got {align}")
         self.schedule = tuple(schedule)
         self.num_special = num_special
         self.align = align

@@ -34,10 +34,15 @@ class SegmenterConfig:
     drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
-        if any(side < self.patch_size or side % self.patch_size for side in self.image_size):
+        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls", "decoder_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if not isinstance(self.drop_path_rate, int | float) or not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {self.drop_path_rate!r}")
+        if len(self.image_size) != 2 or any(
+            side < self.patch_size or side % self.patch_size for side in self.image_size
+        ):
             raise ValueError(
                 f"image_size: expected multiples of the patch size {self.patch_size}, got {self.image_size}"
             )

@@ -76,6 +76,7 @@ class WindowBatch:
         tokens = PackedTokens.pack([sequence for batch in batches for sequence in batch.tokens.split()])
         maps = [batch.merge_maps for batch in batches]
         if any(m is None for m in maps):
+            assert all(m is None for m in maps), "windows stand at different stages"
             return cls(tokens)
         return cls(tokens, tuple(merge_map for m in maps if m is not None for merge_map in m))
 

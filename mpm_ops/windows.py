@@ -41,13 +41,14 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         for name in ("im_size", "max_ratio", "window_size", "window_stride", "max_windows_per_request"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if self.window_stride > self.window_size:
             raise ValueError(
                 f"window_stride: expected at most window_size = {self.window_size}, got {self.window_stride}"
             )
-        if self.normalization not in NORMALIZATIONS:
+        if str(self.normalization) not in NORMALIZATIONS:
             raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
 
 

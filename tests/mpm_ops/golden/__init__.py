@@ -1,0 +1,1 @@
+"""Outputs of the original Segmenter, recorded once; see record.py."""

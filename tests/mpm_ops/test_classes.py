@@ -1,0 +1,59 @@
+"""Names and colours of classes: from a file where there is one, made up where there is none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpm_ops.classes import default_colors, load_classes
+
+HEADER = "index,name,red,green,blue\n"
+
+
+def test_reads_names_and_colours_in_order_of_their_index(tmp_path: Path) -> None:
+    path = tmp_path / "classes.csv"
+    path.write_text(HEADER + '1,"road, paved",128,64,128\n0,ciel bleuté,70,130,255\n', encoding="utf-8")
+    classes = load_classes(path, 2)
+    assert classes.names == ("ciel bleuté", "road, paved")
+    assert classes.colors.tolist() == [[70, 130, 255], [128, 64, 128]]
+    assert classes.colors.dtype == np.uint8
+    assert len(classes) == 2
+
+
+def test_numbers_and_colours_classes_without_a_file(tmp_path: Path) -> None:
+    classes = load_classes(tmp_path / "classes.csv", 3)
+    assert classes.names == ("class 0", "class 1", "class 2")
+    assert np.array_equal(classes.colors, default_colors(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected classes 0\.\.1, each once, got 0 rows"),
+        (HEADER + "0,a,1,2,3\n", r"expected classes 0\.\.1, each once, got 1 rows"),
+        (HEADER + "0,a,1,2,3\n0,b,1,2,3\n", r"expected classes 0\.\.1, each once, got 2 rows"),
+        (HEADER + "0,a,1,2,3\n1,b,1,2\n", "expected columns index, name, red, green, blue"),
+        (HEADER + "0,a,1,2,3\n1,b,1,2,x\n", "expected columns index, name, red, green, blue"),
+        ("index,name\n0,a\n1,b\n", "expected columns index, name, red, green, blue"),
+        (HEADER + "0,a,1,2,3\n1,b,1,2,256\n", r"expected colours within 0\.\.255"),
+    ],
+)
+def test_refuses_a_file_that_does_not_describe_the_classes(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "classes.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"classes\.csv: {message}$"):
+        load_classes(path, 2)
+
+
+@pytest.mark.parametrize("n_cls", [1, 2, 19, 150, 300])
+def test_made_up_colours_differ(n_cls: int) -> None:
+    colors = default_colors(n_cls)
+    assert colors.shape == (n_cls, 3)
+    assert colors.dtype == np.uint8
+    assert len(np.unique(colors, axis=0)) == n_cls
+
+
+@pytest.mark.parametrize(("dataset", "n_cls"), [("ade20k", 150), ("pascal_context", 60), ("cityscapes", 19)])
+def test_reads_the_lists_of_the_official_datasets(dataset: str, n_cls: int, data_root: Path) -> None:
+    classes = load_classes(data_root / "classes" / f"{dataset}.csv", n_cls)
+    assert len(set(classes.names)) == n_cls

@@ -1,0 +1,211 @@
+"""Any timm ViT with merging, against a loop over blocks and merges for one image at a time."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mpm_ops import merge_tokens, patch_timm
+from mpm_ops.patch import MergingBlocks
+
+# timm's own models, smaller; 8 x 8 patches leave enough rows for matrix products to run the same
+# kernel whatever the batch.
+VITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "class token": ("vit_tiny_patch16_224", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+    "average pooling": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "attention pooling": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "map"}),
+    "layer scale": ("vit_tiny_patch16_224", {"init_values": 0.5}),
+    "normalised queries and keys": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "norm before the blocks": ("vit_tiny_patch16_224", {"pre_norm": True, "num_classes": 0}),
+    "any picture size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "img_size": 64}),
+}
+SCHEDULE = (1, 3)
+
+
+def make_vit(name: str) -> VisionTransformer:
+    model, options = VITS[name]
+    torch.manual_seed(0)
+    sizes = {"img_size": 128, "embed_dim": 64, "num_heads": 2, "depth": 5, "num_classes": 10}
+    vit = timm.create_model(model, pretrained=False, **(sizes | options)).eval()
+    for parameter in vit.parameters():  # timm starts with weights so small that blocks change little
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return vit
+
+
+def pictures(num_pictures: int) -> Tensor:
+    """Pictures that are partly blank, each to another degree, so that they merge to different lengths."""
+    images = torch.randn(num_pictures, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    for i, image in enumerate(images):
+        image[:, : 128 * i // num_pictures] = image[:, :1, :1]
+    return images
+
+
+def merged_depths(vit: VisionTransformer, image: Tensor, schedule: tuple[int, ...], align: int = 1) -> list[Tensor]:
+    """Full-length tokens [1, L, D] of one picture after each block, by an unpatched model's parts."""
+    special = vit.num_prefix_tokens
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))
+    origin = torch.arange(x.shape[1] - special)
+    depths = []
+    for i, block in enumerate(vit.blocks):
+        if i in schedule:
+            merged, merge_map = merge_tokens(x[0, special:], align=align)
+            assert len(merged) < len(merge_map)
+            x = torch.cat([x[:, :special], merged[None]], dim=1)
+            origin = merge_map[origin]
+        x = block(x)
+        depths.append(torch.cat([x[:, :special], x[:, special:][:, origin]], dim=1))
+    return depths
+
+
+@pytest.mark.parametrize("name", VITS)
+@torch.inference_mode()
+def test_output_of_each_picture_is_that_of_a_loop_over_blocks_and_merges(name: str) -> None:
+    vit, images = make_vit(name), pictures(3)
+    expected = torch.cat([vit.norm(merged_depths(vit, image, SCHEDULE)[-1]) for image in images])
+    expected_head = vit.forward_head(expected)
+    plain = vit(images)
+
+    assert patch_timm(vit, SCHEDULE) is vit
+    torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vit(images), expected_head, rtol=0, atol=2e-5)
+    assert not torch.allclose(vit(images), plain, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", VITS)
+@torch.inference_mode()
+def test_an_empty_schedule_changes_nothing(name: str) -> None:
+    vit, images = make_vit(name), pictures(3)
+    plain, features = vit(images), vit.forward_features(images)
+    patch_timm(patch_timm(vit, SCHEDULE), ())
+    assert torch.equal(vit(images), plain)
+    assert torch.equal(vit.forward_features(images), features)
+
+
+@pytest.mark.parametrize("name", ["class token", "registers", "average pooling"])
+@pytest.mark.parametrize("align", [1, 8])
+@torch.inference_mode()
+def test_no_bit_depends_on_the_batch(name: str, align: int, threads: int) -> None:
+    vit, images = patch_timm(make_vit(name), SCHEDULE, align=align), pictures(5)
+    images[3] = images[1]  # equal lengths meet too
+    alone = torch.cat([vit.forward_features(image[None]) for image in images])
+    assert torch.equal(vit.forward_features(images), alone)
+    assert torch.equal(vit.forward_features(images[[4, 0, 2]]), alone[[4, 0, 2]])
+
+
+@torch.inference_mode()
+def test_later_blocks_see_fewer_tokens() -> None:
+    vit = make_vit("registers")
+    lengths: list[int] = []
+    for block in vit.blocks:
+        block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    patch_timm(vit, (0, 3))(pictures(1))
+    assert 5 + 64 > lengths[0] == lengths[1] == lengths[2] > lengths[3] == lengths[4] >= 5 + 16
+
+
+@pytest.mark.parametrize(
+    ("indices", "taken"), [(None, [0, 1, 2, 3, 4]), (2, [3, 4]), ([0, 2], [0, 2]), ([1, 4], [1, 4])], ids=str
+)
+@torch.inference_mode()
+def test_intermediates_have_full_length(indices: list[int] | int | None, taken: list[int]) -> None:
+    vit, images = make_vit("distilled"), pictures(2)
+    depths = [torch.cat(pair) for pair in zip(*(merged_depths(vit, image, SCHEDULE) for image in images), strict=True)]
+
+    patch_timm(vit, SCHEDULE)
+    final, features = vit.forward_intermediates(images, indices=indices, output_fmt="NLC", return_prefix_tokens=True)
+    torch.testing.assert_close(final, vit.norm(depths[-1]), rtol=0, atol=2e-5)
+    assert len(features) == len(taken)
+    for depth, (patches, prefix) in zip(taken, features, strict=True):
+        torch.testing.assert_close(torch.cat([prefix, patches], dim=1), depths[depth], rtol=0, atol=2e-5)
+    (last,) = vit.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)
+    assert last.shape == (2, 64, 8, 8)
+    torch.testing.assert_close(last.flatten(2).mT, depths[1][:, 2:], rtol=0, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_patching_again_replaces_the_schedule() -> None:
+    vit, images = make_vit("class token"), pictures(2)
+    expected = patch_timm(deepcopy(vit), (2,), align=4)(images)
+    assert torch.equal(patch_timm(patch_timm(vit, SCHEDULE), (2,), align=4)(images), expected)
+
+
+@torch.inference_mode()
+def test_parameters_keep_their_names() -> None:
+    vit = make_vit("layer scale")
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    patch_timm(vit, SCHEDULE)
+    assert list(vit.state_dict()) == list(before)
+    copy = patch_timm(make_vit("layer scale"), SCHEDULE)
+    nn.init.zeros_(copy.blocks[0].attn.qkv.weight)
+    copy.load_state_dict(before)
+    assert torch.equal(copy(pictures(1)), vit(pictures(1)))
+
+
+@torch.inference_mode()
+def test_blocks_can_be_counted_indexed_cut_and_pruned() -> None:
+    vit, image = make_vit("class token"), pictures(1)
+    blocks = list(vit.blocks)
+    depths = merged_depths(vit, image[0], SCHEDULE)
+    patch_timm(vit, SCHEDULE)
+    assert len(vit.blocks) == 5
+    assert vit.blocks[0] is blocks[0]
+    assert vit.blocks[-1] is blocks[4]
+
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))
+    for stop in range(1, 6):
+        part = vit.blocks[:stop]
+        assert isinstance(part, MergingBlocks)
+        assert part.schedule == tuple(block for block in SCHEDULE if block < stop)
+        torch.testing.assert_close(part(x), depths[stop - 1], rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"^merging blocks: expected a slice from the first block on, got slice"):
+        vit.blocks[1:]
+
+    vit.prune_intermediate_layers([2])
+    torch.testing.assert_close(vit.forward_features(image), vit.norm(depths[2]), rtol=0, atol=2e-5)
+
+
+def test_gradients_reach_every_block() -> None:
+    vit = patch_timm(make_vit("class token"), SCHEDULE)
+    vit(pictures(2)).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in vit.blocks.parameters())
+
+
+@torch.inference_mode()
+def test_refuses_attention_masks() -> None:
+    vit = patch_timm(make_vit("class token"), SCHEDULE)
+    with pytest.raises(ValueError, match=r"^merging blocks take no attn_mask, is_causal$"):
+        vit.forward_features(pictures(1), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "^vit: expected a timm VisionTransformer, got Linear$"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), "without patch dropout$"),
+        (lambda: checkpointing(make_vit("class token")), "without gradient checkpointing$"),
+    ],
+    ids=["no ViT", "patch dropout", "gradient checkpointing"],
+)
+def test_refuses_models_it_would_break(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch_timm(make())
+
+
+def checkpointing(vit: VisionTransformer) -> VisionTransformer:
+    vit.set_grad_checkpointing()
+    return vit
+
+
+@pytest.mark.parametrize(("schedule", "align"), [((5,), 1), ((3, 1), 1), ((1,), 0)])
+def test_refuses_a_schedule_or_align_that_does_not_fit(schedule: tuple[int, ...], align: int) -> None:
+    vit = make_vit("class token")
+    with pytest.raises(ValueError, match=r"^(schedule|align): expected"):
+        patch_timm(vit, schedule, align=align)
+    assert not isinstance(vit.blocks, MergingBlocks)

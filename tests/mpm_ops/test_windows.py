@@ -1,0 +1,145 @@
+"""How pictures become windows, on numbers worked out by hand from the official rule."""
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpm_ops import InferenceConfig, TooManyWindowsError
+from mpm_ops.windows import cut_windows, plan_windows
+
+ADE20K = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
+CITYSCAPES = InferenceConfig(im_size=1024, max_ratio=2, window_size=768, window_stride=512, normalization="vit")
+PASCAL = InferenceConfig(im_size=520, max_ratio=8, window_size=480, window_stride=448, normalization="vit")
+
+
+@pytest.mark.parametrize(
+    ("inference", "original", "fitted", "frame", "tops", "lefts"),
+    [
+        (ADE20K, (512, 512), (512, 512), (512, 512), (0,), (0,)),
+        (ADE20K, (480, 640), (512, 683), (512, 683), (0,), (0, 171)),
+        (ADE20K, (3000, 2000), (768, 512), (768, 512), (0, 256), (0,)),
+        (ADE20K, (512, 1024), (512, 1024), (512, 1024), (0,), (0, 512)),
+        (ADE20K, (512, 1025), (512, 1025), (512, 1025), (0,), (0, 512, 513)),
+        # Too long to fit with a short side of 512: 2048 long, then the short side is brought up to the window.
+        (ADE20K, (100, 600), (341, 2048), (512, 3075), (0,), (0, 512, 1024, 1536, 2048, 2560, 2563)),
+        (ADE20K, (1, 1), (512, 512), (512, 512), (0,), (0,)),
+        (ADE20K, (3, 1), (1536, 512), (1536, 512), (0, 512, 1024), (0,)),
+        (CITYSCAPES, (1024, 2048), (1024, 2048), (1024, 2048), (0, 256), (0, 512, 1024, 1280)),
+        (PASCAL, (375, 500), (520, 693), (520, 693), (0, 40), (0, 213)),
+    ],
+)
+def test_official_rule(
+    inference: InferenceConfig,
+    original: tuple[int, int],
+    fitted: tuple[int, int],
+    frame: tuple[int, int],
+    tops: tuple[int, ...],
+    lefts: tuple[int, ...],
+) -> None:
+    plan = plan_windows(*original, inference)
+    assert (plan.original_size, plan.fitted_size, plan.frame_size) == (original, fitted, frame)
+    assert (plan.tops, plan.lefts) == (tops, lefts)
+    assert plan.num_windows == len(tops) * len(lefts)
+
+
+@pytest.mark.parametrize("inference", [ADE20K, CITYSCAPES, PASCAL], ids=["ade20k", "cityscapes", "pascal"])
+def test_windows_cover_the_frame_and_stay_inside(inference: InferenceConfig) -> None:
+    sizes = np.random.default_rng(0).integers(1, 3000, (200, 2)).tolist()
+    for height, width in sizes:
+        if max(height, width) > 8 * min(height, width):
+            continue
+        plan = plan_windows(height, width, inference)
+        for origins, side in zip((plan.tops, plan.lefts), plan.frame_size, strict=True):
+            covered = np.zeros(side, bool)
+            for origin in origins:
+                assert 0 <= origin <= side - plan.window_size
+                covered[origin : origin + plan.window_size] = True
+            assert covered.all(), (height, width)
+
+
+def test_a_panorama_gets_windows_until_there_are_too_many() -> None:
+    assert plan_windows(40, 1200, ADE20K).num_windows == 31
+    with pytest.raises(TooManyWindowsError, match=r"^a 2601x40 picture needs 67 windows of 512x512; at most 64 are"):
+        plan_windows(40, 2601, ADE20K)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 65535), (65535, 1)])
+def test_a_line_of_pixels_is_refused_for_next_to_nothing(height: int, width: int) -> None:
+    tracemalloc.start()
+    with pytest.raises(TooManyWindowsError, match=f"^a {width}x{height} picture needs 2048 windows"):
+        plan_windows(height, width, ADE20K)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1_000_000
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 0), (-1, 5)])
+def test_refuses_a_picture_without_pixels(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"^picture: expected at least 1x1 pixels, got {width}x{height}$"):
+        plan_windows(height, width, ADE20K)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"),
+    [
+        ("vit", [-1.0, 1 / 255, 1.0]),
+        ("deit", [-123.68 / 58.4, (128 - 116.28) / 57.12, (255 - 103.53) / 57.38]),
+    ],
+)
+def test_normalisation(normalization: str, expected: list[float]) -> None:
+    inference = InferenceConfig(im_size=32, max_ratio=4, window_size=32, window_stride=32, normalization=normalization)
+    image = np.broadcast_to(np.array([0, 128, 255], np.uint8), (32, 32, 3)).copy()
+    (window,) = cut_windows(image, plan_windows(32, 32, inference), inference)
+    assert window.dtype == torch.float32
+    torch.testing.assert_close(window, torch.tensor(expected)[:, None, None].expand(3, 32, 32), rtol=1e-6, atol=1e-6)
+
+
+def test_windows_are_cut_row_by_row_where_the_plan_says() -> None:
+    inference = InferenceConfig(im_size=50, max_ratio=2, window_size=32, window_stride=20, normalization="vit")
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    plan = plan_windows(50, 70, inference)
+    assert (plan.fitted_size, plan.tops, plan.lefts) == ((50, 70), (0, 18), (0, 20, 38))
+
+    windows = cut_windows(image, plan, inference)
+    expected = [
+        (image[top : top + 32, left : left + 32].astype(np.float32) - 127.5) / 127.5
+        for top in (0, 18)
+        for left in (0, 20, 38)
+    ]
+    np.testing.assert_array_equal(windows.permute(0, 2, 3, 1), np.stack(expected))
+
+
+def test_a_narrow_picture_is_widened_after_normalisation() -> None:
+    inference = InferenceConfig(im_size=32, max_ratio=2, window_size=32, window_stride=32, normalization="vit")
+    image = np.random.default_rng(1).integers(0, 256, (10, 64, 3), dtype=np.uint8)
+    plan = plan_windows(10, 64, inference)
+    assert (plan.fitted_size, plan.frame_size) == ((10, 64), (32, 204))
+
+    pixels = (torch.from_numpy(image).permute(2, 0, 1)[None] - 127.5) / 127.5
+    frame = F.interpolate(pixels, (32, 204), mode="bilinear", align_corners=False)[0]
+    windows = cut_windows(image, plan, inference)
+    assert len(windows) == 7
+    torch.testing.assert_close(windows[-1], frame[:, :, 172:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("im_size", 0, "im_size: expected a positive integer, got 0"),
+        ("im_size", "512", "im_size: expected a positive integer, got '512'"),
+        ("max_ratio", -1, "max_ratio: expected a positive integer, got -1"),
+        ("window_size", 1.5, r"window_size: expected a positive integer, got 1\.5"),
+        ("window_stride", 513, "window_stride: expected at most window_size = 512, got 513"),
+        ("normalization", "imagenet", "normalization: expected one of vit, deit, got 'imagenet'"),
+        ("normalization", [], r"normalization: expected one of vit, deit, got \[\]"),
+        ("max_windows_per_request", 0, "max_windows_per_request: expected a positive integer, got 0"),
+    ],
+)
+def test_config_names_what_is_wrong(field: str, value: object, message: str) -> None:
+    fields: dict[str, Any] = {"im_size": 512, "max_ratio": 4, "window_size": 512, "window_stride": 512}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        InferenceConfig(**(fields | {"normalization": "vit", field: value}))
