@@ -81,8 +81,10 @@ class ServingConfig:
         Raises:
             ValueError: a key is unknown, or a value is not what its field expects.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"expected a mapping of fields, got {values!r}")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
             raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         values = dict(values)

@@ -14,6 +14,7 @@ VIEWS = ("overlay", "tokens", "confidence")
 PRIORITIES = ("interactive", "bulk")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +77,10 @@ def negotiate(accept: str, offered: tuple[str, ...]) -> str:
     Source: RFC 9110, section 12.5.1.
     """
     weights = {}
-    for entry in accept.split(","):
+    for entry in (accept.strip() or "*/*").split(","):
         media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
         quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        weights[media_range] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0
+        weights[media_range] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
 
     def weight(media_type: str) -> float:
         for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):

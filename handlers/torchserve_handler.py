@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import ts.service
 
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
@@ -41,6 +41,7 @@ class SegmenterHandler:
         """Load the model that lies beside the handler and warm it up."""
         logging.getLogger().setLevel(logging.WARNING)  # TorchServe's own worker logs three lines a batch
         logging.getLogger(__package__).setLevel(logging.INFO)
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # bodies stay bytes, whatever type they claim to be
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         if config.torch_threads:
@@ -53,22 +54,24 @@ class SegmenterHandler:
         self._warm_up()
         logger.info("ready: schedule %s, align %d", config.schedule, config.align)
 
-    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+    def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
         """Answer a batch; statuses and headers go to the context."""
         start = perf_counter()
         requests = [self._take(i, parts, context) for i, parts in enumerate(data)]
         return [_answer(context, i, *request, start) for i, request in enumerate(requests)]
 
-    def _take(self, i: int, parts: Mapping[str, Any], context: Any) -> tuple[str, "Future[SegmentReply]"]:
+    def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> tuple[str, "Future[SegmentReply]"]:
         # Part headers share this mapping as dictionaries of their own.
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
         return request_id, self._submit(parts, headers, request_id)
 
-    def _submit(self, parts: Mapping[str, Any], headers: Mapping[str, str], request_id: str) -> "Future[SegmentReply]":
+    def _submit(
+        self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str
+    ) -> "Future[SegmentReply]":
         try:
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
-        except ServingError as error:
+        except Exception as error:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)
             return failed
@@ -95,7 +98,7 @@ class ContinuousHandler(SegmenterHandler):
         super().initialize(context)
         _answer_only_what_is_there()
 
-    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes | None]:  # type: ignore[override]
+    def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes | None]:  # type: ignore[override]
         """Answer those requests of the batch that are done; None for the others."""
         self._progress.clear()
         job_ids = [context.get_request_id(i) for i in range(len(data))]
@@ -123,6 +126,8 @@ class ContinuousHandler(SegmenterHandler):
 
 def _answer_only_what_is_there() -> None:
     """Make TorchServe's reply builder leave out requests whose answer is None."""
+    import ts.service  # a worker has it loaded; elsewhere it would leave a file open
+
     build = ts.service.create_predict_response
 
     def build_partial(ret: Any, req_id_map: dict[int, str], *args: Any, **kwargs: Any) -> Any:
@@ -133,24 +138,19 @@ def _answer_only_what_is_there() -> None:
     ts.service.create_predict_response = build_partial
 
 
-def _image_bytes(parts: Mapping[str, Any]) -> bytes | bytearray:
+def _image_bytes(parts: Mapping[str, bytearray]) -> bytearray:
     """The picture among the parts of a request; a raw body is a part named `body`."""
     name = next((name for name in _BODY_PARTS if name in parts), None)
     if name is None:
         got = ", ".join(repr(name[:40]) for name in sorted(parts)[:5]) or "no part"
         raise ServingError(ErrorKind.BAD_REQUEST, f"expected the picture as body or as form part 'image', got {got}")
-    value = parts[name]
-    if isinstance(value, str):
-        return value.encode()
-    if not isinstance(value, bytes | bytearray):
-        raise ServingError(ErrorKind.BAD_REQUEST, "image: expected an encoded picture, got JSON")
-    return value
+    return parts[name]
 
 
 def _answer(context: Any, i: int, request_id: str, answer: "Future[SegmentReply]", start: float) -> bytes:
     try:
         return _succeed(context, i, request_id, answer.result(), start)
-    except ServingError as error:
+    except Exception as error:
         return _fail(context, i, request_id, error, start)
 
 
@@ -166,7 +166,10 @@ def _succeed(context: Any, i: int, request_id: str, reply: SegmentReply, start: 
     return reply.body
 
 
-def _fail(context: Any, i: int, request_id: str, error: ServingError, start: float) -> bytes:
+def _fail(context: Any, i: int, request_id: str, error: Exception, start: float) -> bytes:
+    if not isinstance(error, ServingError):
+        logger.error("a request failed", exc_info=error)
+        error = ServingError(ErrorKind.INTERNAL, "the request failed inside the server")
     status = error.kind.http_status
     context.set_response_status(code=status, phrase=HTTPStatus(status).phrase, idx=i)
     context.set_response_content_type(i, "application/json")

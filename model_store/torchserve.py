@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
+from handlers.torchserve_launcher import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
 
@@ -54,14 +55,15 @@ def build_archive(
     Raises:
         FileNotFoundError, ValueError: the checkpoint or the configuration can't be served; nothing is written.
     """
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
+    if batch_size < 1 or max_delay_ms < 1:
+        raise ValueError(f"batch_size and max_delay_ms: expected at least 1, got {batch_size} and {max_delay_ms}")
     config = ServingConfig.from_mapping(serving)
     model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
     folder = checkpoint.parent
     load_classes(folder / "classes.csv", model.config.n_cls)
-    if batch_size < 1 or max_delay_ms < 1:
-        raise ValueError(f"batch_size and max_delay_ms: expected at least 1, got {batch_size} and {max_delay_ms}")
 
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         (scratch / "handler.py").write_text(_HANDLER.format(handler=_HANDLERS[batching]))
@@ -77,10 +79,10 @@ def build_archive(
             f"--handler={scratch / 'handler.py'}",
             f"--config-file={scratch / 'model-config.yaml'}",
             "--extra-files=" + ",".join(str(path) for path in extra if path.is_file()),
-            f"--export-path={out}",
-            "--force",
+            f"--export-path={scratch}",
         )
-    return out / f"{name}.mar"
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(scratch / f"{name}.mar", out / f"{name}.mar"))
 
 
 def _model_config(serving: Mapping[str, Any], batching: str, batch_size: int, max_delay_ms: int) -> dict[str, Any]:

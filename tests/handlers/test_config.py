@@ -1,0 +1,70 @@
+"""What an operator may configure."""
+
+import math
+from typing import Any
+
+import pytest
+import yaml
+
+from handlers.config import ServingConfig
+
+COUNTS = ["align", "max_image_bytes", "max_image_pixels", "max_group_windows", "codec_threads"]
+
+
+def test_defaults() -> None:
+    assert ServingConfig.from_mapping({}) == ServingConfig()
+    assert ServingConfig().schedule == (2, 5)
+
+
+def test_from_yaml() -> None:
+    config = ServingConfig.from_mapping(
+        yaml.safe_load("schedule: [1, 3]\nalign: 8\ninference: {window_stride: 256}\nmax_group_windows: 4\n")
+    )
+    assert config.schedule == (1, 3)
+    assert config.align == 8
+    assert config.inference == {"window_stride": 256}
+    assert config.max_group_windows == 4
+
+
+def test_no_merging() -> None:
+    assert ServingConfig.from_mapping({"schedule": []}).schedule == ()
+
+
+@pytest.mark.parametrize("keys", [["windos"], ["zz", "aa"], ["Schedule"], [1], [None], [1, "x"]])
+def test_unknown_fields_are_named(keys: list[Any]) -> None:
+    with pytest.raises(ValueError, match="unknown fields") as caught:
+        ServingConfig.from_mapping({"align": 1} | dict.fromkeys(keys, 1))
+    assert all(str(key) in str(caught.value) for key in keys)
+    assert "max_group_windows" in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, [], "schedule", 3])
+def test_no_mapping(values: Any) -> None:
+    with pytest.raises(ValueError, match="expected a mapping"):
+        ServingConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize("value", ["8", 0, -1, 1.0, math.nan, None, True, [8], {}])
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_positive_integers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected an integer >= 1"):
+        ServingConfig.from_mapping({name: value})
+
+
+@pytest.mark.parametrize("value", ["2", -1, 0.5, None, False])
+def test_torch_threads(value: Any) -> None:
+    assert ServingConfig.from_mapping({"torch_threads": 0}).torch_threads == 0
+    with pytest.raises(ValueError, match="torch_threads: expected an integer >= 0"):
+        ServingConfig.from_mapping({"torch_threads": value})
+
+
+@pytest.mark.parametrize("value", ["2,5", 2, None, {2: 5}, {2, 5}, ["2", "5"], [2, None], [2.0], [-1], [[2]], [True]])
+def test_schedule(value: Any) -> None:
+    with pytest.raises(ValueError, match="schedule: expected"):
+        ServingConfig.from_mapping({"schedule": value})
+
+
+@pytest.mark.parametrize("value", [None, "window_size", 512, [512]])
+def test_inference_is_a_mapping(value: Any) -> None:
+    with pytest.raises(ValueError, match="inference: expected a mapping"):
+        ServingConfig.from_mapping({"inference": value})

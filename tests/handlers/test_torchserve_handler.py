@@ -1,0 +1,187 @@
+"""The handler alone, between TorchServe's own context and an engine that does what it is told."""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from handlers import torchserve_handler
+from handlers.codec import encode_picture
+from handlers.config import CONFIG_KEY
+from handlers.errors import ErrorKind, ServingError
+from handlers.options import RequestOptions
+from handlers.replies import SegmentReply
+from handlers.torchserve_handler import SegmenterHandler
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
+    from ts.context import Context, RequestProcessor
+    from ts.protocol.otf_message_handler import create_predict_response
+
+pytest_plugins = ("tiny_server",)
+
+
+class ObedientEngine:
+    """Answers `b"ok"`; a body that names an error gets it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.seen: list[tuple[bytes, RequestOptions]] = []
+
+    def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+        self.seen.append((bytes(data), options))
+        answer: Future[SegmentReply] = Future()
+        if data == b"raise":
+            raise RuntimeError("submitting failed")
+        if data == b"break":
+            answer.set_exception(RuntimeError("computing failed"))
+        elif data == b"refuse":
+            answer.set_exception(ServingError(ErrorKind.TOO_LARGE, "too\r\nlarge"))
+        else:
+            answer.set_result(SegmentReply(b"ok", options.media_type, (64, 40, 30), {"decode": 0.001, "merge": 0.2}))
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def _own_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `initialize` sets for its whole process is set back."""
+    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
+    loggers = [logging.getLogger(name) for name in ("", "handlers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def initialized(checkpoint: Path) -> Callable[[], SegmenterHandler]:
+    """Initializes a handler as TorchServe does."""
+
+    def initialize() -> SegmenterHandler:
+        handler = SegmenterHandler()
+        context = Context("tiny", str(checkpoint.parent), {}, 8, None, "0.12.0")
+        context.model_yaml_config = yaml.safe_load(f"{CONFIG_KEY}: {{schedule: [1]}}")
+        handler.initialize(context)
+        return handler
+
+    return initialize
+
+
+@pytest.fixture
+def handler(initialized: Callable[[], SegmenterHandler], monkeypatch: pytest.MonkeyPatch) -> SegmenterHandler:
+    monkeypatch.setattr(torchserve_handler, "Engine", ObedientEngine)
+    return initialized()
+
+
+def batch_of(*headers: dict[str, Any]) -> Context:
+    """TorchServe's context of a batch, given the headers of each request."""
+    context = Context("tiny", ".", {}, len(headers), None, "0.12.0")
+    context.request_ids = {i: f"own-{i}" for i in range(len(headers))}
+    context.request_processor = [RequestProcessor(h) for h in headers]
+    return context
+
+
+def body(data: bytes) -> dict[str, bytearray]:
+    return {"body": bytearray(data)}
+
+
+def seen(handler: SegmenterHandler) -> list[tuple[bytes, RequestOptions]]:
+    engine = handler._engine
+    assert isinstance(engine, ObedientEngine)
+    return engine.seen
+
+
+def test_a_failure_is_one_request_s_own(handler: SegmenterHandler) -> None:
+    context = batch_of({}, {}, {}, {}, {"Accept": "text/html"}, {})
+    data = [body(b"x"), body(b"raise"), body(b"break"), body(b"refuse"), body(b"x"), body(b"x")]
+    replies = handler.handle(data, context)
+
+    statuses = [context.get_response_status(i)[0] for i in range(6)]
+    assert statuses == [200, 500, 500, 413, 406, 200]
+    assert replies[0] == replies[5] == b"ok"
+    for i in range(1, 5):
+        told = json.loads(replies[i])
+        assert told["code"] == statuses[i]
+        assert told["request_id"] == f"own-{i}"
+        assert context.get_response_content_type(i) == "application/json"
+    assert "failed inside the server" in json.loads(replies[1])["error"]
+    assert "computing" not in json.loads(replies[2])["error"]  # what went wrong inside is for the log
+
+
+def test_headers_of_an_answer(handler: SegmenterHandler) -> None:
+    context = batch_of({"X-Request-Id": "mine", "ACCEPT": "application/json"})
+    handler.handle([body(b"x")], context)
+    headers = context.get_response_headers(0)
+    assert headers["X-MPM-Request-Id"] == "mine"
+    assert headers["X-MPM-Tokens"] == "in=64, out=30"
+    assert re.fullmatch(r"decode;dur=1\.00, merge;dur=200\.00, total;dur=[\d.]+", headers["Server-Timing"])
+    assert context.get_response_content_type(0) == "application/json"
+
+
+@pytest.mark.parametrize("evil", ["a\r\nX-Evil: 1", "\x00", "é", "\U0001f600", "x" * 100_000, ""])
+def test_replies_are_safe_to_encode(handler: SegmenterHandler, evil: str) -> None:
+    """A header that is no string or holds a line break would end the worker."""
+    context = batch_of(*({name: evil} for name in ("X-Request-Id", "Accept", "X-MPM-View")))
+    replies = handler.handle([body(b"x") for _ in range(3)], context)
+    for i in range(3):
+        headers = context.get_response_headers(i)
+        assert all(isinstance(value, str) and value.isprintable() and value.isascii() for value in headers.values())
+        assert headers["X-MPM-Request-Id"] == f"own-{i}"
+    assert create_predict_response(replies, context.request_ids, "", 200, context=context)
+
+
+@pytest.mark.parametrize("name", ["image", "body", "data"])
+def test_names_of_the_picture(handler: SegmenterHandler, name: str) -> None:
+    handler.handle([{name: bytearray(b"x"), "other": bytearray(b"y")}], batch_of({}))
+    assert seen(handler)[-1][0] == b"x"
+
+
+@pytest.mark.parametrize("parts", [{}, {"picture": bytearray(b"x")}, {"\r\n" * 100: bytearray(b"x")}])
+def test_no_picture_among_the_parts(handler: SegmenterHandler, parts: dict[str, bytearray]) -> None:
+    context = batch_of({})
+    (reply,) = handler.handle([parts], context)
+    assert context.get_response_status(0)[0] == 400
+    assert "form part 'image'" in json.loads(reply)["error"]
+
+
+def test_a_part_is_no_header(handler: SegmenterHandler) -> None:
+    """TorchServe keeps the content types of parts among the headers, under the names of the parts."""
+    part = {"content-type": "application/x-npy"}
+    context = batch_of({"accept": part, "x-mpm-view": part, "X-Request-Id": part, "Accept": "application/json"})
+    handler.handle([body(b"x")], context)
+    _, options = seen(handler)[-1]
+    assert options == RequestOptions(request_id="own-0", media_type="application/json", view=None)
+
+
+def test_one_line_a_request_in_the_log(handler: SegmenterHandler, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="handlers")
+    caplog.clear()
+    handler.handle([body(b"x"), body(b"refuse")], batch_of({"X-Request-Id": "mine"}, {}))
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["request_id"], line["code"]) for line in lines] == [("mine", 200), ("own-1", 413)]
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_the_model_beside_the_handler(initialized: Callable[[], SegmenterHandler]) -> None:
+    handler = initialized()
+    context = batch_of({"Accept": "application/json"})
+    picture = encode_picture(np.zeros((20, 30, 3), np.uint8), "image/png")
+    (reply,) = handler.handle([body(picture)], context)
+    handler._engine.close()
+    told = json.loads(reply)
+    assert (told["height"], told["width"]) == (20, 30)
+    assert all(described["name"].startswith("thing") for described in told["classes"])
+
+
+def test_unusable_configuration(checkpoint: Path) -> None:
+    context = Context("tiny", str(checkpoint.parent), {}, 8, None, "0.12.0")
+    context.model_yaml_config = {CONFIG_KEY: {"windos": 3}}
+    with pytest.raises(ValueError, match="unknown fields windos"):
+        SegmenterHandler().initialize(context)

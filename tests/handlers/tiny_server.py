@@ -1,0 +1,101 @@
+"""A small model behind a real TorchServe, started once."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from handlers.torchserve_launcher import TorchServe
+from model_store.torchserve import build_archive
+from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
+from mpm_ops.classes import Classes, load_classes
+
+DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
+SCHEDULE = (0, 1)
+NETWORK = SegmenterConfig(
+    image_size=(128, 128), patch_size=16, d_model=192, n_heads=3, n_layers=3, n_cls=11, decoder_layers=1
+)
+INFERENCE = InferenceConfig(im_size=128, max_ratio=4, window_size=128, window_stride=96, normalization="vit")
+VARIANT = """\
+net_kwargs:
+  {image_size: [128, 128], patch_size: 16, d_model: 192, n_heads: 3, n_layers: 3, n_cls: 11, normalization: vit,
+   decoder: {name: mask_transformer, n_layers: 1}}
+inference_kwargs: {im_size: 128, window_size: 128, window_stride: 96}
+"""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official-format checkpoint of random weights, its classes beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "variant.yml").write_text(VARIANT)
+    rows = [f"{i},thing {i},{20 * i},{255 - 20 * i},{i}" for i in range(11)]
+    (folder / "classes.csv").write_text("index,name,red,green,blue\n" + "\n".join(rows) + "\n")
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in Segmenter(NETWORK, INFERENCE).state_dict().items()
+    }
+    torch.save({"model": weights}, folder / "checkpoint.pth")
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> Segmenter:
+    return load_segmenter(checkpoint, SCHEDULE)
+
+
+@pytest.fixture(scope="session")
+def classes(checkpoint: Path) -> Classes:
+    return load_classes(checkpoint.parent / "classes.csv", 11)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., np.ndarray]:
+    """Paints uint8 RGB pictures of flat areas and fine detail, each seed another."""
+    return _photo
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    if not DEMO.is_file():
+        pytest.skip("no demo checkpoint")
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def max_image_bytes() -> int:
+    """The limit of the model `tiny`."""
+    return 24 * 2**20
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Path, max_image_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with the model `tiny`, and `demo` where there is a demo checkpoint."""
+    out = tmp_path_factory.mktemp("store")
+    serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
+    build_archive(checkpoint, name="tiny", out=out, serving=serving)
+    if DEMO.is_file():
+        build_archive(DEMO, name="demo", out=out, serving={})
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """A running TorchServe of its own; its output goes to `server.log`."""
+    with TorchServe(store, log=tmp_path_factory.mktemp("torchserve") / "torchserve.log") as running:
+        running.wait_ready()
+        java = psutil.Process(running.pid)
+        processes = [java, *java.children(recursive=True)]
+        yield running
+    assert not [process for process in processes if process.is_running()]
+
+
+def _photo(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (-(-height // 32), -(-width // 32), 3)).repeat(32, axis=0).repeat(32, axis=1)
+    detail = random.normal(0, 40, (height, width, 3)) * (random.random((height, width, 1)) > 0.7)
+    return (coarse[:height, :width] + detail).clip(0, 255).astype(np.uint8)
