@@ -387,7 +387,11 @@ class TestRawHeaders:
 
 
 class TestMany:
-    def test_good_and_bad_at_once(self, url: str, photo: Callable[..., np.ndarray], expected_mask: Expect) -> None:
+    @pytest.mark.parametrize("name", ["tiny", "tiny_synchronous"])
+    def test_good_and_bad_at_once(
+        self, server: TorchServe, name: str, photo: Callable[..., np.ndarray], expected_mask: Expect
+    ) -> None:
+        url = f"{server.url}/predictions/{name}"
         good = {}
         for i in range(18):
             height, width = [(96, 128), (40, 40), (60, 150), (150, 50), (128, 128), (1, 1)][i % 6]

@@ -123,6 +123,7 @@ def test_duplicates_find_each_other() -> None:
         ([[1.0, 0.0], [-1.0, 0.0]], [0, 0]),  # nobody else to choose, however unlike
         ([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]], [0, 1, 0]),  # a zero token has similarity 0 to both
         ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [0, 0, 1]),
+        ([[1.0, 0.0], [math.nan, 0.0], [-1.0, 0.0]], [0, 1, 0]),  # better the opposite than a broken one
         ([[2.0, 0.0], [0.0, 3.0], [9.0, 0.0], [0.0, 1.0]], [0, 1, 0, 1]),  # length plays no part
         ([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]], [0, 1, 1]),  # 0 likes 1, who likes 2 better
     ],

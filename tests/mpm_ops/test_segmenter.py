@@ -59,15 +59,34 @@ def test_windows_are_padded_with_zeros_on_the_right_and_bottom(tiny_model: Calla
     assert torch.equal(model.window_logits(window), model.window_logits(padded))
 
 
-def test_later_blocks_see_fewer_tokens(tiny_model: Callable[..., Segmenter]) -> None:
-    model = tiny_model(schedule=(1, 2), distilled=True)
+@torch.inference_mode()
+@pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
+def test_merged_patches_share_their_logits(decoder: str, tiny_model: Callable[..., Segmenter]) -> None:
+    model = tiny_model(schedule=(1, 2), decoder=decoder)
+    windows = torch.randn(2, 3, 64, 80)
+    batch = model.embed(windows)
+    for stage in model.stages:
+        batch = model.run_blocks(stage, batch)
+        batch = model.merge(batch) if stage.merges else batch
+    assert batch.merge_maps is not None
+    for merge_map, logits in zip(batch.merge_maps, model.window_logits(windows).flatten(2).mT, strict=True):
+        same_token = merge_map[:, None] == merge_map
+        same_logits = (logits[:, None] == logits).all(dim=2)
+        assert torch.equal(same_logits, same_token)
+        assert same_token.sum() > len(merge_map)
+
+
+@pytest.mark.parametrize("align", [1, 4])
+def test_later_blocks_see_fewer_tokens(align: int, tiny_model: Callable[..., Segmenter]) -> None:
+    model = tiny_model(schedule=(1, 2), distilled=True, align=align)
     rows: list[int] = []
     for block in model.encoder.blocks:
         assert isinstance(block.norm1, nn.Module)
         block.norm1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    model.window_logits(torch.randn(1, 3, 64, 64))
-    assert rows[0] == 2 + 16
-    assert rows[0] > rows[1] > rows[2] >= 2 + 4
+    model.window_logits(torch.randn(1, 3, 128, 128))
+    assert rows[0] == 2 + 64
+    assert rows[0] > rows[1] > rows[2] >= 2 + 16
+    assert [(length - 2) % align for length in rows] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
