@@ -74,7 +74,7 @@ def max_image_bytes() -> int:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, max_image_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with the model `tiny`, its twin that batches synchronously, and `demo` where there is a demo checkpoint."""
+    """A model store with `tiny`, its twin that batches synchronously, and `demo` where there is a checkpoint."""
     out = tmp_path_factory.mktemp("store")
     serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
     build_archive(checkpoint, name="tiny", out=out, serving=serving)
