@@ -39,7 +39,7 @@ from .scheduler import Group, Lane, Scheduler, Waiting
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
-_POOL_GROUPS = 4  # groups' worth of windows among which padded execution chooses mates
+_POOL_GROUPS = 8  # groups' worth of windows among which padded execution chooses mates
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,8 @@ from itertools import combinations
 
 import numpy as np
 
+_EQUAL = 1 + 1e-9  # costs this close are rounding apart, and the larger group is taken
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCost:
@@ -106,9 +108,12 @@ def _cut_sorted(
     for n in range(1, len(order) + 1):
         longest = lengths[order[n - 1]]
         largest = max(1, min(n, max_group_windows, max_batch_tokens // longest))
+        one_more = longest * (cost.token + cost.pair * longest)
+        group = cost.launch
         for size in range(1, largest + 1):
-            total = least[n - size] + cost(size, longest)
-            if total <= least[n]:  # of equals, the larger group
+            group += one_more
+            total = least[n - size] + group
+            if total <= least[n] * _EQUAL:
                 least[n], start[n] = total, n - size
     groups, n = [], len(order)
     while n:

@@ -51,8 +51,9 @@ class Scheduler(Generic[Payload]):
     """Holds waiting windows by lane and releases them in groups.
 
     A group is released when its lane's oldest window has waited long enough, when the lane holds
-    enough windows to choose from, or when the device would otherwise idle. The oldest window of the
-    chosen lane is always in the group; the planner chooses its mates.
+    enough windows to choose from, or when the device would otherwise idle. Among several lanes the
+    deepest goes first, because what is nearly done makes room; overdue windows go before all others.
+    The oldest window of the chosen lane is always in the group; the planner chooses its mates.
 
     Args:
         max_batch_tokens: tokens of a group, padding included.
@@ -112,14 +113,14 @@ class Scheduler(Generic[Payload]):
         if overdue:
             return self._release(min(overdue, key=lambda lane: min(map(self._rank, lanes[lane]))), "delay")
         if full:
-            return self._release(max(full), "full")  # the deepest stage: what is nearly done makes room
+            return self._release(max(full), "full")
         if idle and lanes:
-            return self._release(min(lanes), "idle")  # the shallowest: it feeds the lanes behind it
+            return self._release(max(lanes), "idle")
         return None
 
     def _release(self, lane: Lane, reason: str) -> Group[Payload]:
         windows = sorted(self._lanes[lane], key=self._rank)
-        candidates = windows[: 4 * max(self._max_group_windows, self._pool_windows)]  # bounds the planner's work
+        candidates = windows[: max(self._max_group_windows, self._pool_windows)]  # bounds the planner's work
         groups = plan_groups(
             [window.length for window in candidates],
             self._cost,

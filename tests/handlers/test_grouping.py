@@ -43,6 +43,13 @@ def test_padded_plan_is_the_cheapest_of_all_splits(seed: int) -> None:
     assert padded_cost(plan, lengths, cost) == pytest.approx(cheapest)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_lengths_share_a_group_whatever_rounding_says(seed: int) -> None:
+    cost = GroupCost(token=float(np.random.default_rng(seed).uniform(1e-7, 1e-5)))
+    plan = plan_groups([785] * 16, cost, max_batch_tokens=10**6, max_group_windows=8)
+    assert [len(group) for group in plan] == [8, 8]
+
+
 def test_groups_and_members_are_in_order_of_age() -> None:
     lengths = [9, 3, 9, 3, 9, 3]
     plan = plan_groups(lengths, GroupCost(), max_batch_tokens=100, max_group_windows=3)

@@ -41,12 +41,12 @@ def test_a_busy_device_waits_for_mates_until_the_delay_is_over() -> None:
     assert len(s) == 0
 
 
-def test_an_idle_device_takes_the_shallowest_lane_at_once() -> None:
+def test_an_idle_device_takes_the_deepest_lane_at_once() -> None:
     s = scheduler()
-    s.add([window("deep", SECOND), window("new", FIRST, arrived=0.001)], now=0.0)
+    s.add([window("new", FIRST), window("deep", SECOND, arrived=0.001)], now=0.0)
     group = s.next_group(0.001)
     assert group is not None
-    assert (names(group), group.reason) == (["new"], "idle")
+    assert (names(group), group.reason) == (["deep"], "idle")
 
 
 def test_full_lanes_go_first_and_the_deepest_of_them() -> None:

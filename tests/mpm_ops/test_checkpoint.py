@@ -118,6 +118,12 @@ def test_inference_can_be_overridden(checkpoint: Path) -> None:
         load_segmenter(checkpoint, inference={"tiles": 2, "stride": 3})
 
 
+def test_inference_settings_are_the_stored_ones(checkpoint: Path, revise: Callable[[str, object], None]) -> None:
+    revise("inference_kwargs", {"im_size": 520, "window_size": 480, "window_stride": 320})
+    inference = load_segmenter(checkpoint).inference
+    assert (inference.im_size, inference.window_size, inference.window_stride) == (520, 480, 320)
+
+
 def test_the_dataset_stands_in_for_missing_inference_settings(
     checkpoint: Path, revise: Callable[[str, object], None]
 ) -> None:

@@ -100,14 +100,16 @@ def test_no_bit_depends_on_the_batch(name: str, align: int, threads: int) -> Non
     assert torch.equal(vit.forward_features(images[[4, 0, 2]]), alone[[4, 0, 2]])
 
 
+@pytest.mark.parametrize("align", [1, 4])
 @torch.inference_mode()
-def test_later_blocks_see_fewer_tokens() -> None:
+def test_later_blocks_see_fewer_tokens(align: int) -> None:
     vit = make_vit("registers")
     lengths: list[int] = []
     for block in vit.blocks:
         block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    patch_timm(vit, (0, 3))(pictures(1))
+    patch_timm(vit, (0, 3), align=align)(pictures(1))
     assert 5 + 64 > lengths[0] == lengths[1] == lengths[2] > lengths[3] == lengths[4] >= 5 + 16
+    assert all((length - 5) % align == 0 for length in lengths)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How well grouping does: padding, throughput and waiting, measured and simulated."""

@@ -1,0 +1,195 @@
+"""Ways to group, side by side on the real engine: pictures per second, latency, and device time per window."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from handlers.config import ServingConfig
+from handlers.engine import Engine
+from handlers.options import RequestOptions
+from handlers.scheduler import Group, Scheduler
+from mpm_ops import Segmenter, load_segmenter
+from mpm_ops.bench import read_images
+from mpm_ops.classes import Classes, default_colors
+
+CLIENTS = 8
+LOAD = 0.7  # of what the closed loop reached, offered by the open one
+ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to group; `alone` computes every window by itself, which is what the others can be held against."""
+
+    name: str
+    align: int
+    padded: bool = False
+    alone: bool = False
+    by_arrival: bool = False
+
+
+WAYS = (
+    Way("alone", 1, alone=True),
+    Way("padded by arrival", 1, padded=True, by_arrival=True),
+    Way("padded, planned", 1, padded=True),
+    Way("padded, planned", 16, padded=True),
+    Way("packed", 1),
+    Way("packed", 16),
+)
+
+
+@dataclass(slots=True)
+class _Contestant:
+    """A way, its engine, and what was observed of both."""
+
+    way: Way
+    engine: Engine
+    groups: list[tuple[int, int, float]] = field(default_factory=list)  # stage, windows, seconds
+    closed: list[float] = field(default_factory=list)  # latencies
+    opened: list[float] = field(default_factory=list)
+    closed_seconds: float = 0.0
+
+
+def bench_serving(
+    checkpoint: Path, folders: Sequence[Path], schedule: Sequence[int], seconds: float, num_pictures: int = 12
+) -> list[dict[str, Any]]:
+    """Serve the same pictures in every way, in turn.
+
+    Args:
+        seconds: of each loop, for every way.
+        num_pictures: sent over and over, spread evenly over the folders.
+
+    Raises:
+        RuntimeError: packed groups do not give the labels of the library; figures would compare different work.
+    """
+    images = [image for folder in folders for image in read_images(folder)]
+    images = images[:: max(1, len(images) // num_pictures)][:num_pictures]
+    models = {align: load_segmenter(checkpoint, schedule, align) for align in {way.align for way in WAYS}}
+    pictures = [_encode(image) for image in images]
+    with ExitStack() as stack:
+        contestants = [stack.enter_context(_started(way, models[way.align])) for way in WAYS]
+        for contestant in contestants:
+            if not contestant.way.padded:
+                _check_parity(contestant, models[contestant.way.align], images[:4], pictures[:4])
+            contestant.groups.clear()
+        for _ in range(ROUNDS):
+            for contestant in contestants:
+                _closed_loop(contestant, pictures, seconds / ROUNDS)
+        for _ in range(ROUNDS):
+            for contestant in contestants:
+                _open_loop(contestant, pictures, seconds / ROUNDS)
+    return [_summary(contestant) for contestant in contestants]
+
+
+@contextmanager
+def _started(way: Way, model: Segmenter) -> Iterator[_Contestant]:
+    groups: list[tuple[int, int, float]] = []
+
+    def observe(group: Group[Any], seconds: float) -> None:
+        groups.append((group.lane.stage, len(group.members), seconds))
+
+    config = ServingConfig(
+        schedule=model.schedule,
+        align=way.align,
+        padded=way.padded,
+        deterministic=way.alone,
+        deadline_seconds=600,
+        stall_seconds=600,
+    )
+    num_classes = model.config.n_cls
+    classes = Classes(tuple(map(str, range(num_classes))), default_colors(num_classes))
+    with closing(Engine(model, classes, config, observer=observe)) as engine:
+        if way.by_arrival:  # without a cost the scheduler fills groups by age; nothing has been submitted yet
+            engine._scheduler = Scheduler(
+                max_batch_tokens=config.max_batch_tokens,
+                max_group_windows=config.max_group_windows,
+                pool_windows=config.max_group_windows,
+                max_group_delay=config.max_group_delay_ms / 1000,
+                bulk_patience=config.bulk_patience_seconds,
+            )
+        yield _Contestant(way, engine, groups)
+
+
+def _check_parity(
+    contestant: _Contestant, model: Segmenter, images: Sequence[np.ndarray], pictures: Sequence[bytes]
+) -> None:
+    answers = [contestant.engine.submit(picture, _options()) for picture in pictures]
+    for image, answer in zip(images, answers, strict=True):
+        if not np.array_equal(np.load(BytesIO(answer.result().body)), model.segment(image)):
+            raise RuntimeError(f"parity: {contestant.way} does not give the library's labels; no figures are reported")
+
+
+def _closed_loop(contestant: _Contestant, pictures: Sequence[bytes], seconds: float) -> None:
+    """Clients that each wait for their answer before they send the next picture."""
+    start = time.monotonic()
+    numbers = count()
+
+    def client() -> None:
+        while time.monotonic() - start < seconds:
+            sent = time.monotonic()
+            contestant.engine.submit(pictures[next(numbers) % len(pictures)], _options()).result()
+            contestant.closed.append(time.monotonic() - sent)
+
+    _together([client] * CLIENTS)
+    contestant.closed_seconds += time.monotonic() - start
+
+
+def _open_loop(contestant: _Contestant, pictures: Sequence[bytes], seconds: float) -> None:
+    """Pictures that come at their own rate."""
+    rate = LOAD * len(contestant.closed) / contestant.closed_seconds
+    gaps = np.random.default_rng(len(contestant.opened)).exponential(1 / rate, max(1, int(rate * seconds)))
+    answers = []
+    for i, gap in enumerate(gaps):
+        time.sleep(gap)
+        sent = time.monotonic()
+        answer = contestant.engine.submit(pictures[i % len(pictures)], _options())
+        answer.add_done_callback(lambda _, sent=sent: contestant.opened.append(time.monotonic() - sent))  # type: ignore[misc]
+        answers.append(answer)
+    for answer in answers:
+        answer.result()
+
+
+def _together(tasks: Sequence[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _summary(contestant: _Contestant) -> dict[str, Any]:
+    stages = sorted({stage for stage, _, _ in contestant.groups})
+    by_stage = [[(n, s) for stage, n, s in contestant.groups if stage == wanted] for wanted in stages]
+    return {
+        "way": contestant.way.name,
+        "align": contestant.way.align,
+        "pictures": len(contestant.closed) + len(contestant.opened),
+        "pictures_per_second": round(len(contestant.closed) / contestant.closed_seconds, 3),
+        "device_ms_per_window": round(sum(1000 * sum(s for _, s in g) / sum(n for n, _ in g) for g in by_stage), 1),
+        "mean_group": [round(sum(n for n, _ in g) / len(g), 2) for g in by_stage],
+        **{f"closed_ms_p{q}": _percentile_ms(contestant.closed, q) for q in (50, 99)},
+        **{f"open_ms_p{q}": _percentile_ms(contestant.opened, q) for q in (50, 99)},
+    }
+
+
+def _percentile_ms(seconds: Sequence[float], q: int) -> float:
+    return round(1000 * float(np.percentile(seconds, q)), 1)
+
+
+def _options() -> RequestOptions:
+    return RequestOptions(request_id="bench", media_type="application/x-npy")
+
+
+def _encode(image: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
