@@ -118,7 +118,7 @@ def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
         aligned_length = -(-merged_length // align) * align
         num_pairs = max(num_tokens - aligned_length, 0)
         strongest = best[first].sort(descending=True, stable=True).indices[:num_pairs]
-        first = first[strongest.sort().values]
+        first = first[strongest]
     return first, nearest[first]
 
 

@@ -1,0 +1,1 @@
+"""The demo model: its recipe, and the painter of sample scenes."""
