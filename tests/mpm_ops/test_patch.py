@@ -89,8 +89,7 @@ def test_an_empty_schedule_changes_nothing(name: str) -> None:
     assert torch.equal(vit.forward_features(images), features)
 
 
-@pytest.mark.parametrize("name", ["class token", "registers", "average pooling"])
-@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize(("name", "align"), [("registers", 1), ("average pooling", 8)])
 @torch.inference_mode()
 def test_no_bit_depends_on_the_batch(name: str, align: int, threads: int) -> None:
     vit, images = patch_timm(make_vit(name), SCHEDULE, align=align), pictures(5)

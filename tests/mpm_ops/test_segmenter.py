@@ -128,7 +128,7 @@ def test_the_mask_does_not_depend_on_how_windows_are_batched(
     inference = InferenceConfig(im_size=128, max_ratio=4, window_size=128, window_stride=96, normalization="deit")
     model = tiny_model(schedule=(1, 2), image_size=(128, 128), inference=inference)
     image = np.random.default_rng(1).integers(0, 256, (100, 380, 3), dtype=np.uint8)
-    masks = [model.segment(image, window_batch=size) for size in (1, 2, 4, 64)]
+    masks = [model.segment(image, window_batch=size) for size in (1, 3, 64)]
     assert all(np.array_equal(masks[0], mask) for mask in masks[1:])
 
 

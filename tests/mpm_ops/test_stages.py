@@ -79,13 +79,15 @@ def test_merging_never_touches_special_tokens(num_special: int, align: int) -> N
 
 
 def test_maps_lead_from_patches_to_tokens_over_all_merges() -> None:
-    # Clusters of 8 patches along axes of their own: three merges leave one token of each.
-    patches = torch.eye(5).repeat_interleave(8, dim=0) + 0.01 * torch.rand(40, 5)
-    batch = WindowBatch(PackedTokens(torch.cat([torch.ones(1, 5), patches]), (41,)))
-    while len(batch.tokens.values) > 6:
+    # Every patch has a column to itself, so a token shows by its non-zero columns which patches are in it.
+    patches = torch.cat([0.1 * torch.eye(40), torch.randn(40, 8)], dim=1)
+    batch = WindowBatch(PackedTokens(torch.cat([torch.ones(1, 48), patches]), (41,)))
+    for _ in range(3):
         batch = batch.merged(num_special=1, align=1)
     assert batch.merge_maps is not None
-    assert batch.merge_maps[0].tolist() == [i // 8 for i in range(40)]
+    members = batch.tokens.values[1:, :40] > 0  # [M, N]
+    assert len(members) < 30
+    assert torch.equal(members, torch.arange(len(members))[:, None] == batch.merge_maps[0])
 
 
 # Rows a lone window needs so that matrix products run the same kernel as in a group (MKL, up to 16 threads).
@@ -119,40 +121,36 @@ def run_in_groups(model: Segmenter, windows: Tensor, groups: list[list[int]]) ->
     return trace, torch.stack([logits[i] for i in range(len(windows))])
 
 
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3, 4, 5]], [[5, 0, 3], [4, 2], [1]]], ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
         {"schedule": (1, 2)},
         {"schedule": (0, 2), "align": 8, "distilled": True},
         {"schedule": (1,), "d_model": 192, "n_heads": 3, "decoder": "linear"},
-        {"schedule": ()},
     ],
     ids=str,
 )
 @torch.inference_mode()
 def test_no_bit_depends_on_the_group(
-    shape: dict[str, object], groups: list[list[int]], threads: int, tiny_model: Callable[..., Segmenter]
+    shape: dict[str, object], threads: int, tiny_model: Callable[..., Segmenter]
 ) -> None:
     model = tiny_model(image_size=(160, 160), **shape)
-    windows = clutter(6, 160, seed=7)
-    windows[4] = windows[1]  # equal lengths meet too
-    alone, logits_alone = run_in_groups(model, windows, [[i] for i in range(6)])
-    together, logits_together = run_in_groups(model, windows, groups)
-
+    windows = clutter(4, 160, seed=7)
+    windows[3] = windows[1]  # equal lengths meet too
+    alone, logits_alone = run_in_groups(model, windows, [[i] for i in range(4)])
     lengths = {len(tokens) for tokens in alone[-1]}
     assert min(lengths) >= SAFE_ROWS
-    assert len(lengths) > 2 or not model.schedule or model.align > 1
-    for stage, (expected, found) in enumerate(zip(alone, together, strict=True)):
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), f"after step {stage}"
-    assert torch.equal(logits_alone, logits_together)
+    assert len(lengths) > 2 or model.align > 1
+
+    for groups in ([[0, 1, 2, 3]], [[1, 3], [2, 0]], [[3, 0, 2], [1]]):
+        together, logits_together = run_in_groups(model, windows, groups)
+        for step, (expected, found) in enumerate(zip(alone, together, strict=True)):
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), f"{groups}, step {step}"
+        assert torch.equal(logits_alone, logits_together), groups
 
 
-@pytest.mark.parametrize("num_windows", [2, 3, 5, 8])
-def test_window_logits_of_a_batch_are_those_of_each_window(
-    num_windows: int, threads: int, tiny_model: Callable[..., Segmenter]
-) -> None:
+def test_window_logits_of_a_batch_are_those_of_each_window(threads: int, tiny_model: Callable[..., Segmenter]) -> None:
     model = tiny_model(image_size=(160, 160), schedule=(1, 2))
-    windows = clutter(num_windows, 160, seed=8)
+    windows = clutter(3, 160, seed=8)
     alone = torch.cat([model.window_logits(window[None]) for window in windows])
     assert torch.equal(model.window_logits(windows), alone)
