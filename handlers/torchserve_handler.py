@@ -100,7 +100,6 @@ class ContinuousHandler(SegmenterHandler):
 
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes | None]:  # type: ignore[override]
         """Answer those requests of the batch that are done; None for the others."""
-        self._progress.clear()
         job_ids = [context.get_request_id(i) for i in range(len(data))]
         for gone in self._pending.keys() - set(job_ids):
             self._pending.pop(gone)[1].cancel()
@@ -111,6 +110,7 @@ class ContinuousHandler(SegmenterHandler):
                 self._pending[job_id] = (request_id, answer, start)
                 answer.add_done_callback(lambda _: self._progress.set())
         self._progress.wait(_MAX_WAIT_SECONDS)
+        self._progress.clear()  # before looking: what happens from here on wakes the next call
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:

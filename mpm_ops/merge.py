@@ -15,7 +15,8 @@ def merge_tokens(x: Tensor, *, align: int = 1) -> tuple[Tensor, Tensor]:
     Two tokens merge when each is the other's most similar token by cosine similarity (ties go to
     the lowest index). Similarity is computed in float32, or in float64 for float64 tokens, whatever
     the precision of the network. A zero token has similarity 0 to every other; a token with a
-    non-finite value never merges and passes through unchanged.
+    non-finite value never merges and passes through unchanged. Norms below 1e-12 or above 1e19 leave
+    the range in which float32 cosines are exact.
 
     Args:
         x: [N, D] float tokens, special tokens excluded.

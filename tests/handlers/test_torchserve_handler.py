@@ -4,9 +4,10 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -19,33 +20,41 @@ from handlers.config import CONFIG_KEY
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
-from handlers.torchserve_handler import SegmenterHandler
+from handlers.torchserve_handler import ContinuousHandler, SegmenterHandler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
+    import ts.service
     from ts.context import Context, RequestProcessor
     from ts.protocol.otf_message_handler import create_predict_response
 
 pytest_plugins = ("tiny_server",)
 
 
-class ObedientEngine:
-    """Answers `b"ok"`; a body that names an error gets it."""
+OK = SegmentReply(b"ok", "image/png", (64, 40, 30), {"decode": 0.001, "merge": 0.2})
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+
+class ObedientEngine:
+    """Answers `b"ok"`; a body that names an error gets it, and one that begins with `later` waits."""
+
+    def __init__(self, *_: Any, observer: Callable[[Any, float], None], **__: Any) -> None:
         self.seen: list[tuple[bytes, RequestOptions]] = []
+        self.later: dict[bytes, Future[SegmentReply]] = {}
+        self.end_group = lambda: observer(None, 0.0)
 
     def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
         self.seen.append((bytes(data), options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
             raise RuntimeError("submitting failed")
-        if data == b"break":
+        if data.startswith(b"later"):
+            self.later[bytes(data)] = answer
+        elif data == b"break":
             answer.set_exception(RuntimeError("computing failed"))
         elif data == b"refuse":
             answer.set_exception(ServingError(ErrorKind.TOO_LARGE, "too\r\nlarge"))
         else:
-            answer.set_result(SegmentReply(b"ok", options.media_type, (64, 40, 30), {"decode": 0.001, "merge": 0.2}))
+            answer.set_result(OK)
         return answer
 
 
@@ -61,11 +70,10 @@ def _own_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def initialized(checkpoint: Path) -> Callable[[], SegmenterHandler]:
+def initialized(checkpoint: Path) -> Callable[[SegmenterHandler], SegmenterHandler]:
     """Initializes a handler as TorchServe does."""
 
-    def initialize() -> SegmenterHandler:
-        handler = SegmenterHandler()
+    def initialize(handler: SegmenterHandler) -> SegmenterHandler:
         context = Context("tiny", str(checkpoint.parent), {}, 8, None, "0.12.0")
         context.model_yaml_config = yaml.safe_load(f"{CONFIG_KEY}: {{schedule: [1]}}")
         handler.initialize(context)
@@ -75,15 +83,29 @@ def initialized(checkpoint: Path) -> Callable[[], SegmenterHandler]:
 
 
 @pytest.fixture
-def handler(initialized: Callable[[], SegmenterHandler], monkeypatch: pytest.MonkeyPatch) -> SegmenterHandler:
+def handler(
+    initialized: Callable[[SegmenterHandler], SegmenterHandler], monkeypatch: pytest.MonkeyPatch
+) -> SegmenterHandler:
     monkeypatch.setattr(torchserve_handler, "Engine", ObedientEngine)
-    return initialized()
+    return initialized(SegmenterHandler())
 
 
-def batch_of(*headers: dict[str, Any]) -> Context:
+@pytest.fixture
+def continuous(
+    initialized: Callable[[SegmenterHandler], SegmenterHandler], monkeypatch: pytest.MonkeyPatch
+) -> ContinuousHandler:
+    monkeypatch.setattr(torchserve_handler, "Engine", ObedientEngine)
+    monkeypatch.setattr(ts.service, "create_predict_response", create_predict_response)
+    monkeypatch.setattr(torchserve_handler, "_MAX_WAIT_SECONDS", 30)
+    handler = ContinuousHandler()
+    initialized(handler)
+    return handler
+
+
+def batch_of(*headers: dict[str, Any], ids: Sequence[str] = ()) -> Context:
     """TorchServe's context of a batch, given the headers of each request."""
     context = Context("tiny", ".", {}, len(headers), None, "0.12.0")
-    context.request_ids = {i: f"own-{i}" for i in range(len(headers))}
+    context.request_ids = dict(enumerate(ids or [f"own-{i}" for i in range(len(headers))]))
     context.request_processor = [RequestProcessor(h) for h in headers]
     return context
 
@@ -92,10 +114,10 @@ def body(data: bytes) -> dict[str, bytearray]:
     return {"body": bytearray(data)}
 
 
-def seen(handler: SegmenterHandler) -> list[tuple[bytes, RequestOptions]]:
-    engine = handler._engine
+def engine_of(handler: SegmenterHandler) -> ObedientEngine:
+    engine: Any = handler._engine
     assert isinstance(engine, ObedientEngine)
-    return engine.seen
+    return engine
 
 
 def test_a_failure_is_one_request_s_own(handler: SegmenterHandler) -> None:
@@ -116,13 +138,13 @@ def test_a_failure_is_one_request_s_own(handler: SegmenterHandler) -> None:
 
 
 def test_headers_of_an_answer(handler: SegmenterHandler) -> None:
-    context = batch_of({"X-Request-Id": "mine", "ACCEPT": "application/json"})
+    context = batch_of({"X-Request-Id": "mine"})
     handler.handle([body(b"x")], context)
     headers = context.get_response_headers(0)
     assert headers["X-MPM-Request-Id"] == "mine"
     assert headers["X-MPM-Tokens"] == "in=64, out=30"
     assert re.fullmatch(r"decode;dur=1\.00, merge;dur=200\.00, total;dur=[\d.]+", headers["Server-Timing"])
-    assert context.get_response_content_type(0) == "application/json"
+    assert context.get_response_content_type(0) == "image/png"
 
 
 @pytest.mark.parametrize("evil", ["a\r\nX-Evil: 1", "\x00", "é", "\U0001f600", "x" * 100_000, ""])
@@ -140,7 +162,7 @@ def test_replies_are_safe_to_encode(handler: SegmenterHandler, evil: str) -> Non
 @pytest.mark.parametrize("name", ["image", "body", "data"])
 def test_names_of_the_picture(handler: SegmenterHandler, name: str) -> None:
     handler.handle([{name: bytearray(b"x"), "other": bytearray(b"y")}], batch_of({}))
-    assert seen(handler)[-1][0] == b"x"
+    assert engine_of(handler).seen[-1][0] == b"x"
 
 
 @pytest.mark.parametrize("parts", [{}, {"picture": bytearray(b"x")}, {"\r\n" * 100: bytearray(b"x")}])
@@ -156,7 +178,7 @@ def test_a_part_is_no_header(handler: SegmenterHandler) -> None:
     part = {"content-type": "application/x-npy"}
     context = batch_of({"accept": part, "x-mpm-view": part, "X-Request-Id": part, "Accept": "application/json"})
     handler.handle([body(b"x")], context)
-    _, options = seen(handler)[-1]
+    _, options = engine_of(handler).seen[-1]
     assert options == RequestOptions(request_id="own-0", media_type="application/json", view=None)
 
 
@@ -169,8 +191,8 @@ def test_one_line_a_request_in_the_log(handler: SegmenterHandler, caplog: pytest
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
-def test_the_model_beside_the_handler(initialized: Callable[[], SegmenterHandler]) -> None:
-    handler = initialized()
+def test_the_model_beside_the_handler(initialized: Callable[[SegmenterHandler], SegmenterHandler]) -> None:
+    handler = initialized(SegmenterHandler())
     context = batch_of({"Accept": "application/json"})
     picture = encode_picture(np.zeros((20, 30, 3), np.uint8), "image/png")
     (reply,) = handler.handle([body(picture)], context)
@@ -185,3 +207,59 @@ def test_unusable_configuration(checkpoint: Path) -> None:
     context.model_yaml_config = {CONFIG_KEY: {"windos": 3}}
     with pytest.raises(ValueError, match="unknown fields windos"):
         SegmenterHandler().initialize(context)
+
+
+class TestContinuous:
+    def test_only_what_is_done_is_answered(self, continuous: ContinuousHandler) -> None:
+        data = [body(b"later 1"), body(b"x"), body(b"break"), body(b"later 2")]
+        context = batch_of({}, {}, {}, {}, ids=["a", "b", "c", "d"])
+        replies = continuous.handle(data, context)
+        assert replies[0] is replies[3] is None
+        assert replies[1] == b"ok"
+        assert replies[2]
+        assert json.loads(replies[2])["request_id"] == "c"
+        sent = ts.service.create_predict_response(replies, context.request_ids, "", 200, context=context)
+        in_message = [job_id for job_id in "abcd" if b"\0\0\0\1" + job_id.encode() in sent]
+        assert in_message == ["b", "c"]
+
+        engine_of(continuous).later[b"later 2"].set_result(OK)
+        assert continuous.handle([data[0], data[3]], batch_of({}, {}, ids=["a", "d"])) == [None, b"ok"]
+        engine_of(continuous).later[b"later 1"].set_result(OK)
+        assert continuous.handle([data[0]], batch_of({}, ids=["a"])) == [b"ok"]
+
+    def test_a_body_that_comes_again_is_not_submitted_again(self, continuous: ContinuousHandler) -> None:
+        before = len(engine_of(continuous).seen)
+        for _ in range(3):
+            engine_of(continuous).end_group()
+            assert continuous.handle([body(b"later")], batch_of({}, ids=["a"])) == [None]
+        assert len(engine_of(continuous).seen) == before + 1
+
+    def test_what_happens_between_two_calls_wakes_the_next(self, continuous: ContinuousHandler) -> None:
+        engine = engine_of(continuous)
+        engine.end_group()
+        assert continuous.handle([body(b"later")], batch_of({}, ids=["a"])) == [None]
+        start = perf_counter()
+        engine.end_group()
+        assert continuous.handle([body(b"later")], batch_of({}, ids=["a"])) == [None]
+        engine.later[b"later"].set_result(OK)
+        assert continuous.handle([body(b"later")], batch_of({}, ids=["a"])) == [b"ok"]
+        assert perf_counter() - start < 5  # and not when the wait of 30 seconds ends
+
+    def test_an_answer_ends_the_wait(self, continuous: ContinuousHandler) -> None:
+        engine = engine_of(continuous)
+        with ThreadPoolExecutor(1) as server:
+            step = server.submit(continuous.handle, [body(b"later")], batch_of({}, ids=["a"]))
+            while b"later" not in engine.later:
+                sleep(0.001)
+            engine.later[b"later"].set_result(OK)
+            step_end = step.result(timeout=5)
+        assert step_end in ([b"ok"], [None])  # None: the answer came as the wait began
+        if step_end == [None]:
+            assert continuous.handle([body(b"later")], batch_of({}, ids=["a"])) == [b"ok"]
+
+    def test_work_of_requests_that_went_away_is_dropped(self, continuous: ContinuousHandler) -> None:
+        engine = engine_of(continuous)
+        engine.end_group()
+        assert continuous.handle([body(b"later 1"), body(b"later 2")], batch_of({}, {}, ids=["a", "b"])) == [None] * 2
+        assert continuous.handle([body(b"x")], batch_of({}, ids=["c"])) == [b"ok"]
+        assert all(answer.cancelled() for answer in engine.later.values())
