@@ -137,7 +137,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise CheckpointError(f"{path}: not a weights-only torch checkpoint: {reason}") from None
     weights = data.get("model", data) if isinstance(data, dict) else data
     if not isinstance(weights, dict) or not all(

@@ -26,13 +26,13 @@ def load_classes(path: Path, n_cls: int) -> Classes:
     """
     if not path.is_file():
         return Classes(tuple(f"class {i}" for i in range(n_cls)), default_colors(n_cls))
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         entries = sorted((int(r["index"]), r["name"], [int(r[c]) for c in ("red", "green", "blue")]) for r in rows)
         colors = np.array([color for _, _, color in entries], dtype=np.int64).reshape(-1, 3)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: expected columns index, name, red, green, blue") from None
+        raise ValueError(f"{path}: expected columns index, name, red, green, blue as UTF-8 text") from None
     if [index for index, _, _ in entries] != list(range(n_cls)):
         raise ValueError(f"{path}: expected classes 0..{n_cls - 1}, each once, got {len(entries)} rows")
     if colors.min() < 0 or colors.max() > 255:

@@ -57,3 +57,9 @@ def test_made_up_colours_differ(n_cls: int) -> None:
 def test_reads_the_lists_of_the_official_datasets(dataset: str, n_cls: int, data_root: Path) -> None:
     classes = load_classes(data_root / "classes" / f"{dataset}.csv", n_cls)
     assert len(set(classes.names)) == n_cls
+
+
+def test_a_file_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "classes.csv").write_bytes("index,name,red,green,blue\n0,Straße,1,2,3\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.csv: expected .* as UTF-8 text"):
+        load_classes(tmp_path / "classes.csv", 1)
