@@ -32,9 +32,9 @@ def test_numbers_and_colours_classes_without_a_file(tmp_path: Path) -> None:
         ("", r"expected classes 0\.\.1, each once, got 0 rows"),
         (HEADER + "0,a,1,2,3\n", r"expected classes 0\.\.1, each once, got 1 rows"),
         (HEADER + "0,a,1,2,3\n0,b,1,2,3\n", r"expected classes 0\.\.1, each once, got 2 rows"),
-        (HEADER + "0,a,1,2,3\n1,b,1,2\n", "expected columns index, name, red, green, blue"),
-        (HEADER + "0,a,1,2,3\n1,b,1,2,x\n", "expected columns index, name, red, green, blue"),
-        ("index,name\n0,a\n1,b\n", "expected columns index, name, red, green, blue"),
+        (HEADER + "0,a,1,2,3\n1,b,1,2\n", "expected columns index, name, red, green, blue as UTF-8 text"),
+        (HEADER + "0,a,1,2,3\n1,b,1,2,x\n", "expected columns index, name, red, green, blue as UTF-8 text"),
+        ("index,name\n0,a\n1,b\n", "expected columns index, name, red, green, blue as UTF-8 text"),
         (HEADER + "0,a,1,2,3\n1,b,1,2,256\n", r"expected colours within 0\.\.255"),
     ],
 )
