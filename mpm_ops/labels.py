@@ -1,20 +1,20 @@
 """From window logits to a label map, without class x height x width in memory.
 
-Upsampling a window, averaging overlapping windows and resizing to the picture are all linear and work
-on rows and columns apart. So for each axis there is one matrix from the tokens of all windows to the
-pixels of the picture, and the logits of a tile of pixels are two small matrix products.
+Every pixel is a weighted mean of a few tokens (see `axes`). On the CPU only the classes that can win in a cell
+of pixels are compared; elsewhere, and where the probability is asked for too, the logits of a tile of pixels
+are two small matrix products.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .axes import Axis, axes
 from .windows import WindowPlan
 
-TILE = 128  # pixels; a tile's logits for 150 classes take 10 MB, and a row of tiles 2.5 MB per window across
+TILE = 128  # pixels; a tile's logits for 150 classes take 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,47 +46,36 @@ def label_map(logits: Tensor, plan: WindowPlan, patch_size: int, *, confidence: 
     if logits.ndim != 4 or len(logits) != plan.num_windows:
         raise ValueError(f"logits: expected [{plan.num_windows}, K, Gh, Gw], got {list(logits.shape)}")
     num_classes, grid_height, grid_width = logits.shape[1:]
-    rows = _axis_weights(plan.tops, grid_height, patch_size, plan, axis=0).to(logits.device)
-    columns = _axis_weights(plan.lefts, grid_width, patch_size, plan, axis=1).to(logits.device)
-    tokens = (  # [K, tokens down, tokens across] over all windows
-        logits.float()
-        .unflatten(0, (len(plan.tops), len(plan.lefts)))
-        .permute(2, 0, 3, 1, 4)
-        .reshape(num_classes, len(plan.tops) * grid_height, len(plan.lefts) * grid_width)
-    )
+    rows, columns = axes(plan, (grid_height, grid_width), patch_size)
+    windows = logits.float().unflatten(0, (len(plan.tops), len(plan.lefts)))
+    labels = np.empty(plan.original_size, np.uint8 if num_classes <= 256 else np.uint16)
+    if confidence or logits.device.type != "cpu":
+        tokens = windows.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)  # [K, tokens down, tokens across]
+        return _label_tiles(tokens, rows, columns, labels, confidence=confidence)
 
-    height, width = plan.original_size
-    labels = torch.empty(height, width, dtype=torch.uint8 if num_classes <= 256 else torch.uint16)
-    probability = torch.empty(height, width) if confidence else None
+    from ._label_cells import label_cells  # the compiler takes a moment to import; devices do without
+
+    tokens = windows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [tokens down, tokens across, K]
+    label_cells(tokens.contiguous().numpy(), rows, columns, labels)
+    return LabelMap(labels, None)
+
+
+def _label_tiles(tokens: Tensor, rows: Axis, columns: Axis, labels: np.ndarray, *, confidence: bool) -> LabelMap:
+    height, width = labels.shape
+    probability = np.empty((height, width), np.float32) if confidence else None
     for top in range(0, height, TILE):
-        row_tokens, row_weights = _touched(rows[top : top + TILE])
-        across = torch.matmul(row_weights, tokens[:, row_tokens])  # [K, tile, tokens across]
+        row_tokens, row_weights = _on(tokens.device, rows.matrix(top, top + TILE))
         for left in range(0, width, TILE):
-            column_tokens, column_weights = _touched(columns[left : left + TILE])
-            tile = torch.matmul(across[:, :, column_tokens], column_weights.T)  # [K, tile, tile]
+            column_tokens, column_weights = _on(tokens.device, columns.matrix(left, left + TILE))
+            across = torch.matmul(row_weights, tokens[:, row_tokens[:, None], column_tokens])
+            tile = torch.matmul(across, column_weights.T)  # [K, tile, tile]
             best, label = tile.max(dim=0)
-            labels[top : top + TILE, left : left + TILE] = label
+            labels[top : top + TILE, left : left + TILE] = label.cpu().numpy()
             if probability is not None:
-                probability[top : top + TILE, left : left + TILE] = (best - tile.logsumexp(dim=0)).exp()
-    return LabelMap(labels.numpy(), None if probability is None else probability.numpy())
+                sure = (best - tile.logsumexp(dim=0)).exp()
+                probability[top : top + TILE, left : left + TILE] = sure.cpu().numpy()
+    return LabelMap(labels, probability)
 
 
-def _axis_weights(origins: tuple[int, ...], grid: int, patch_size: int, plan: WindowPlan, *, axis: int) -> Tensor:
-    """[pixels of the picture, windows x grid] along one axis: torch's own interpolation of unit vectors."""
-    window, frame, pixels = plan.window_size, plan.frame_size[axis], plan.original_size[axis]
-    units = torch.eye(grid, dtype=torch.float64)[None]
-    upsampled = F.interpolate(units, size=grid * patch_size, mode="linear", align_corners=False)[0, :, :window]
-    in_frame = torch.zeros(len(origins) * grid, frame, dtype=torch.float64)
-    count = torch.zeros(frame, dtype=torch.float64)
-    for i, origin in enumerate(origins):
-        in_frame[i * grid : (i + 1) * grid, origin : origin + window] = upsampled
-        count[origin : origin + window] += 1
-    averaged = in_frame / count
-    return F.interpolate(averaged[None], size=pixels, mode="linear", align_corners=False)[0].T.float()
-
-
-def _touched(weights: Tensor) -> tuple[slice, Tensor]:
-    """The span of tokens that some pixel of a tile uses, and the weights within it."""
-    used = weights.any(dim=0).nonzero()
-    span = slice(int(used[0]), int(used[-1]) + 1)
-    return span, weights[:, span]
+def _on(device: torch.device, arrays: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(arrays[0]).to(device), torch.from_numpy(arrays[1]).to(device)

@@ -1,5 +1,8 @@
 """Label maps against the plain way: upsample, average, resize, softmax, argmax."""
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpm_ops import InferenceConfig
+from mpm_ops.axes import _axis
 from mpm_ops.labels import label_map
 from mpm_ops.windows import WindowPlan, plan_windows
 
@@ -72,9 +76,10 @@ def test_labels_and_confidence_of_the_plain_way(name: str, num_classes: int, smo
     decided = (top[0] - top[-1] > NEAR_TIE).numpy() | (num_classes == 1)
     assert decided.mean() > 0.99
 
-    found = label_map(logits, plan, patch_size, confidence=True)
-    assert found.labels.shape == plan.original_size
-    np.testing.assert_array_equal(found.labels[decided], expected.argmax(dim=0).numpy()[decided])
+    for confidence in (False, True):  # two ways to the same labels
+        found = label_map(logits, plan, patch_size, confidence=confidence)
+        assert found.labels.shape == plan.original_size
+        np.testing.assert_array_equal(found.labels[decided], expected.argmax(dim=0).numpy()[decided])
     assert found.confidence is not None
     assert found.confidence.dtype == np.float32
     np.testing.assert_allclose(found.confidence, expected.softmax(dim=0).amax(dim=0), rtol=0, atol=1e-5)
@@ -93,11 +98,58 @@ def test_ids_take_two_bytes_beyond_256_classes(num_classes: int, dtype: type) ->
     assert found.confidence is None
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_a_few_strong_classes_among_many_weak_ones(name: str) -> None:
+    """As a trained network's: regions of one class, borders of two or three, and classes that never win."""
+    plan, patch_size = make_plan(name)
+    logits = torch.cat(
+        [make_logits(plan, patch_size, 4, smooth=True), make_logits(plan, patch_size, 60, smooth=False) - 9], 1
+    )
+    logits = logits[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    logits = logits[:, :, torch.arange(logits.shape[2]) // 2 * 2]  # merged patches share their logits
+    expected = plain_way(logits, plan, patch_size)
+    top = expected.topk(2, dim=0).values
+    decided = (top[0] - top[1] > NEAR_TIE).numpy()
+    assert decided.mean() > 0.99
+    found = label_map(logits, plan, patch_size).labels
+    np.testing.assert_array_equal(found[decided], expected.argmax(dim=0).numpy()[decided])
+
+
+@pytest.mark.parametrize("confidence", [False, True])
 @pytest.mark.parametrize("name", ["one window", "overlap both ways", "tile borders"])
-def test_of_equal_classes_the_lowest_id_wins(name: str) -> None:
+def test_of_equal_classes_the_lowest_id_wins(name: str, confidence: bool) -> None:
     plan, patch_size = make_plan(name)
     logits = make_logits(plan, patch_size, 3, smooth=False)[:, [2, 0, 1, 2, 0, 1, 0]]
-    assert label_map(logits, plan, patch_size).labels.max() <= 2
+    assert label_map(logits, plan, patch_size, confidence=confidence).labels.max() <= 2
+
+
+def test_a_class_that_wins_nowhere_at_the_tokens_may_win_between_them() -> None:
+    """Second best at both of two neighbours, and best halfway."""
+    plan, patch_size = make_plan("one window")
+    logits = torch.full((1, 3, 4, 4), -9.0)
+    logits[0, 0, :, :2], logits[0, 0, :, 2:] = 5, -5
+    logits[0, 2, :, :2], logits[0, 2, :, 2:] = -5, 5
+    logits[0, 1] = 3
+    labels = label_map(logits, plan, patch_size).labels
+    np.testing.assert_array_equal(labels[:, [0, 31, 32, 63]], np.broadcast_to([0, 1, 1, 2], (64, 4)))
+
+
+def test_no_number_at_all_is_still_a_class() -> None:
+    plan, patch_size = make_plan("overlap both ways")
+    for fraction in (0.1, 1.0):
+        logits = make_logits(plan, patch_size, 5, smooth=False)
+        logits[torch.rand(logits.shape) < fraction] = torch.nan
+        assert label_map(logits, plan, patch_size).labels.max() < 5
+
+
+def test_several_threads_at_once() -> None:
+    plan, patch_size = make_plan("overlap both ways")
+    many = [make_logits(plan, patch_size, num_classes, smooth=False) for num_classes in (2, 11, 150) * 8]
+    expected = [label_map(logits, plan, patch_size).labels for logits in many]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda logits: label_map(logits, plan, patch_size).labels, many))
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_half_precision_logits_are_labelled_in_float32() -> None:
@@ -120,14 +172,25 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("size", [(900, 700), (300, 2000)], ids=str)
-def test_nothing_of_class_by_height_by_width_is_ever_held(size: tuple[int, int]) -> None:
-    inference = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=480, normalization="vit")
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("size", [(900, 700), (300, 2000), (40, 2540)], ids=str)
+def test_nothing_of_class_by_height_by_width_is_ever_held(size: tuple[int, int], confidence: bool) -> None:
+    """The last one is a panorama of 64 windows."""
+    inference = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
     plan = plan_windows(*size, inference)
     logits = make_logits(plan, 16, 60, smooth=True)
+    label_map(logits, plan, 16)  # compile
+    _axis.cache_clear()
+    tracemalloc.start()
     with LargestTensor() as largest:
-        label_map(logits, plan, 16, confidence=True)
-    assert 128 * 128 * 60 <= largest.numel <= 60 * size[0] * size[1] // 10
+        found = label_map(logits, plan, 16, confidence=confidence)
+    peak_bytes = tracemalloc.get_traced_memory()[1]  # of arrays: torch's memory is its own
+    tracemalloc.stop()
+    tile = 128 * min(128, size[0]) * 60
+    assert largest.numel <= max(logits.numel(), tile)
+    assert not confidence or largest.numel >= tile
+    kept = found.labels.nbytes + (found.confidence.nbytes if found.confidence is not None else 0)
+    assert kept <= peak_bytes <= kept + 64 * 2**20 // 10
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 4), (5, 4, 4), (0, 5, 4, 4)], ids=str)

@@ -1,0 +1,22 @@
+"""Compiling loops for the CPU, without the interpreter's lock."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+logger = logging.getLogger(__name__)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile at the first call and keep the machine code for other processes.
+
+    It is kept in NUMBA_CACHE_DIR, beside the source, or in the user's cache folder, whichever can be written.
+    """
+    try:
+        compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba refuses rather than doing without
+        logger.info("%s will be compiled in every process; set NUMBA_CACHE_DIR to a writable folder", function)
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
