@@ -10,6 +10,8 @@ import numpy as np
 from ._jit import jit
 from .axes import Axis
 
+Arrays = tuple[np.ndarray, ...]  # of an Axis: starts, tokens, counts, weights
+
 _MAX_RIVALS = 8  # winning classes of a cell that others are compared with; more only prune random logits further
 
 
@@ -41,7 +43,21 @@ def label_cells(tokens: np.ndarray, rows: Axis, columns: Axis, labels: np.ndarra
 
 
 @jit
-def _label_cells(tokens, winners, rows, columns, labels, alive, beaten, candidates, corners, line, values, found):
+def _label_cells(
+    tokens: np.ndarray,  # [tokens down, tokens across, K]
+    winners: np.ndarray,  # [tokens down, tokens across]
+    rows: Arrays,
+    columns: Arrays,  # its weights [most, pixels]
+    labels: np.ndarray,
+    # scratch
+    alive: np.ndarray,
+    beaten: np.ndarray,
+    candidates: np.ndarray,
+    corners: np.ndarray,
+    line: np.ndarray,
+    values: np.ndarray,
+    found: np.ndarray,
+) -> None:
     row_starts, row_tokens, row_counts, row_weights = rows
     column_starts, column_tokens, column_counts, column_weights = columns
     for i in range(len(row_counts)):
@@ -73,7 +89,15 @@ def _label_cells(tokens, winners, rows, columns, labels, alive, beaten, candidat
 
 
 @jit
-def _candidates(tokens, winners, down, across, alive, beaten, candidates):
+def _candidates(
+    tokens: np.ndarray,
+    winners: np.ndarray,
+    down: np.ndarray,
+    across: np.ndarray,
+    alive: np.ndarray,
+    beaten: np.ndarray,
+    candidates: np.ndarray,
+) -> int:
     """Fill in the classes that may win somewhere in the cell, in rising order, and return their number."""
     first = winners[down[0], across[0]]
     candidates[0] = first
@@ -112,7 +136,17 @@ def _candidates(tokens, winners, down, across, alive, beaten, candidates):
 
 
 @jit
-def _label_line(line, weights, left, right, num_tokens, candidates, num_candidates, values, found):
+def _label_line(
+    line: np.ndarray,
+    weights: np.ndarray,
+    left: int,
+    right: int,
+    num_tokens: int,
+    candidates: np.ndarray,
+    num_candidates: int,
+    values: np.ndarray,
+    found: np.ndarray,
+) -> None:
     """The best candidate at each pixel of a row of a cell."""
     width = right - left
     best, value, label = values[0, :width], values[1, :width], found[:width]

@@ -1,6 +1,8 @@
 """From a picture to the network's square windows: Segmenter's official resize rule and sliding window."""
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 import cv2
 import numpy as np
@@ -112,13 +114,29 @@ def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig)
     Returns:
         float32 [num_windows, 3, window_size, window_size].
     """
-    fitted = cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
-    mean, std = (torch.tensor(stat, dtype=torch.float32) for stat in NORMALIZATIONS[inference.normalization])
-    frame = ((torch.from_numpy(fitted) - mean) / std).permute(2, 0, 1)[None]
-    if plan.frame_size != plan.fitted_size:
-        frame = F.interpolate(frame, size=plan.frame_size, mode="bilinear", align_corners=False)
-    size = plan.window_size
-    return torch.stack([frame[0, :, top : top + size, left : left + size] for top in plan.tops for left in plan.lefts])
+    fitted = image
+    if plan.fitted_size != image.shape[:2]:
+        fitted = cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
+    planes, tables, size = cv2.split(fitted), _normalized_values(inference.normalization), plan.window_size
+    windows = np.empty((plan.num_windows, 3, size, size), np.float32)
+    origins = list(product(plan.tops, plan.lefts))
+    if plan.frame_size == plan.fitted_size:
+        for window, (top, left) in zip(windows, origins, strict=True):
+            for plane, table, normalized in zip(planes, tables, window, strict=True):
+                cv2.LUT(plane[top : top + size, left : left + size], table, dst=normalized)
+        return torch.from_numpy(windows)
+    frame = torch.from_numpy(np.stack([cv2.LUT(plane, table) for plane, table in zip(planes, tables, strict=True)]))
+    frame = F.interpolate(frame[None], size=plan.frame_size, mode="bilinear", align_corners=False)[0]
+    for window, (top, left) in zip(windows, origins, strict=True):
+        window[:] = frame[:, top : top + size, left : left + size]
+    return torch.from_numpy(windows)
+
+
+@cache
+def _normalized_values(normalization: str) -> np.ndarray:
+    """float32 [3, 256]: what each channel's bytes become."""
+    mean, std = (torch.tensor(stat, dtype=torch.float32) for stat in NORMALIZATIONS[normalization])
+    return ((torch.arange(256)[:, None] - mean) / std).T.contiguous().numpy()
 
 
 def _origins(side: int, window: int, stride: int) -> list[int]:

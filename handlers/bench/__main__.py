@@ -1,6 +1,7 @@
 """What grouping costs and earns: padding, group sizes, and waiting on devices of known speed.
 
     python -m handlers.bench grouping --checkpoint checkpoint.pth --images DIR [DIR...] [--out X.json] [--plot X.png]
+    python -m handlers.bench codec --checkpoint checkpoint.pth --images DIR [--out X.json]
 
 Every folder of pictures is a stream of windows, and all of them together are one more. Their lengths are
 measured once with the real model; the padding study and the simulation then use nothing else, so
@@ -23,6 +24,7 @@ from mpm_ops import load_segmenter
 from mpm_ops.bench import environment
 from mpm_ops.stages import parse_schedule
 
+from . import codec
 from .lengths import Lengths, measure_costs, measure_lengths, read_windows
 from .padding import BATCH, POOL_BATCHES, Groups, batches_by_arrival, overhead, scheduled_groups, sorted_slices
 from .plots import plot_report
@@ -127,7 +129,9 @@ def _streams(measured: Mapping[str, Any]) -> dict[str, dict[int, Lengths]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m handlers.bench", description=__doc__.split("\n")[0])
-    command = parser.add_subparsers(required=True).add_parser("grouping", help="padding, group sizes and waiting")
+    commands = parser.add_subparsers(required=True)
+    codec.add_command(commands)
+    command = commands.add_parser("grouping", help="padding, group sizes and waiting")
     command.add_argument("--checkpoint", type=Path)
     command.add_argument("--images", type=Path, nargs="+", help="folders of pictures; each is a stream")
     command.add_argument("--replay", type=Path, help="an earlier report, in place of measuring its lengths again")
@@ -141,6 +145,8 @@ def main() -> int:
     command.add_argument("--out", type=Path, help="write the figures as JSON")
     command.add_argument("--plot", type=Path, help="draw them; needs matplotlib")
     arguments = parser.parse_args()
+    if hasattr(arguments, "run"):
+        return int(arguments.run(arguments))
     if not arguments.replay and not (arguments.checkpoint and arguments.images):
         parser.error("grouping needs --checkpoint and --images, or --replay")
     if arguments.serve and not (arguments.checkpoint and arguments.images):

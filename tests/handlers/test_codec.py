@@ -5,15 +5,18 @@ import json
 import resource
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco
 
 from handlers import codec
 from handlers.errors import ErrorKind, ServingError
+from handlers.run_lengths import regions
 from mpm_ops.classes import Classes, default_colors
 
 CLOSE = 12  # grey levels that lossy formats may be off on smooth pictures
@@ -149,6 +152,70 @@ class TestModes:
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
     def test_any_bytes(self, kind: Any) -> None:
         assert decode(kind(encode(Image.fromarray(ramp()), "JPEG"))).shape == (24, 32, 3)
+
+
+def jpegs() -> dict[str, bytes]:
+    """Kinds of JPEG that decoders treat differently."""
+    noise = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    image = Image.fromarray(cv2.GaussianBlur(noise, (5, 5), 2))
+    jfif_stripped = encode(image, "JPEG")
+    return {
+        "4:2:0": encode(image, "JPEG", subsampling=2),
+        "4:2:2": encode(image, "JPEG", subsampling=1),
+        "4:4:4": encode(image, "JPEG", subsampling=0, quality=97),
+        "progressive": encode(image, "JPEG", progressive=True, quality=40),
+        "optimised": encode(image, "JPEG", optimize=True),
+        "restarts": encode(image, "JPEG", restart_marker_blocks=2),
+        "grey": encode(image.convert("L"), "JPEG"),
+        "rgb": encode(image, "JPEG", keep_rgb=True),
+        "cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "no jfif": jfif_stripped[:2] + jfif_stripped[4 + int.from_bytes(jfif_stripped[4:6], "big") :],
+        "trailing bytes": encode(image, "JPEG") + b"and more",
+        "mpo": encode(image, "MPO", save_all=True, append_images=[image.rotate(180)]),
+        "one pixel": encode(Image.new("RGB", (1, 1), (9, 99, 199)), "JPEG"),
+    }
+
+
+class TestJpeg:
+    @pytest.mark.parametrize("kind", jpegs())
+    @pytest.mark.parametrize("orientation", [None, 1, 2, 3, 4, 5, 6, 7, 8])
+    def test_the_same_to_the_byte_as_pillow(self, kind: str, orientation: int | None) -> None:
+        data = jpegs()[kind]
+        if orientation is not None:
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = orientation
+            body = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+            data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
+        image = Image.open(io.BytesIO(data), formats=codec.FORMATS)
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        got = decode(data)
+        np.testing.assert_array_equal(got, expected)
+        assert got.flags.c_contiguous
+
+    def test_photos(self, data_root: Path) -> None:
+        files = sorted((data_root / "photos").glob("*.jpg"))[:40]
+        assert files
+        for file in files:
+            np.testing.assert_array_equal(decode(file.read_bytes()), np.asarray(Image.open(file).convert("RGB")))
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_broken_ones_are_judged_by_pillow(self) -> None:
+        data = encode(Image.fromarray(ramp(96, 128)), "JPEG", quality=95, restart_marker_blocks=4)
+        random = np.random.default_rng(0)
+        kept = 0
+        for _ in range(200):
+            broken = bytearray(data)
+            for _ in range(random.integers(1, 4)):
+                broken[random.integers(200, len(data))] = random.integers(0, 256)
+            try:
+                expected = np.asarray(Image.open(io.BytesIO(broken), formats=codec.FORMATS).convert("RGB"))
+            except Exception:
+                with pytest.raises(ServingError):
+                    decode(bytes(broken))
+                continue
+            kept += 1
+            np.testing.assert_array_equal(decode(bytes(broken)), expected)
+        assert kept > 20
 
 
 class TestRefusals:
@@ -337,6 +404,38 @@ class TestReplies:
         np.testing.assert_array_equal(rebuilt, labels)
         areas = [entry["area"] for entry in described]
         assert areas == sorted(areas, reverse=True)
+
+    def test_regions_are_those_of_pycocotools(self) -> None:
+        random = np.random.default_rng(0)
+        for height, width, num_classes in [(1, 1, 1), (1, 9, 3), (9, 1, 3), (40, 30, 5), (64, 300, 300), (90, 70, 2)]:
+            labels = random.integers(0, num_classes, (height, width)).astype(
+                np.uint8 if num_classes <= 256 else np.uint16
+            )
+            if num_classes == 2:
+                labels = np.where(cv2.GaussianBlur(labels * 200, (15, 15), 5) > 100, 4, 0).astype(np.uint8)
+            found = regions(labels)
+            ids, areas = np.unique(labels, return_counts=True)
+            assert [(r.index, r.area) for r in found] == sorted(
+                zip(ids, areas, strict=True), key=lambda r: (-r[1], r[0])
+            )
+            for region in found:
+                expected = coco.encode(np.asfortranarray(labels == region.index))
+                assert region.counts.encode() == expected["counts"]
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (5, 1921), (300, 257)], ids=str)
+    @pytest.mark.parametrize("num_classes", [1, 2, 16, 256, 1000])
+    def test_mask_of_any_shape(self, shape: tuple[int, int], num_classes: int) -> None:
+        labels = np.random.default_rng(0).integers(0, num_classes, shape)
+        labels[: shape[0] // 2] = num_classes - 1
+        labels = labels.astype(np.uint8 if num_classes <= 256 else np.uint16)
+        classes = Classes(tuple(map(str, range(num_classes))), default_colors(num_classes))
+        for view in (labels, np.asfortranarray(labels), np.repeat(labels, 2, axis=1)[:, ::2]):
+            data = codec.encode_mask_png(view, classes)
+            image = Image.open(io.BytesIO(data))
+            image.verify()
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), labels)
+            read = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            np.testing.assert_array_equal(read, labels if num_classes > 256 else classes.colors[labels][..., ::-1])
 
     def test_picture(self) -> None:
         np.testing.assert_array_equal(decode(codec.encode_picture(ramp(), "image/png")), ramp())

@@ -3,13 +3,14 @@
 import tracemalloc
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mpm_ops import InferenceConfig, TooManyWindowsError
-from mpm_ops.windows import cut_windows, plan_windows
+from mpm_ops.windows import NORMALIZATIONS, cut_windows, plan_windows
 
 ADE20K = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
 CITYSCAPES = InferenceConfig(im_size=1024, max_ratio=2, window_size=768, window_stride=512, normalization="vit")
@@ -125,6 +126,36 @@ def test_a_narrow_picture_is_widened_after_normalisation() -> None:
     windows = cut_windows(image, plan, inference)
     assert len(windows) == 7
     torch.testing.assert_close(windows[-1], frame[:, :, 172:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalization", ["vit", "deit"])
+@pytest.mark.parametrize("size", [(50, 70), (70, 50), (32, 32), (10, 64), (200, 131), (7, 5), (40, 41)], ids=str)
+def test_the_same_to_the_bit_as_normalising_the_whole_picture(size: tuple[int, int], normalization: str) -> None:
+    inference = InferenceConfig(im_size=40, max_ratio=2, window_size=32, window_stride=20, normalization=normalization)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image.setflags(write=False)
+    plan = plan_windows(*size, inference)
+
+    fitted = torch.from_numpy(cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR))
+    mean, std = (torch.tensor(stat) for stat in NORMALIZATIONS[normalization])
+    frame = ((fitted - mean) / std).permute(2, 0, 1)[None]
+    if plan.frame_size != plan.fitted_size:
+        frame = F.interpolate(frame, plan.frame_size, mode="bilinear", align_corners=False)
+    expected = [frame[0, :, top : top + 32, left : left + 32] for top in plan.tops for left in plan.lefts]
+    windows = cut_windows(image, plan, inference)
+    assert windows.is_contiguous()
+    assert torch.equal(windows, torch.stack(expected))
+
+
+def test_windows_are_the_callers_own() -> None:
+    inference = InferenceConfig(im_size=32, max_ratio=2, window_size=32, window_stride=32, normalization="vit")
+    image = np.full((32, 32, 3), 7, np.uint8)
+    plan = plan_windows(32, 32, inference)
+    first = cut_windows(image, plan, inference)
+    kept = first.clone()
+    cut_windows(image + 1, plan, inference).zero_()
+    assert torch.equal(first, kept)
+    assert torch.equal(cut_windows(image, plan, inference), kept)
 
 
 @pytest.mark.parametrize(
