@@ -1,8 +1,10 @@
 """Pictures in, masks out: bytes to RGB arrays and label maps to bytes."""
 
+import contextlib
 import io
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -16,6 +18,8 @@ from mpm_ops.classes import Classes
 from .errors import ErrorKind, ServingError
 from .png import encode_mask
 from .run_lengths import regions
+
+Size = tuple[int, int]  # height and width
 
 # JPEG stands for MPO too, which many phones write; Pillow knows no MPO of its own for reading.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -78,6 +82,35 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
         ) from error
 
 
+def decode_reduced(
+    data: bytes | bytearray, *, max_bytes: int, max_pixels: int, enough: Callable[[int, int], Size]
+) -> tuple[np.ndarray, Size]:
+    """Decode a JPEG at a half, a quarter or another fraction of its size, where that is enough.
+
+    Other pictures, and JPEGs less than twice as large as needed, are decoded as by `decode_image`.
+
+    Args:
+        enough: the (height, width) that suffices for an upright picture of this height and width.
+
+    Returns:
+        uint8 RGB, and the (height, width) of the whole picture.
+
+    Raises:
+        ServingError: as `decode_image`.
+    """
+    if data[:2] == _JPEG_START:
+        with contextlib.suppress(Exception):  # whatever is wrong, decode_image says so
+            image = _open(data, max_bytes, max_pixels)
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            size = image.size if sideways else (image.height, image.width)
+            needed = enough(*size)
+            pixels = _decode_jpeg(data, image, (needed[1], needed[0]) if sideways else needed)
+            if pixels is not None:
+                return pixels, size
+    pixels = decode_image(data, max_bytes=max_bytes, max_pixels=max_pixels)
+    return pixels, (pixels.shape[0], pixels.shape[1])
+
+
 def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Image:
     if len(data) > max_bytes:
         raise ServingError(ErrorKind.TOO_LARGE, f"image: expected at most {max_bytes} bytes, got {len(data)}")
@@ -126,8 +159,11 @@ def _has_few_scans(data: bytes | bytearray | memoryview) -> bool:
     return False
 
 
-def _decode_jpeg(data: bytes | bytearray, image: Image.Image) -> np.ndarray | None:
-    """The pixels that Pillow would give, without its copies; None for what it should judge itself."""
+def _decode_jpeg(data: bytes | bytearray, image: Image.Image, needed: Size | None = None) -> np.ndarray | None:
+    """The pixels that Pillow would give, without its copies; None for what it should judge itself.
+
+    Given the (height, width) that is needed of the picture as it is stored, at most half of them a side.
+    """
     turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or turn not in _TURNS:
         return None
@@ -135,7 +171,8 @@ def _decode_jpeg(data: bytes | bytearray, image: Image.Image) -> np.ndarray | No
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size:
             return None
-        pixels = simplejpeg.decode_jpeg(data)
+        reduced = {} if needed is None else {"min_height": needed[0], "min_width": needed[1], "min_factor": 2}
+        pixels = simplejpeg.decode_jpeg(data, **reduced)
     except ValueError:  # a flaw, and Pillow knows which ones are harmless
         return None
     rotation = _TURNS[turn]

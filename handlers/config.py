@@ -27,6 +27,8 @@ class ServingConfig:
         max_inflight_tokens: requests that would exceed it, before merging, are refused.
         deadline_seconds: requests that take longer are answered with an error.
         stall_seconds: a group that takes longer means that the device hangs, and ends the process.
+        jpeg_draft: decode a JPEG that is at least twice as large as the network needs at a fraction of its size. Saves
+            time and moves labels: 0.5 % of them on soft pictures, several per cent on sharp ones reduced a lot.
         codec_threads: threads that decode pictures, and as many that encode replies.
         torch_threads: threads of the network's operators; 0 leaves torch's default.
     """
@@ -46,6 +48,7 @@ class ServingConfig:
     max_inflight_tokens: int = 262_144
     deadline_seconds: float = 60
     stall_seconds: float = 100
+    jpeg_draft: bool = False
     codec_threads: int = 2
     torch_threads: int = 0
 
@@ -63,7 +66,7 @@ class ServingConfig:
         _check_integer("torch_threads", self.torch_threads, minimum=0)
         for name in ("max_group_delay_ms", "bulk_patience_seconds", "deadline_seconds", "stall_seconds"):
             _check_duration(name, getattr(self, name))
-        for name in ("padded", "deterministic"):
+        for name in ("padded", "deterministic", "jpeg_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         _check_schedule("schedule", self.schedule)

@@ -184,8 +184,13 @@ class Engine:
 
     def _prepare(self, request: _Request, data: bytes | bytearray) -> None:
         config = self._config
-        image = codec.decode_image(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
-        plan = self._plan(image.shape[0], image.shape[1])
+        limits = {"max_bytes": config.max_image_bytes, "max_pixels": config.max_image_pixels}
+        if config.jpeg_draft and request.options.view is None:  # views show all pixels
+            image, size = codec.decode_reduced(data, **limits, enough=lambda *whole: self._plan(*whole).fitted_size)
+        else:
+            image = codec.decode_image(data, **limits)
+            size = (image.shape[0], image.shape[1])
+        plan = self._plan(*size)
         pixels = cut_windows(image, plan, self._model.inference)
         request.image, request.plan = image, plan
         request.windows = [_Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]

@@ -22,7 +22,7 @@ class Segmented:
     """What the network found in one picture.
 
     Attributes:
-        image: uint8 RGB [H, W, 3].
+        image: uint8 RGB [H, W, 3]; without a view it may be smaller than the picture that came.
         plan: where its windows lie.
         logits: [num_windows, K, Gh, Gw].
         merge_maps: per window, the token that stands for each patch, [N] int64; None where nothing merged.

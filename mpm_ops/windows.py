@@ -109,7 +109,7 @@ def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig)
     """Resize, normalise and cut a picture.
 
     Args:
-        image: uint8 RGB [H, W, 3], of the size that was planned.
+        image: uint8 RGB [H, W, 3], of the size that was planned, or a reduction of that picture.
 
     Returns:
         float32 [num_windows, 3, window_size, window_size].

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from handlers.bench import __main__ as bench
+from handlers.bench import codec as bench_codecs
 from handlers.bench import serve as bench_serve
 from handlers.bench.__main__ import study
 from handlers.bench.lengths import measure_costs, measure_lengths, read_windows
@@ -105,3 +107,21 @@ def test_bad_sizes_are_refused(size: str, monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         bench.main()
     assert "expected GROUP:POOL" in capsys.readouterr().err
+
+
+def test_codecs_are_compared_after_parity(tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    rows = bench_codecs.bench_codec(model, {"noise": image}, repeats=1)
+    assert [row["step"] for row in rows] == ["decode", "cut", "png", "json"]
+    assert all(row["plain_ms"] > 0 and row["ms"] > 0 for row in rows)
+    assert rows[2]["bytes"] > 0
+
+    monkeypatch.setattr(bench_codecs.codec, "encode_mask_png", lambda labels, classes: png_of(labels * 0))
+    with pytest.raises(RuntimeError, match="parity: png"):
+        bench_codecs.bench_codec(model, {"noise": image}, repeats=1)
+
+
+def png_of(labels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(labels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -198,6 +198,57 @@ class TestJpeg:
         for file in files:
             np.testing.assert_array_equal(decode(file.read_bytes()), np.asarray(Image.open(file).convert("RGB")))
 
+    @pytest.mark.parametrize(
+        ("orientation", "enough", "size", "whole"),
+        [
+            (1, (30, 60), (48, 64), (192, 256)),  # to fit 60 in 256 takes more than an eighth
+            (1, (96, 128), (96, 128), (192, 256)),
+            (1, (97, 128), (192, 256), (192, 256)),  # less than twice as large
+            (1, (1, 1), (24, 32), (192, 256)),
+            (3, (96, 128), (96, 128), (192, 256)),
+            (6, (128, 96), (128, 96), (256, 192)),
+            (8, (128, 96), (128, 96), (256, 192)),
+            (6, (129, 96), (256, 192), (256, 192)),
+            (5, (1, 1), (256, 192), (256, 192)),  # mirrored: left to Pillow
+        ],
+    )
+    def test_reduced(self, orientation: int, enough: codec.Size, size: codec.Size, whole: codec.Size) -> None:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        data = encode(Image.fromarray(ramp(192, 256)), "JPEG", quality=95, exif=exif)
+        asked: list[codec.Size] = []
+
+        def remember(height: int, width: int) -> codec.Size:
+            asked.append((height, width))
+            return enough
+
+        pixels, found = codec.decode_reduced(data, max_bytes=10**7, max_pixels=10**6, enough=remember)
+        assert (pixels.shape[:2], found) == (size, whole)
+        assert asked == [whole]
+        assert_close(pixels, cv2.resize(decode(data), size[::-1], interpolation=cv2.INTER_AREA))
+
+    @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+    def test_other_formats_are_not_reduced(self, file_format: str) -> None:
+        data = encode(Image.fromarray(ramp()), file_format)
+        pixels, whole = codec.decode_reduced(data, max_bytes=10**7, max_pixels=10**6, enough=lambda *_: (1, 1))
+        np.testing.assert_array_equal(pixels, decode(data))
+        assert whole == (24, 32)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_reducing_keeps_the_limits(self) -> None:
+        data = encode(Image.fromarray(ramp()), "JPEG")
+        for broken, limits, kind in [
+            (data, {"max_bytes": len(data) - 1}, ErrorKind.TOO_LARGE),
+            (data, {"max_pixels": 24 * 32 - 1}, ErrorKind.TOO_LARGE),
+            (data[:-200], {}, ErrorKind.BAD_REQUEST),
+            (data[:2] + 10_000 * b"\xff\xfe\0\2" + data[2:], {}, ErrorKind.BAD_REQUEST),
+            (b"", {}, ErrorKind.BAD_REQUEST),
+        ]:
+            allowed = {"max_bytes": 10**7, "max_pixels": 10**6} | limits
+            with pytest.raises(ServingError) as caught:
+                codec.decode_reduced(broken, **allowed, enough=lambda *_: (1, 1))
+            assert caught.value.kind is kind
+
     @pytest.mark.filterwarnings("ignore")
     def test_broken_ones_are_judged_by_pillow(self) -> None:
         data = encode(Image.fromarray(ramp(96, 128)), "JPEG", quality=95, restart_marker_blocks=4)
@@ -412,7 +463,8 @@ class TestReplies:
                 np.uint8 if num_classes <= 256 else np.uint16
             )
             if num_classes == 2:
-                labels = np.where(cv2.GaussianBlur(labels * 200, (15, 15), 5) > 100, 4, 0).astype(np.uint8)
+                blurred = cv2.GaussianBlur(labels.astype(np.float32), (15, 15), 5)
+                labels = np.where(blurred > 0.5, 4, 0).astype(np.uint8)
             found = regions(labels)
             ids, areas = np.unique(labels, return_counts=True)
             assert [(r.index, r.area) for r in found] == sorted(

@@ -68,3 +68,11 @@ def test_schedule(value: Any) -> None:
 def test_inference_is_a_mapping(value: Any) -> None:
     with pytest.raises(ValueError, match="inference: expected a mapping"):
         ServingConfig.from_mapping({"inference": value})
+
+
+@pytest.mark.parametrize("name", ["padded", "deterministic", "jpeg_draft"])
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_switches_are_true_or_false(name: str, value: Any) -> None:
+    assert getattr(ServingConfig.from_mapping({name: True}), name) is True
+    with pytest.raises(ValueError, match=f"^{name}: expected true or false, got {value!r}$"):
+        ServingConfig.from_mapping({name: value})

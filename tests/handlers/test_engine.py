@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from handlers.replies import SegmentReply
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.stages import WindowBatch
+from mpm_ops.windows import cut_windows
 
 CONFIG = ServingConfig(schedule=(1, 2), deadline_seconds=250, stall_seconds=250)
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
@@ -119,6 +121,32 @@ def test_windows_of_different_requests_share_groups(start: Callable[..., Engine]
     engine = start(observer=lambda group, seconds: groups.append(len({m.payload.request for m in group.members})))
     wait([engine.submit(encode(picture(s)), NPY) for s in range(40)], 60)
     assert max(groups) > 1
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_jpegs_are_reduced_only_where_asked_and_no_one_looks(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, draft: bool
+) -> None:
+    decoded: list[tuple[int, ...]] = []
+
+    def remember(image: np.ndarray, *args: Any) -> torch.Tensor:
+        decoded.append(image.shape[:2])
+        return cut_windows(image, *args)
+
+    monkeypatch.setattr("handlers.engine.cut_windows", remember)
+    engine = start(replace(CONFIG, jpeg_draft=draft))
+    buffer = io.BytesIO()
+    smooth = cv2.resize(picture(0, 8, 12), (600, 400), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
+    labels = labels_of(engine.submit(buffer.getvalue(), NPY))
+    assert labels.shape == (400, 600)
+    assert decoded == [(100, 150) if draft else (400, 600)]  # 64 x 96 is what the network sees
+    whole = model.segment(np.asarray(Image.open(buffer)))
+    assert (labels == whole).mean() > (0.9 if draft else 1 - 1e-9)
+
+    shown = engine.submit(buffer.getvalue(), RequestOptions(request_id="test", view="overlay")).result(250)
+    assert Image.open(io.BytesIO(shown.body)).size == (600, 400)
+    assert decoded[1] == (400, 600)
 
 
 def test_reply_tells_tokens_and_times(start: Callable[..., Engine]) -> None:
