@@ -253,20 +253,38 @@ class TestJpeg:
     def test_broken_ones_are_judged_by_pillow(self) -> None:
         data = encode(Image.fromarray(ramp(96, 128)), "JPEG", quality=95, restart_marker_blocks=4)
         random = np.random.default_rng(0)
-        kept = 0
-        for _ in range(200):
+        size = slice(data.index(b"\xff\xc0") + 5, data.index(b"\xff\xc0") + 9)
+        many = [data[:length] for length in random.integers(2, len(data), 50)]
+        for _ in range(300):
             broken = bytearray(data)
             for _ in range(random.integers(1, 4)):
-                broken[random.integers(200, len(data))] = random.integers(0, 256)
+                broken[random.integers(random.choice([2, 200]), len(data))] = random.integers(0, 256)
+            if broken[size] == data[size]:  # others are too large, or another picture
+                many.append(bytes(broken))
+        kept = 0
+        for one in many:
             try:
-                expected = np.asarray(Image.open(io.BytesIO(broken), formats=codec.FORMATS).convert("RGB"))
+                expected = np.asarray(Image.open(io.BytesIO(one), formats=codec.FORMATS).convert("RGB"))
             except Exception:
                 with pytest.raises(ServingError):
-                    decode(bytes(broken))
+                    decode(one)
                 continue
             kept += 1
-            np.testing.assert_array_equal(decode(bytes(broken)), expected)
-        assert kept > 20
+            np.testing.assert_array_equal(decode(one), expected)
+        assert 50 < kept < 300
+
+    @pytest.mark.parametrize("sampling", [0x11, 0x12, 0x14, 0x21, 0x22, 0x31, 0x41, 0x42, 0x44])
+    def test_unusual_sampling(self, sampling: int) -> None:
+        data = bytearray(encode(Image.new("RGB", (64, 64), (200, 30, 30)), "JPEG", subsampling=0))
+        start = data.index(b"\xff\xc0")
+        data[start + 11] = sampling
+        data += bytes(2000)
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except OSError:
+            decodes_or_is_refused(bytes(data))
+            return
+        np.testing.assert_array_equal(decode(bytes(data)), expected)
 
 
 class TestRefusals:
