@@ -43,7 +43,7 @@ class ServingConfig:
     max_group_windows: int = 8
     max_group_delay_ms: float = 20
     bulk_patience_seconds: float = 10
-    max_inflight_tokens: int = 262_144
+    max_inflight_tokens: int = 65_536
     deadline_seconds: float = 60
     stall_seconds: float = 100
     codec_threads: int = 2

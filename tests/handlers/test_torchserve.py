@@ -419,6 +419,24 @@ class TestMany:
             assert told["code"] == 400
             assert ("empty body" in told["error"]) == (data == b"")
 
+    def test_more_than_it_can_take(
+        self, server: TorchServe, photo: Callable[..., np.ndarray], expected_mask: Expect
+    ) -> None:
+        """The engine refuses before TorchServe's own queue does, which would not say when to come back."""
+        url = f"{server.url}/predictions/tiny_busy"
+        picture = encode_picture(photo(6, 90, 400), "image/png")
+        with ThreadPoolExecutor(64) as clients:
+            responses = list(clients.map(lambda _: post(url, picture), range(160)))
+        served = [response for response in responses if response.status_code == 200]
+        refused = [response for response in responses if response.status_code == 503]
+        assert served
+        assert refused
+        assert len(served) + len(refused) == len(responses)
+        assert {response.content for response in served} == {expected_mask(picture)}
+        for response in refused:
+            assert int(response.headers["Retry-After"]) >= 1
+            assert "tokens are in flight" in error_of(response)["error"]
+
     def test_clients_that_leave(self, server: TorchServe, url: str, jpeg: bytes, expected_mask: Expect) -> None:
         sent = request(jpeg)
         for length, abruptly in ((60, False), (len(sent) // 2, False), (len(sent), False), (len(sent), True)):
