@@ -22,7 +22,7 @@ from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.stages import WindowBatch
 
-CONFIG = ServingConfig(schedule=(1, 2), deadline_seconds=250, stall_seconds=250)
+CONFIG = ServingConfig(schedule=(1, 2), max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250)
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
 
