@@ -105,6 +105,7 @@ def _started(way: Way, model: Segmenter) -> Iterator[_Contestant]:
     config = ServingConfig(
         schedule=model.schedule,
         align=way.align,
+        runtime="torch",  # the only one that can pad
         padded=way.padded,
         deterministic=way.alone,
         deadline_seconds=600,

@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Segmenter:
-    return load_segmenter(checkpoint, SCHEDULE)
+    return load_segmenter(checkpoint, SCHEDULE, runtime="auto", precision="auto")  # as it is served
 
 
 @pytest.fixture(scope="session")
