@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mpm_ops.runtime import PRECISIONS, RUNTIMES
+
 CONFIG_KEY = "mpm"  # our section in the configuration files of servers
 
 
@@ -14,6 +16,8 @@ class ServingConfig:
     Attributes:
         schedule: encoder blocks before which tokens merge; empty for no merging.
         align: token counts after a merge are multiples of this; 1 merges all pairs.
+        runtime: what the network runs on, "auto" or one of `mpm_ops.runtime.RUNTIMES`.
+        precision: "auto", or one of `mpm_ops.runtime.PRECISIONS`.
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
         max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
@@ -35,6 +39,8 @@ class ServingConfig:
 
     schedule: tuple[int, ...] = (2, 5)
     align: int = 1
+    runtime: str = "auto"
+    precision: str = "auto"
     inference: Mapping[str, Any] = field(default_factory=dict)
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
@@ -45,7 +51,7 @@ class ServingConfig:
     max_group_windows: int = 8
     max_group_delay_ms: float = 20
     bulk_patience_seconds: float = 10
-    max_inflight_tokens: int = 262_144
+    max_inflight_tokens: int = 65_536
     deadline_seconds: float = 60
     stall_seconds: float = 100
     jpeg_draft: bool = False
@@ -66,6 +72,9 @@ class ServingConfig:
         _check_integer("torch_threads", self.torch_threads, minimum=0)
         for name in ("max_group_delay_ms", "bulk_patience_seconds", "deadline_seconds", "stall_seconds"):
             _check_duration(name, getattr(self, name))
+        for name, known in (("runtime", RUNTIMES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in ("auto", *known):
+                raise ValueError(f"{name}: expected one of auto, {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("padded", "deterministic", "jpeg_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")

@@ -24,6 +24,7 @@ from torch import Tensor
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.packed import PackedTokens
+from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import Stage, WindowBatch, cut_stages
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
@@ -100,6 +101,9 @@ class Engine:
         self._config = config
         self._on_fatal = on_fatal
         self._observer = observer
+        self._runtime = make_runtime(
+            model, config.runtime, config.precision, schedules=config.allowed_schedules, padded=config.padded
+        )
         self._stages = {
             schedule: cut_stages(model.config.n_layers, schedule)
             for schedule in {model.schedule, *config.allowed_schedules}
@@ -129,6 +133,13 @@ class Engine:
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._device.start()
         self._watchdog.start()
+        logger.info(
+            "serving on %s, %s; schedule %s, align %d",
+            self._runtime.name,
+            self._runtime.precision,
+            model.schedule,
+            model.align,
+        )
 
     # Taking work
 
@@ -252,14 +263,14 @@ class Engine:
             batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
-        batch = model.run_blocks(stage, batch, padded=self._config.padded)
+        batch = self._runtime.run_blocks(stage, batch)
         merge_seconds = 0.0
         if stage.merges:
             start = monotonic()
             batch = model.merge(batch)
             merge_seconds = monotonic() - start
         else:
-            logits = model.decode(batch)
+            logits = self._runtime.decode(batch)
             maps = batch.merge_maps or (None,) * len(windows)
             for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
                 window.state, window.logits, window.merge_map = None, window_logits.T, merge_map

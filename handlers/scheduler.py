@@ -40,7 +40,7 @@ class Waiting(Generic[Payload]):
 
 @dataclass(frozen=True, slots=True)
 class Group(Generic[Payload]):
-    """Windows to compute together, oldest first, and why now: "delay", "full" or "idle"."""
+    """Windows to compute together, oldest first, and why now: "full", "delay" or "idle"."""
 
     lane: Lane
     members: tuple[Waiting[Payload], ...]
@@ -50,10 +50,10 @@ class Group(Generic[Payload]):
 class Scheduler(Generic[Payload]):
     """Holds waiting windows by lane and releases them in groups.
 
-    A group is released when its lane's oldest window has waited long enough, when the lane holds
-    enough windows to choose from, or when the device would otherwise idle. Among several lanes the
-    deepest goes first, because what is nearly done makes room; overdue windows go before all others.
-    The oldest window of the chosen lane is always in the group; the planner chooses its mates.
+    The lane with the oldest window goes first, so a picture that is half done goes before one that came
+    after it, and no lane starves. That window is always in the group; the planner chooses its mates.
+    While the device is busy only a lane that holds enough windows to choose from, or one whose oldest has
+    waited long enough, is released.
 
     Args:
         max_batch_tokens: tokens of a group, padding included.
@@ -107,16 +107,18 @@ class Scheduler(Generic[Payload]):
             idle: the device has nothing else to do, so something is released as long as anything waits.
         """
         urgent = {lane: windows for lane, windows in self._lanes.items() if any(self._urgent(w, now) for w in windows)}
-        lanes = urgent or self._lanes
-        overdue = [lane for lane, windows in lanes.items() if now - windows[0].entered >= self._max_group_delay]
-        full = [lane for lane, windows in lanes.items() if len(windows) >= self._pool_windows]
-        if overdue:
-            return self._release(min(overdue, key=lambda lane: min(map(self._rank, lanes[lane]))), "delay")
-        if full:
-            return self._release(max(full), "full")
-        if idle and lanes:
-            return self._release(max(lanes), "idle")
-        return None
+        reasons = {lane: self._reason(windows, now) for lane, windows in (urgent or self._lanes).items()}
+        ready = [lane for lane, reason in reasons.items() if idle or reason != "idle"]
+        if not ready:
+            return None
+        lane = min(ready, key=lambda lane: (min(map(self._rank, self._lanes[lane])), -lane.stage))
+        return self._release(lane, reasons[lane])
+
+    def _reason(self, windows: list[Waiting[Payload]], now: float) -> str:
+        """Why a lane would be released now."""
+        if len(windows) >= self._pool_windows:
+            return "full"
+        return "delay" if now - windows[0].entered >= self._max_group_delay else "idle"
 
     def _release(self, lane: Lane, reason: str) -> Group[Payload]:
         windows = sorted(self._lanes[lane], key=self._rank)

@@ -52,7 +52,7 @@ class SegmenterHandler:
         classes = load_classes(folder / "classes.csv", model.config.n_cls)
         self._engine = Engine(model, classes, config, observer=lambda group, seconds: self._on_group())
         self._warm_up()
-        logger.info("ready: schedule %s, align %d", config.schedule, config.align)
+        logger.info("ready")
 
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
         """Answer a batch; statuses and headers go to the context."""

@@ -167,7 +167,9 @@ class TorchServe:
             "-ncs",
         ]
         logs = str(self._folder / "logs")
-        environment = os.environ | {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+        own = {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+        # Workers load torch before our handler could set it; see mpm_ops/_openmp.py.
+        environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | own
         output = self.log.open("wb") if self.log else None
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.

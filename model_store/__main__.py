@@ -36,7 +36,7 @@ def main() -> int:
     build.add_argument("--schedule", help="blocks before which tokens merge (2,5), or off")
     build.add_argument("--align", type=int, help="token counts after a merge are multiples of this (1)")
     build.add_argument("--batching", choices=["continuous", "synchronous"], default="continuous")
-    build.add_argument("--batch-size", type=int, default=32, help="requests handed over at once (32)")
+    build.add_argument("--batch-size", type=int, default=128, help="requests handed over at once (128)")
     build.add_argument("--max-delay-ms", type=int, default=5, help="how long to wait for them (5)")
     build.add_argument("--config", type=Path, help="YAML with more fields of handlers.config.ServingConfig")
     arguments = parser.parse_args()

@@ -35,7 +35,7 @@ def build_archive(
     out: Path,
     serving: Mapping[str, Any],
     batching: str = "continuous",
-    batch_size: int = 32,
+    batch_size: int = 128,
     max_delay_ms: int = 5,
 ) -> Path:
     """Write `NAME.mar` into a model store.

@@ -1,5 +1,6 @@
 """Mutual Pair Merging for Segmenter vision transformers."""
 
+from . import _openmp  # noqa: F401
 from .checkpoint import CheckpointError, load_segmenter
 from .merge import compose_maps, merge_tokens, reconstruct
 from .patch import patch_timm

@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .runtime import make_runtime
 from .segmenter import Segmenter, SegmenterConfig
 from .windows import InferenceConfig
 
@@ -29,6 +30,8 @@ def load_segmenter(
     align: int = 1,
     *,
     inference: Mapping[str, Any] | None = None,
+    runtime: str = "torch",
+    precision: str = "fp32",
 ) -> Segmenter:
     """Load an official Segmenter checkpoint, with Mutual Pair Merging at the blocks of a schedule.
 
@@ -39,6 +42,7 @@ def load_segmenter(
         schedule: encoder blocks before which tokens merge, 0-based; () for no merging, (2, 5) as in the paper.
         align: see `merge_tokens`.
         inference: fields of `InferenceConfig` that override the checkpoint's.
+        runtime, precision: what blocks and decoder run on, see `make_runtime`.
 
     Returns:
         A float32 Segmenter in evaluation mode on the CPU.
@@ -46,7 +50,7 @@ def load_segmenter(
     Raises:
         FileNotFoundError: either file is missing.
         CheckpointError: a file is unreadable, or keys are missing, unexpected or of another shape.
-        ValueError: the schedule, align or inference do not fit the network.
+        ValueError: the schedule, align or inference do not fit the network, or the runtime can't run here.
 
     Source: rstrudel/segmenter@20d1bfad, `segm/model/factory.py`.
     """
@@ -55,7 +59,10 @@ def load_segmenter(
     config = _segmenter_config(variant)
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
     _load_strictly(model, _read_weights(path), path)
-    return model.eval()
+    model.eval()
+    if (runtime, precision) != ("torch", "fp32"):
+        model.runtime = make_runtime(model, runtime, precision)
+    return model
 
 
 def read_variant(path: Path) -> dict[str, Any]:

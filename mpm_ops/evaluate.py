@@ -15,6 +15,7 @@ from PIL import Image
 
 from .checkpoint import load_segmenter
 from .classes import load_classes
+from .runtime import PRECISIONS, RUNTIMES
 from .segmenter import Segmenter
 from .stages import parse_schedule
 
@@ -110,6 +111,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
     parser.add_argument("--schedule", action="append", help="2,5 or off; repeat to compare (off and 2,5)")
     parser.add_argument("--align", type=int, default=1)
+    parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--out", type=Path, help="write the scores as JSON too")
     arguments = parser.parse_args()
     dataset = DATASETS[arguments.dataset]
@@ -117,11 +120,19 @@ def main() -> int:
     try:
         pairs = find_pairs(arguments.root, arguments.split, dataset)
         for schedule in map(parse_schedule, arguments.schedule or ["off", "2,5"]):
-            model = load_segmenter(arguments.checkpoint, schedule, arguments.align)
+            model = load_segmenter(
+                arguments.checkpoint,
+                schedule,
+                arguments.align,
+                runtime=arguments.runtime,
+                precision=arguments.precision,
+            )
             names = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls).names
             scores = evaluate(model, pairs, dataset)
-            results.append({"schedule": list(schedule), "align": arguments.align} | _as_fields(scores, names))
-            print(f"schedule {list(schedule) or 'off'}, align {arguments.align}, {len(pairs)} pictures")
+            runtime = f"{model.runtime.name} {model.runtime.precision}"
+            told = {"schedule": list(schedule), "align": arguments.align, "runtime": runtime}
+            results.append(told | _as_fields(scores, names))
+            print(f"schedule {list(schedule) or 'off'}, align {arguments.align}, {runtime}, {len(pairs)} pictures")
             for name, iou in zip(names, scores.iou, strict=True):
                 print(f"  {name:20} {iou:7.4f}")
             print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")

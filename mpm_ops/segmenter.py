@@ -12,6 +12,8 @@ from .decoders import DecoderLinear, MaskTransformer
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
 from .packed import PackedTokens
+from .runtime import Runtime
+from .runtime.eager import TorchRuntime
 from .stages import Stage, WindowBatch, cut_stages
 from .windows import InferenceConfig, cut_windows, plan_windows
 
@@ -60,6 +62,7 @@ class Segmenter(nn.Module):
         inference: how pictures become windows.
         schedule: encoder blocks before which tokens merge; empty for no merging.
         align: see `merge_tokens`.
+        runtime: what blocks and decoder run on, see `make_runtime`; this module's own operators by default.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Segmenter(nn.Module):
             self.decoder = MaskTransformer(
                 n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
             )
+        self.runtime: Runtime = TorchRuntime(self)
 
     # The steps of the network, one by one, for whoever groups windows between them.
 
@@ -136,11 +140,11 @@ class Segmenter(nn.Module):
         """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""
         batch = self.embed(windows)
         for stage in self.stages:
-            batch = self.run_blocks(stage, batch)
+            batch = self.runtime.run_blocks(stage, batch)
             if stage.merges:
                 batch = self.merge(batch)
         grid_height = -(-windows.shape[2] // self.config.patch_size)
-        return self.decode(batch).transpose(1, 2).unflatten(2, (grid_height, -1))
+        return self.runtime.decode(batch).transpose(1, 2).unflatten(2, (grid_height, -1))
 
     @torch.inference_mode()
     def window_logits(self, windows: Tensor) -> Tensor:

@@ -80,6 +80,10 @@ class WindowBatch:
             return cls(tokens)
         return cls(tokens, tuple(merge_map for m in maps if m is not None for merge_map in m))
 
+    def with_tokens(self, tokens: PackedTokens) -> "WindowBatch":
+        """The same windows with other tokens."""
+        return WindowBatch(tokens, self.merge_maps)
+
     def split(self) -> list["WindowBatch"]:
         """The windows one by one."""
         maps = [None] * len(self.tokens.lengths) if self.merge_maps is None else [(m,) for m in self.merge_maps]

@@ -37,7 +37,7 @@ GroupAndPool = tuple[int, int]  # most windows of a group, and windows to choose
 PADDED_ALIGN = 16  # served padded in the simulation; packed execution needs no aligning
 LOADS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
 CLIENTS = (32, 128, 512)
-MAX_INFLIGHT = 256  # windows: the default of ServingConfig.max_inflight_tokens
+MAX_INFLIGHT = 256  # windows
 _PROFILES = ("measured", "h100-float32", "h100-bfloat16")
 LONGEST = 1025  # tokens of a 512 x 512 window; a group holds its number of windows whatever their length
 

@@ -41,9 +41,12 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
         stream = list(report["num_windows"])[-1]
         rows = [row for row in report["padding"] if row["stream"] == stream]
         rows = [row for row in rows if "planned" not in row["policy"] or f"{profile}," in row["policy"]]
+        rows = [row for row in rows if row["align"] <= 32]
+        widest = max(100 * (row["padding"] + row["held_back"]) for row in rows)
         for stage, axis in zip((1, 2), axes[1:], strict=True):
-            stage_rows = [row for row in rows if row["stage"] == stage and row["align"] <= 32]
+            stage_rows = [row for row in rows if row["stage"] == stage]
             _draw_overhead(axis, stage_rows, f"Stage {stage} of the {stream} stream", named=stage == 1)
+            axis.set_xlim(0, 1.45 * widest)
         simulated = [row for row in report["simulation"] if row["profile"] == profile and "load" in row]
         panels = bottom.subplots(1, 3)
         _draw_load(panels[0], simulated, "windows_per_second", "Answered windows per second")
@@ -78,11 +81,16 @@ def _draw_overhead(axis: Any, rows: list[dict[str, Any]], title: str, *, named: 
     for i, row in enumerate(rows):
         total = padding[i] + held_back[i]
         axis.text(
-            total + 0.08, i, f"{total:.1f}   groups of {row['mean_group']:.0f}", va="center", color=_INK, fontsize=8
+            total + 0.08,
+            i,
+            f"{total:.1f}   groups of {row['mean_group']:.0f}",
+            va="center",
+            color=_INK,
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axis.axvline(_TARGET, color=_INK, linewidth=0.8, linestyle=":", zorder=0)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.45 * max(p + h for p, h in zip(padding, held_back, strict=True)))
     axis.set(title=title, xlabel=f"% of computed tokens (dotted: {_TARGET})")
     if named:
         axis.legend(fontsize=8, loc="lower right")

@@ -21,10 +21,13 @@ from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 from mpm_ops.classes import Classes, default_colors
+from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import WindowBatch
 from mpm_ops.windows import cut_windows
 
-CONFIG = ServingConfig(schedule=(1, 2), deadline_seconds=250, stall_seconds=250)
+CONFIG = ServingConfig(
+    schedule=(1, 2), runtime="torch", max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250
+)
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
 
@@ -85,20 +88,23 @@ def with_schedule(model: Segmenter, schedule: tuple[int, ...]) -> Segmenter:
     return other
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("runtime", "deterministic"), [("torch", False), ("torch", True), ("openvino", False)])
 def test_same_picture_same_mask_whatever_shares_its_groups(
-    model: Segmenter, start: Callable[..., Engine], deterministic: bool
+    model: Segmenter, start: Callable[..., Engine], runtime: str, deterministic: bool
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
     ]
     schedules: list[tuple[int, ...]] = [(1, 2), ()]
+    library = {schedule: with_schedule(model, schedule) for schedule in schedules}
+    for network in library.values():
+        network.runtime = make_runtime(network, runtime)
     expected = {
-        (i, schedule): with_schedule(model, schedule).segment(image)
+        (i, schedule): network.segment(image)
         for i, image in enumerate(pictures)
-        for schedule in schedules
+        for schedule, network in library.items()
     }
-    engine = start(replace(CONFIG, deterministic=deterministic))
+    engine = start(replace(CONFIG, runtime=runtime, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
     kinds = list(expected) * (25 if deterministic else 125)
     np.random.default_rng(0).shuffle(kinds)

@@ -41,23 +41,37 @@ def test_a_busy_device_waits_for_mates_until_the_delay_is_over() -> None:
     assert len(s) == 0
 
 
-def test_an_idle_device_takes_the_deepest_lane_at_once() -> None:
+def test_an_idle_device_takes_what_there_is() -> None:
     s = scheduler()
-    s.add([window("new", FIRST), window("deep", SECOND, arrived=0.001)], now=0.0)
+    s.add([window("a")], now=0.0)
     group = s.next_group(0.001)
     assert group is not None
-    assert (names(group), group.reason) == (["deep"], "idle")
+    assert (names(group), group.reason) == (["a"], "idle")
 
 
-def test_full_lanes_go_first_and_the_deepest_of_them() -> None:
+def test_a_busy_device_takes_a_full_lane_before_a_lane_that_may_still_gain_mates() -> None:
     s = scheduler()
-    s.add([window(f"new{i}") for i in range(4)] + [window(f"deep{i}", SECOND) for i in range(4)], now=0.0)
-    group = s.next_group(0.001, idle=False)
+    s.add([window("alone", SECOND, arrived=0.0), *(window(f"full{i}", arrived=0.001) for i in range(4))], now=0.001)
+    group = s.next_group(0.002, idle=False)
     assert group is not None
-    assert (names(group), group.reason) == (["deep0", "deep1", "deep2", "deep3"], "full")
+    assert (names(group), group.reason) == (["full0", "full1", "full2", "full3"], "full")
+    assert s.next_group(0.002, idle=False) is None
 
 
-def test_among_overdue_lanes_the_oldest_request_goes_first() -> None:
+def test_what_is_half_done_goes_before_what_came_later() -> None:
+    s = scheduler()
+    s.add([window(f"later{i}", FIRST, arrived=0.5) for i in range(5)], now=0.5)  # full, and overdue by now
+    s.add([window("half done", SECOND, arrived=0.1)], now=1.0)  # has only just been merged
+    assert names(s.next_group(1.001)) == ["half done"]
+
+
+def test_of_windows_that_came_together_the_deepest_goes_first() -> None:
+    s = scheduler()
+    s.add([window("first"), window("second", SECOND)], now=0.0)
+    assert names(s.next_group(0.0)) == ["second"]
+
+
+def test_an_older_window_in_an_earlier_stage_is_not_starved() -> None:
     s = scheduler()
     s.add([window("younger", SECOND, arrived=0.5)], now=1.0)
     s.add([window("older", FIRST, arrived=0.1)], now=1.0)

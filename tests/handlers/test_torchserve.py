@@ -181,7 +181,7 @@ class TestAnswers:
         self, server: TorchServe, demo_checkpoint: Path, photo: Callable[..., np.ndarray]
     ) -> None:
         picture = encode_picture(photo(4, 180, 240), "image/png")
-        demo = load_segmenter(demo_checkpoint, (2, 5))
+        demo = load_segmenter(demo_checkpoint, (2, 5), runtime="auto", precision="auto")
         classes = load_classes(demo_checkpoint.parent / "classes.csv", demo.config.n_cls)
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**6)
         answer = post(f"{server.url}/predictions/demo", picture).content
@@ -418,6 +418,24 @@ class TestMany:
             told = error_of(responses[name])
             assert told["code"] == 400
             assert ("empty body" in told["error"]) == (data == b"")
+
+    def test_more_than_it_can_take(
+        self, server: TorchServe, photo: Callable[..., np.ndarray], expected_mask: Expect
+    ) -> None:
+        """The engine refuses before TorchServe's own queue does, which would not say when to come back."""
+        url = f"{server.url}/predictions/tiny_busy"
+        picture = encode_picture(photo(6, 90, 400), "image/png")
+        with ThreadPoolExecutor(64) as clients:
+            responses = list(clients.map(lambda _: post(url, picture), range(160)))
+        served = [response for response in responses if response.status_code == 200]
+        refused = [response for response in responses if response.status_code == 503]
+        assert served
+        assert refused
+        assert len(served) + len(refused) == len(responses)
+        assert {response.content for response in served} == {expected_mask(picture)}
+        for response in refused:
+            assert int(response.headers["Retry-After"]) >= 1
+            assert "tokens are in flight" in error_of(response)["error"]
 
     def test_clients_that_leave(self, server: TorchServe, url: str, jpeg: bytes, expected_mask: Expect) -> None:
         sent = request(jpeg)

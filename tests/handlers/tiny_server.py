@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Segmenter:
-    return load_segmenter(checkpoint, SCHEDULE)
+    return load_segmenter(checkpoint, SCHEDULE, runtime="auto", precision="auto")  # as it is served
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +74,13 @@ def max_image_bytes() -> int:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, max_image_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with `tiny`, its twin that batches synchronously, and `demo` where there is a checkpoint."""
+    """A model store with `tiny`, its twins (one batches synchronously, one takes a single picture at a time), and
+    `demo` where there is a checkpoint."""
     out = tmp_path_factory.mktemp("store")
     serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
     build_archive(checkpoint, name="tiny", out=out, serving=serving)
     build_archive(checkpoint, name="tiny_synchronous", out=out, serving=serving, batching="synchronous", batch_size=8)
+    build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
     if DEMO.is_file():
         build_archive(DEMO, name="demo", out=out, serving={})
     return out

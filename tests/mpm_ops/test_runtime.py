@@ -1,0 +1,118 @@
+"""Every runtime against the plain torch modules."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from PIL import Image
+
+from mpm_ops import Segmenter, load_segmenter
+from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.eager import TorchRuntime
+from mpm_ops.runtime.openvino import OpenVINORuntime
+from mpm_ops.windows import cut_windows, plan_windows
+
+Make = Callable[..., Segmenter]
+DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mask": {},
+    "many classes": {"n_cls": 150, "d_model": 128, "n_heads": 2},
+    "linear": {"decoder": "linear"},
+    "distilled": {"distilled": True},
+    "two classes": {"n_cls": 2, "decoder_layers": 1},
+}
+
+
+def windows(seed: int = 0, number: int = 3) -> torch.Tensor:
+    return torch.randn(number, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("schedule", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_openvino_gives_the_logits_of_torch(tiny_model: Make, name: str, schedule: tuple[int, ...]) -> None:
+    model = tiny_model(schedule=schedule, **NETWORKS[name])
+    expected = model.window_logits(windows())
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    torch.testing.assert_close(model.window_logits(windows()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_openvino_on_real_pictures(data_root: Path) -> None:
+    model = load_segmenter(DEMO, (2, 5))
+    pictures = sorted((data_root / "camvid" / "val" / "images").iterdir())[:40:20]
+    for image in (np.asarray(Image.open(picture)) for picture in pictures):
+        height, width, _ = image.shape
+        cut = cut_windows(image, plan_windows(height, width, model.inference), model.inference)
+        model.runtime = TorchRuntime(model)
+        expected, labels = model.window_logits(cut), model.segment(image)
+        model.runtime = make_runtime(model, "openvino", "fp32")
+        assert (model.window_logits(cut) - expected).abs().max() < 1e-3
+        assert (model.segment(image) == labels).mean() > 0.999
+
+
+def test_one_openvino_runtime_serves_every_schedule(tiny_model: Make) -> None:
+    schedules: list[tuple[int, ...]] = [(), (1,), (2,), (1, 2), (0, 2)]
+    models = [tiny_model(schedule=schedule) for schedule in schedules]
+    shared = make_runtime(models[0], "openvino", "fp32", schedules=schedules)
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        expected = model.window_logits(windows())
+        model.runtime = shared
+        torch.testing.assert_close(model.window_logits(windows()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_gets_the_same_bytes_alone_and_among_others(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    together = model.window_logits(windows(number=5))
+    for i, window in enumerate(windows(number=5)):
+        assert torch.equal(model.window_logits(window[None])[0], together[i])
+
+
+def test_openvino_keeps_the_weights_it_was_built_with(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    before = model.window_logits(windows())
+    torch.nn.init.zeros_(model.encoder.norm.weight)
+    assert torch.equal(model.window_logits(windows()), before)
+
+
+def test_bf16_on_torch_comes_close(tiny_model: Make) -> None:
+    """Logits are standardised over the classes, so a deviation of 0.2 is a tenth of their spread."""
+    model = tiny_model()
+    expected = model.window_logits(windows())
+    model.runtime = make_runtime(model, "torch", "bf16")
+    logits = model.window_logits(windows())
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().mean() < 0.2
+    assert not torch.equal(logits, expected)
+
+
+def test_bf16_tokens_merge_by_float32_similarity(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = make_runtime(model, "torch", "bf16")
+    assert model.window_logits(windows()).isfinite().all()
+
+
+def test_auto_takes_openvino_on_a_cpu_and_torch_for_padding(tiny_model: Make) -> None:
+    native = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    chosen = make_runtime(tiny_model(schedule=(1, 2)))
+    assert isinstance(chosen, OpenVINORuntime)
+    assert (chosen.name, chosen.precision) == ("openvino", "bf16" if native else "fp32")
+    assert make_runtime(tiny_model(schedule=(1, 2)), padded=True).name == "torch"
+
+
+def test_what_is_unknown_or_cannot_run_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="runtime: expected one of auto, torch, openvino, got 'tpu'"):
+        make_runtime(tiny_model(schedule=(1, 2)), "tpu")
+    with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, got 'fp64'"):
+        make_runtime(tiny_model(schedule=(1, 2)), "torch", "fp64")
+    with pytest.raises(ValueError, match="no padding"):
+        make_runtime(tiny_model(schedule=(1, 2)), "openvino", padded=True)
+    monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32"])
+    with pytest.raises(ValueError, match="no native bf16"):
+        make_runtime(tiny_model(schedule=(1, 2)), "openvino", "bf16")
+    assert make_runtime(tiny_model(schedule=(1, 2)), "openvino").precision == "fp32"
