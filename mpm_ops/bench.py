@@ -1,6 +1,7 @@
 """What merging costs and earns on this machine, as JSON.
 
     python -m mpm_ops.bench model --checkpoint checkpoint.pth --images DIR_OR_FILE [--out result.json]
+    python -m mpm_ops.bench merge [--out result.json]
 
 Everything that is compared runs in turn, so that a change of the machine's speed meets all alike:
 quote the ratios, not the milliseconds.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import bench_merge
 from .checkpoint import load_segmenter
 from .labels import label_map
 from .segmenter import Segmenter
@@ -138,7 +140,9 @@ def read_images(path: Path) -> list[np.ndarray]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mpm_ops.bench", description=__doc__.split("\n")[0])
-    model = parser.add_subparsers(required=True).add_parser("model", help="one picture at a time through the library")
+    commands = parser.add_subparsers(required=True)
+    bench_merge.add_command(commands)
+    model = commands.add_parser("model", help="one picture at a time through the library")
     model.add_argument("--checkpoint", type=Path, required=True)
     model.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
     model.add_argument("--schedules", nargs="+", default=["off", "2,5"], help="the first is what ratios refer to")
@@ -146,6 +150,8 @@ def main() -> int:
     model.add_argument("--repeats", type=int, default=5)
     model.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
+    if hasattr(arguments, "run"):
+        return int(arguments.run(arguments))
     try:
         images = read_images(arguments.images)
         results = bench_model(arguments.checkpoint, images, arguments.schedules, arguments.aligns, arguments.repeats)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..segmenter import Segmenter
+from mpm_ops.segmenter import Segmenter
+
 from .rivals import Matches, MergedWindows, RivalSegmenter
 
 ALGM_THRESHOLDS = {192: 0.90, 384: 0.88, 768: 0.94, 1024: 0.95}  # by encoder width: Ti, S, B, L

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..packed import PackedTokens
-from ..segmenter import Segmenter
+from mpm_ops.packed import PackedTokens
+from mpm_ops.segmenter import Segmenter
+
 from .segments import cut_segments
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._timm import Attention, Block
-from ..segmenter import Segmenter
+from mpm_ops._timm import Attention, Block
+from mpm_ops.segmenter import Segmenter
 
 
 class Segment(nn.Module):

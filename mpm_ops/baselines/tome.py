@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..segmenter import Segmenter
+from mpm_ops.segmenter import Segmenter
+
 from .rivals import Matches, MergedWindows, RivalSegmenter
 
 # By encoder width (Ti, S, B, L): about the tokens that MPM keeps, from the supplement of the MPM paper.
