@@ -6,7 +6,6 @@ of time is in `bench model`.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -101,9 +100,15 @@ def print_peak(way: str, num_tokens: int, width: int) -> None:
     """What the fresh process of `peak_memory` runs."""
     x = random_tokens(num_tokens, width)
     WAYS[way](random_tokens(64, width))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_mib()
     WAYS[way](x)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_peak_mib() - before)
+
+
+def _peak_mib() -> float:
+    # getrusage would report the parent's peak where the process was forked from a larger one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def bench_merge(lengths: list[int], widths: list[int], seconds: float, memory: bool) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mpm_ops.baselines.rivals import Matches, MergedWindows
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import WindowBatch
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -26,8 +27,9 @@ def bipartite(metric: Tensor, num_special: int, choose: Callable[[list[float]], 
     special = set(range(num_special))
     evens = [i for i in range(0, len(metric), 2) if i not in special]
     odds = [i for i in range(1, len(metric), 2) if i not in special]
-    partner = {i: max(odds, key=lambda j, i=i: cosine(metric[i], metric[j])) for i in evens}
-    best = {i: cosine(metric[i], metric[partner[i]]) for i in evens}
+    ranked = {i: max((cosine(metric[i], metric[j]), j) for j in odds) for i in evens}
+    best = {i: value for i, (value, _) in ranked.items()}
+    partner = {i: j for i, (_, j) in ranked.items()}
     joining = sorted(evens, key=lambda i: -best[i])[: choose(list(best.values()))]
     return (
         [[i] for i in sorted(special)]
@@ -42,7 +44,7 @@ def check_clusters(windows: MergedWindows, merged: MergedWindows, clusters: list
         for row, members in enumerate(rows):
             weights = windows.sizes[b, members]
             mean = (windows.x[b, members] * weights[:, None]).sum(0) / weights.sum()
-            torch.testing.assert_close(merged.x[b, row], mean, **TOLERANCE)
+            close(merged.x[b, row], mean)
             assert merged.sizes[b, row] == weights.sum()
             for member in members:
                 assert (merged.rows[b][windows.rows[b] == member] == row).all()
@@ -135,14 +137,14 @@ def test_networks_without_merges_are_the_segmenter(decoder: str, tiny_model: Cal
     windows = torch.randn(2, 3, 96, 96)
     rival = Algm(model, threshold=math.inf)
     rival._global = lambda x: Matches.find(x, 1).step(0, x.shape[1], 1)  # type: ignore[method-assign]
-    torch.testing.assert_close(rival.window_logits(windows), model.window_logits(windows), **TOLERANCE)
+    close(rival.window_logits(windows), model.window_logits(windows))
 
 
 def test_windows_of_a_tome_batch_do_not_see_each_other(tiny_model: Callable[..., Segmenter]) -> None:
     rival = ToMe(tiny_model(image_size=(160, 160)), r=5)
     windows = torch.randn(3, 3, 160, 160)
     alone = torch.cat([rival.window_logits(window[None]) for window in windows])
-    torch.testing.assert_close(rival.window_logits(windows), alone, **TOLERANCE)
+    close(rival.window_logits(windows), alone)
 
 
 def test_refuses_what_does_not_fit(tiny_model: Callable[..., Segmenter]) -> None:

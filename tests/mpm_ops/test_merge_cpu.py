@@ -154,7 +154,7 @@ def test_real_tokens(schedule: tuple[int, ...], data_root: Path) -> None:
     checked = 0
     for file in sorted((data_root / "camvid" / "val" / "images").iterdir())[:40:10]:
         image = np.asarray(Image.open(file).convert("RGB"))
-        windows = cut_windows(image, plan_windows(*image.shape[:2], model.inference), model.inference)
+        windows = cut_windows(image, plan_windows(image.shape[0], image.shape[1], model.inference), model.inference)
         with torch.inference_mode():
             batch = model.embed(windows)
             for stage in model.stages[:-1]:
