@@ -2,6 +2,7 @@
 
     python -m mpm_ops.bench model --checkpoint checkpoint.pth --images DIR_OR_FILE [--out result.json]
     python -m mpm_ops.bench labels --checkpoint checkpoint.pth --images DIR_OR_FILE [--out result.json]
+    python -m mpm_ops.bench merge [--out result.json]
 
 Everything that is compared runs in turn, so that a change of the machine's speed meets all alike:
 quote the ratios, not the milliseconds.
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import bench_labels
+from . import bench_labels, bench_merge
 from .checkpoint import load_segmenter
 from .labels import label_map
 from .segmenter import Segmenter
@@ -142,6 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mpm_ops.bench", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     bench_labels.add_command(commands)
+    bench_merge.add_command(commands)
     model = commands.add_parser("model", help="one picture at a time through the library")
     model.add_argument("--checkpoint", type=Path, required=True)
     model.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
