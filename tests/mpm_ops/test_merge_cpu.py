@@ -69,7 +69,7 @@ def test_gives_the_pairs_of_the_specification(num_tokens: int, width: int, threa
 
 @pytest.mark.parametrize("align", ALIGNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("num_tokens", [63, 531, 789])
+@pytest.mark.parametrize("num_tokens", [63, 789])
 def test_aligns_and_rounds_as_the_specification(num_tokens: int, dtype: torch.dtype, align: int) -> None:
     x = vit_like(num_tokens, 192, seed=1).to(dtype)
     assert decided(x).all()
