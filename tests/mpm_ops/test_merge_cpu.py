@@ -112,6 +112,15 @@ def test_equal_rows(width: int, copies: int, threads: int) -> None:
     check_same(torch.cat([mixed, mixed]))
 
 
+def test_rows_that_begin_alike_are_not_equal() -> None:
+    x = vit_like(120, 24, seed=13)
+    x[::2, 0] = 0
+    assert decided(x).all()
+    check_same(x)
+    x[100] = x[40]
+    check_same(x)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("align", [1, 16])
 def test_tokens_that_are_not_finite_stay_alone(value: float, align: int) -> None:
