@@ -86,7 +86,7 @@ def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Ima
     except UnidentifiedImageError:
         raise ServingError(
             ErrorKind.BAD_REQUEST,
-            f"image: expected JPEG, PNG, WebP, GIF, BMP or TIFF, or a .npy frame, got {len(data)} bytes of something else",
+            f"image: expected JPEG, PNG, WebP, GIF, BMP or TIFF, or a .npy frame, got {len(data)} other bytes",
         ) from None
     except Exception as error:  # parsers of broken headers raise all sorts of errors, and each means the same
         raise ServingError(ErrorKind.BAD_REQUEST, "image: the header of the picture is broken") from error

@@ -24,7 +24,6 @@ ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _SHM_FOLDER = Path("/dev/shm")
 _SHM_BYTES = 64 * 2**20  # of a model's region, which grows in steps and never shrinks
-_EXIT_SECONDS = 30  # for requests in flight, and as long for the model to finish
 
 
 class Triton(Server):
@@ -34,7 +33,8 @@ class Triton(Server):
         model_repository: folder with models, all of which are loaded.
         host, port: where HTTP listens.
         grpc_port: where gRPC listens, on the same host. Metrics listen on loopback only.
-        admin_secret: what the header `x-admin` has to hold where the server could be changed.
+        admin_secret: what the header `x-admin` has to hold where the server could be changed; made up if empty.
+        exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end.
         log: file for the server's output; None for this process's own.
 
     Raises:
@@ -50,13 +50,12 @@ class Triton(Server):
         port: int = 0,
         grpc_port: int = 0,
         admin_secret: str = "",
+        exit_seconds: int = 30,
         log: Path | None = None,
     ) -> None:
         self.models = sorted(path.parent.name for path in model_repository.glob("*/config.pbtxt"))
         if not self.models:
-            raise ValueError(
-                f"model_repository: expected a folder of models with config.pbtxt, got {model_repository}"
-            )
+            raise ValueError(f"model_repository: expected models with config.pbtxt in it, got {model_repository}")
         for name in self.models:
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{model_repository / name}: expected a name of letters, digits, '.', '_' and '-'")
@@ -66,6 +65,7 @@ class Triton(Server):
         check_port(host, self.grpc_port)
         self.metrics_port = free_port()
         self.admin_secret = admin_secret or secrets.token_urlsafe()
+        self._exit_seconds = exit_seconds
         self._shm_prefix = f"{self._folder.name}-"
         self._start(installed, model_repository.resolve())
 
@@ -89,9 +89,9 @@ class Triton(Server):
                 except UnhealthyError:
                     time.sleep(0.1)
 
-    def stop(self, timeout_seconds: float = 2.0 * _EXIT_SECONDS + 5) -> None:
-        """End the server: what is in flight is answered first."""
-        super().stop(timeout_seconds)
+    def stop(self, timeout_seconds: float = 10.0) -> None:
+        """End the server; `exit_seconds` come on top of the timeout."""
+        super().stop(self._exit_seconds + timeout_seconds)
         for region in _SHM_FOLDER.glob(f"{self._shm_prefix}*"):  # a killed model leaves its region behind
             region.unlink(missing_ok=True)
 
@@ -119,7 +119,8 @@ class Triton(Server):
             "metrics-port": self.metrics_port,
             "allow-gpu-metrics": "false",
             "pinned-memory-pool-byte-size": 0,
-            "exit-timeout-secs": _EXIT_SECONDS,
+            "log-info": "false",
+            "exit-timeout-secs": self._exit_seconds,
             "http-header-forward-pattern": "(?i)(x-mpm-.*|x-request-id)",
             "grpc-header-forward-pattern": "(?i)(x-mpm-.*|x-request-id)",
             "http-restricted-api": f"{_RESTRICTED}:{ADMIN_HEADER}={self.admin_secret}",
@@ -128,7 +129,7 @@ class Triton(Server):
         backend_options = {
             "shm-default-byte-size": _SHM_BYTES,
             "shm-region-prefix-name": self._shm_prefix,
-            "stub-timeout-seconds": _EXIT_SECONDS,
+            "stub-timeout-seconds": self._exit_seconds,
         }
         command = [
             str(installed / "bin" / "tritonserver"),
@@ -168,8 +169,9 @@ def main() -> int:
         )
 
     def greet(server: Triton) -> None:
+        told = {"sample": arguments.sample, "python": os.path.relpath(sys.executable)}
         for name in server.models:
-            print(_EXAMPLES.format(url=server.url, grpc=server.grpc_url, name=name, sample=arguments.sample))
+            print(_EXAMPLES.format(url=server.url, grpc=server.grpc_url, name=name, **told))
 
     return run_in_foreground(start, greet)
 
@@ -177,13 +179,15 @@ def main() -> int:
 _EXAMPLES = """
 Ready on {url}, and for gRPC on {grpc}. Try:
 
-  n=$(curl -sS {url}/v2/models/{name}/infer -H 'Inference-Header-Content-Length: 0' -H 'X-MPM-Outputs: MASK_PNG' \\
-    --data-binary @{sample} -o reply -w '%header{{inference-header-content-length}}') && tail -c +$((n+5)) reply > mask.png
+  n=$(curl -sS -H 'Inference-Header-Content-Length: 0' -H 'X-MPM-Outputs: MASK_PNG' --data-binary @{sample} \\
+    {url}/v2/models/{name}/infer -o reply -w '%header{{inference-header-content-length}}') &&
+    tail -c +$((n+5)) reply > mask.png
 
-  python -m handlers.triton_client http {url} {name} {sample} mask.png
+  {python} -m handlers.triton_client http {url} {name} {sample} mask.png
 
 or in Python
 
+  import numpy
   import tritonclient.grpc as triton
   picture = triton.InferInput("IMAGE", [1, 1], "BYTES")
   picture.set_data_from_numpy(numpy.array([[open("{sample}", "rb").read()]], object))

@@ -82,6 +82,7 @@ class TritonPythonModel:
         self._engine.close()
         self._stopped.set()
         self._watcher.join()
+        logger.info("stopped with %d pictures in flight", self._gate.inflight)
 
     def _take(self, exchange: "_Exchange") -> None:
         with exchange.asked() as request:
@@ -96,13 +97,21 @@ class TritonPythonModel:
             return
         for i, picture in enumerate(pictures):
             name = exchange.request_id if len(pictures) == 1 else f"{exchange.request_id}:{i}"
-            answer = self._engine.submit(picture, replace(options, request_id=name))
+            answer = self._submit(picture, replace(options, request_id=name))
             answer.add_done_callback(lambda _: self._gate.leave())
             exchange.answers.append(answer)
         for answer in exchange.answers:
             answer.add_done_callback(lambda answer: self._on_answer(exchange, answer))
         if exchange.done:  # it ended in between, without these
             exchange.cancel_work()
+
+    def _submit(self, picture: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+        try:
+            return self._engine.submit(picture, options)
+        except Exception as error:
+            failed: Future[SegmentReply] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _on_answer(self, exchange: "_Exchange", answer: "Future[SegmentReply]") -> None:
         """One picture of a request is through; called in the engine's threads, or at once."""
@@ -202,22 +211,22 @@ class _Gate:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._inflight = 0
+        self.inflight = 0
         self._changed = threading.Condition()
 
     def enter(self, num_pictures: int, *, give_up: Callable[[], bool]) -> bool:
         """Wait for room, which an empty gate always has; False if there is no point any more."""
         with self._changed:
-            while self._inflight and self._inflight + num_pictures > self._most:
+            while self.inflight and self.inflight + num_pictures > self._most:
                 if give_up():
                     return False
                 self._changed.wait(_POLL_SECONDS)
-            self._inflight += num_pictures
+            self.inflight += num_pictures
             return True
 
     def leave(self) -> None:
         with self._changed:
-            self._inflight -= 1
+            self.inflight -= 1
             self._changed.notify_all()
 
 
