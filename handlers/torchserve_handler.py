@@ -11,12 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
-from . import codec
 from .config import CONFIG_KEY, ServingConfig
 from .errors import ErrorKind, ServingError
-from .loading import load_engine
+from .loading import load_engine, warm_up, warm_up_picture
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
 
@@ -41,7 +38,7 @@ class SegmenterHandler:
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         self._engine = load_engine(folder, config, observer=lambda group, seconds: self._on_group())
-        self._warm_up()
+        warm_up(self._engine, [warm_up_picture()])
         logger.info("ready: schedule %s, align %d", config.schedule, config.align)
 
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
@@ -68,11 +65,6 @@ class SegmenterHandler:
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""
-
-    def _warm_up(self) -> None:
-        noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
-        options = RequestOptions(request_id="warm-up")
-        self._engine.submit(codec.encode_picture(noise, "image/jpeg"), options).result()
 
 
 class ContinuousHandler(SegmenterHandler):

@@ -9,9 +9,11 @@ What changes the server (loading and unloading models, shared memory, tracing, l
 import argparse
 import importlib.util
 import os
+import re
 import secrets
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ ADMIN_HEADER = "x-admin"
 ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
 
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
+_SHELL_SAFE = re.compile(r"[A-Za-z0-9/._-]+")
 _SHM_FOLDER = Path("/dev/shm")
 _SHM_BYTES = 64 * 2**20  # of a model's region, which grows in steps and never shrinks
 
@@ -39,7 +42,8 @@ class Triton(Server):
 
     Raises:
         ValueError: the repository holds no model.
-        ServerError: a port is taken, or Triton is not installed.
+        ServerError: a port is taken, the temp folder's path holds what a shell would act on, or Triton is not
+            installed.
     """
 
     def __init__(
@@ -60,6 +64,10 @@ class Triton(Server):
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{model_repository / name}: expected a name of letters, digits, '.', '_' and '-'")
         installed = _find_server()
+        if not _SHELL_SAFE.fullmatch(tempfile.gettempdir()):
+            raise ServerError(
+                f"TMPDIR: expected letters, digits, '/', '.', '_' and '-', got {tempfile.gettempdir()!r}"
+            )
         super().__init__("Triton", host, port, log)
         self.grpc_port = grpc_port or free_port()
         check_port(host, self.grpc_port)
@@ -105,8 +113,11 @@ class Triton(Server):
             stub,
         ):
             (backend / Path(file).name).symlink_to(installed / file)
+        # Triton starts the stub through a shell, which would take a path with a space apart.
+        models = self._folder / "models"
+        models.symlink_to(model_repository)
         options = {
-            "model-repository": model_repository,
+            "model-repository": models,
             "model-control-mode": "explicit",  # a dead model comes back by unload and load
             "load-model": "*",
             "backend-directory": backend.parent,
@@ -137,8 +148,8 @@ class Triton(Server):
             *(f"--backend-config=python,{name}={value}" for name, value in backend_options.items()),
             "--disable-auto-complete-config",
         ]
-        # The stub finds its interpreter, and with it the installed packages, through PATH alone.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        # The stub finds its interpreter, and with it the installed packages, through PATH alone; Triton finds bash so.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self._spawn(command, {"PATH": path, "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))})
 
 

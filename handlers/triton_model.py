@@ -26,7 +26,7 @@ import yaml
 
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
-from .loading import load_engine
+from .loading import load_engine, warm_up
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
 
@@ -45,10 +45,12 @@ class TritonPythonModel:
     """One engine behind one version of a model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the version's folder.
+        """Load the version's folder, and answer the pictures in the model's folder `warmup`.
+
+        Triton could do the latter itself, but would end if one was refused, and other models with it.
 
         Raises:
-            OSError, ValueError, RuntimeError: what is in the folder, or the numpy at hand, can't be served.
+            OSError, ValueError, RuntimeError, ServingError: what is there, or the numpy at hand, can't be served.
         """
         if int(np.__version__.partition(".")[0]) > 1:
             raise RuntimeError(f"numpy: this Triton expects one below 2, got {np.__version__}")
@@ -60,6 +62,7 @@ class TritonPythonModel:
         self._deadline_seconds = config.deadline_seconds
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
         self._engine = load_engine(folder, config)
+        warm_up(self._engine, [picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
         self._exchanges: set[_Exchange] = set()
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)

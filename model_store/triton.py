@@ -1,7 +1,6 @@
 """Package a checkpoint as a model in a Triton model repository."""
 
 import shutil
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import yaml
 
 from handlers.config import ServingConfig
-from handlers.health import tiny_picture
 from handlers.launching import MODEL_NAME
+from handlers.loading import warm_up_picture
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
 
@@ -48,11 +47,6 @@ dynamic_batching {{
   }}
 }}
 parameters {{ key: "max_inflight" value {{ string_value: "{max_inflight}" }} }}
-model_warmup [ {{
-  name: "picture"
-  batch_size: 1
-  inputs {{ key: "IMAGE" value {{ data_type: TYPE_STRING dims: [ 1 ] input_data_file: "picture" }} }}
-}} ]
 """
 _MAX_BATCH_SIZE = 16  # pictures that a client may put into one request
 _QUEUE_TIMEOUT_US = 10_000_000
@@ -107,8 +101,7 @@ def build_model(
 
         folder = out / name
         (folder / "warmup").mkdir(parents=True, exist_ok=True)
-        picture = tiny_picture()
-        (folder / "warmup" / "picture").write_bytes(struct.pack("<I", len(picture)) + picture)
+        (folder / "warmup" / "noise.jpg").write_bytes(warm_up_picture())
         (folder / "config.pbtxt").write_text(
             _CONFIG.format(
                 name=name,

@@ -32,9 +32,7 @@ def raw_outputs(response: requests.Response) -> dict[str, bytes]:
 
 def stub_of(server: Triton, model: str) -> psutil.Process:
     """The process that holds a model."""
-    (stub,) = (
-        child
-        for child in psutil.Process(server.pid).children(recursive=True)
-        if any(f"/{model}/" in part for part in child.cmdline())
-    )
+    children = psutil.Process(server.pid).children(recursive=True)
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]  # Triton never buries a dead one
+    (stub,) = (child for child in alive if any(f"/{model}/" in part for part in child.cmdline()))
     return stub
