@@ -18,7 +18,6 @@ import pytest
 import requests
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 
-from handlers import health
 from handlers.codec import encode_picture
 from handlers.launching import ServerError, free_port
 from handlers.triton_launcher import Triton, main
@@ -148,6 +147,7 @@ class TestRefusals:
         (line,) = run("--model-repository", tmp_path)
         assert "expected a name of letters, digits" in line
 
+    @pytest.mark.slow
     def test_model_that_does_not_load(self, own_repository: Path, tmp_path: Path) -> None:
         shutil.copytree(own_repository / "tiny", tmp_path / "store" / "tiny")
         (tmp_path / "store" / "tiny" / "1" / "serving.yaml").write_text("windos: 3")
@@ -178,6 +178,7 @@ class TestDeathAndRecovery:
         valve.unlink()
         assert is_healthy(own_triton, timeout_seconds=20)
 
+    @pytest.mark.slow
     def test_stopped_process(self, own_repository: Path, tmp_path: Path) -> None:
         """Triton may end then, as it sees a lock that nobody gives back; the probe tells either way."""
         with Triton(own_repository, log=tmp_path / "log", exit_seconds=1) as server:
@@ -365,11 +366,3 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_health_needs_no_torch() -> None:
-    """A probe runs every few seconds."""
-    code = "import sys, handlers.health; print(*(name for name in sys.modules if name in ('torch', 'numpy', 'PIL')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "\n"
-    assert health.tiny_picture()[:4] == b"\x89PNG"
