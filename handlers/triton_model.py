@@ -7,7 +7,6 @@ same); and the model itself limits what is in flight, because only while `execut
 stay in Triton's queue, where its limits, timeouts and priorities hold.
 """
 
-import io
 import json
 import logging
 import threading
@@ -26,6 +25,7 @@ import yaml
 
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
+from .frames import read_header
 from .loading import load_engine, warm_up
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
@@ -283,10 +283,15 @@ def _tensors(replies: Sequence[SegmentReply], outputs: Sequence[str]) -> list[An
     for name in outputs:
         bodies = [{reply.media_type: reply.body, **reply.also}[OUTPUTS[name]] for reply in replies]
         if name == "MASK":
-            tensors.append(pb_utils.Tensor(name, _stack([np.load(io.BytesIO(body)) for body in bodies])))
+            tensors.append(pb_utils.Tensor(name, _stack([_labels(body) for body in bodies])))
         else:
             tensors.append(pb_utils.Tensor(name, np.array([[body] for body in bodies], dtype=np.object_)))
     return tensors
+
+
+def _labels(npy: bytes) -> np.ndarray:
+    header = read_header(npy)
+    return np.frombuffer(npy, header.descr, offset=header.offset).reshape(header.shape)
 
 
 def _stack(masks: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,14 @@ def test_a_buffer_that_its_owner_uses_again() -> None:
 @pytest.mark.parametrize(
     ("array", "told"),
     [
-        (np.zeros((2, 2, 3), np.float32), "got float32 [2, 2, 3]"),
-        (np.zeros((2, 2, 3), np.int8), "got int8 [2, 2, 3]"),
-        (np.zeros((2, 2), np.uint8), "got uint8 [2, 2]"),
-        (np.zeros((2, 2, 4), np.uint8), "got uint8 [2, 2, 4]"),
-        (np.zeros((3, 2, 2), np.uint8), "got uint8 [3, 2, 2]"),
-        (np.zeros((1, 2, 2, 3), np.uint8), "got uint8 [1, 2, 2, 3]"),
-        (np.zeros((0, 2, 3), np.uint8), "got uint8 [0, 2, 3]"),
-        (np.asfortranarray(np.zeros((4, 5, 3), np.uint8)), "got uint8 [4, 5, 3] in Fortran order"),
-        (np.zeros((2, 2, 3), [("a", "u1", 300)]), "got [('a', 'u1', (300,))] [2, 2, 3]"),
+        (np.zeros((2, 2, 3), np.float32), "got '<f4' [2, 2, 3]"),
+        (np.zeros((2, 2, 3), np.int8), "got '|i1' [2, 2, 3]"),
+        (np.zeros((2, 2), np.uint8), "got '|u1' [2, 2]"),
+        (np.zeros((2, 2, 4), np.uint8), "got '|u1' [2, 2, 4]"),
+        (np.zeros((3, 2, 2), np.uint8), "got '|u1' [3, 2, 2]"),
+        (np.zeros((1, 2, 2, 3), np.uint8), "got '|u1' [1, 2, 2, 3]"),
+        (np.zeros((0, 2, 3), np.uint8), "got '|u1' [0, 2, 3]"),
+        (np.asfortranarray(np.zeros((4, 5, 3), np.uint8)), "got '|u1' [4, 5, 3] in Fortran order"),
     ],
 )
 def test_other_arrays(array: np.ndarray, told: str) -> None:
@@ -87,6 +87,10 @@ def test_other_arrays(array: np.ndarray, told: str) -> None:
         header("{'descr': '|O', 'fortran_order': False, 'shape': 7}"),
         header("{'descr': '|u1', 'fortran_order': False, 'shape': (1e9, 1, 3)}"),
         header("__import__('os').getpid()"),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (-2, -2, 3), }"),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 9999999999999, 3), }"),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 9000 + ", 3), }"),
+        npy(np.zeros((2, 2, 3), [("a", "u1")])),
     ],
     ids=lambda data: repr(data[:24]),
 )
@@ -102,10 +106,12 @@ def test_pickles_stay_closed() -> None:
     assert "expected a .npy frame of uint8" in str(refused(file.getvalue()))
 
 
-@pytest.mark.parametrize("shape", ["(-2, -2, 3)", "(2, -2, 3)"])
-def test_negative_sizes(shape: str) -> None:
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}"
-    assert "expected a .npy frame of uint8" in str(refused(header(text)))
+def test_many_threads_at_once() -> None:
+    """Python 3.11 parses Python in threads with occasional errors, so headers must not be parsed as such."""
+    data = npy(np.zeros((2, 2, 3), np.uint8))
+    with ThreadPoolExecutor(16) as threads:
+        sizes = list(threads.map(lambda _: read_size(data, **LIMITS), range(20_000)))
+    assert set(sizes) == {(2, 2)}
 
 
 @pytest.mark.parametrize("change", [-1, 1, -12])
@@ -123,5 +129,5 @@ def test_limits() -> None:
     error = refused(data, max_pixels=599)
     assert error.kind is ErrorKind.TOO_LARGE
     assert str(error) == "image: expected at most 599 pixels, got 30x20 = 600"
-    text = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 3)}"
+    text = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 3), }"
     assert refused(header(text)).kind is ErrorKind.TOO_LARGE  # by its header

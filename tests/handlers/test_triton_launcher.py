@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -224,13 +224,13 @@ class TestTritonsQueue:
         with ThreadPoolExecutor(12) as clients:
             before = [clients.submit(infer_raw, own_triton.url, "tiny", picture) for _ in range(4)]
             time.sleep(0.5)
-            asked = [clients.submit(ask, f"bulk {i}", 2) for i in range(3)]
+            asked: list[Future[None]] = [clients.submit(ask, f"bulk {i}", 2) for i in range(3)]
             time.sleep(0.3)
             asked += [clients.submit(ask, f"interactive {i}", 1) for i in range(2)]
             time.sleep(0.3)
             valve.unlink()
-            for answer in (*before, *asked):
-                answer.result()
+            assert [answer.result().status_code for answer in before] == [200] * 4
+            assert [answer.result() for answer in asked] == [None] * 5
         assert max(done[f"interactive {i}"] for i in range(2)) < max(done[f"bulk {i}"] for i in range(3))
         order = sorted(done, key=lambda name: done[name])
         assert order.index("interactive 1") < 4

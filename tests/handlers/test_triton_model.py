@@ -177,7 +177,7 @@ def reply_to(options: RequestOptions) -> SegmentReply:
 @pytest.fixture
 def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Starts the model with an obedient engine; keywords are the configuration's and max_inflight."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", PB_UTILS)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", PB_UTILS)
     monkeypatch.delitem(sys.modules, "handlers.triton_model", raising=False)
     monkeypatch.setattr(loading, "Engine", ObedientEngine)
     level = logging.getLogger("handlers").level
