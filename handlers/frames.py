@@ -13,7 +13,8 @@ _MAGIC = b"\x93NUMPY"
 # What every writer of such files writes. NumPy itself parses Python here, which CPython 3.11 now and then fails to do
 # in several threads at once (SystemError: AST constructor recursion depth mismatch).
 _HEADER = re.compile(
-    rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), 'shape': \(((?:[0-9]{1,12}, ?){0,8}(?:[0-9]{1,12})?)\),? ?\}\s*"
+    rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,12}, ?){0,8}(?:[0-9]{1,12})?)\),? ?\}\s*"
 )
 _UINT8 = ("|u1", "<u1", ">u1", "=u1", "u1")
 

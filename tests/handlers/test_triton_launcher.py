@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import tritonclient.grpc
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 
 from handlers.codec import encode_picture
@@ -252,7 +253,8 @@ class TestVersions:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        change(own_triton, "tiny", "load")
+        with tritonclient.grpc.InferenceServerClient(own_triton.grpc_url) as client:  # over HTTP it holds up others
+            client.load_model("tiny", headers={"triton-grpc-protocol-x-admin": own_triton.admin_secret})
         stop.set()
         asking.join()
         assert len(statuses) > 3

@@ -24,7 +24,7 @@ from mpm_ops import Segmenter
 pytest_plugins = ("tiny_server",)
 
 SECONDS_TO_ANSWER = 60
-NUM_CLIENTS = 12
+NUM_CLIENTS = 10
 
 
 @pytest.mark.parametrize("num_requests", [240, pytest.param(2000, marks=pytest.mark.slow)])
