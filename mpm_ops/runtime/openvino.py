@@ -87,6 +87,7 @@ def compile_graph(graph: ov.Model, precision: str) -> "Piece":
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # several workers would be pinned to the same cores
+        "CPU_RUNTIME_CACHE_CAPACITY": 16,  # lengths hardly repeat: remembering thousands took memory and saved no time
     }
     return Piece(ov.Core().compile_model(graph, "CPU", config))
 

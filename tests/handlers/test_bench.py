@@ -10,10 +10,14 @@ from PIL import Image
 
 from handlers.bench import __main__ as bench
 from handlers.bench import codec as bench_codecs
+from handlers.bench import end_to_end
 from handlers.bench import serve as bench_serve
 from handlers.bench.__main__ import study
 from handlers.bench.lengths import measure_costs, measure_lengths, read_windows
+from handlers.config import ServingConfig
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
+from mpm_ops.classes import Classes, default_colors
+from mpm_ops.labels import LabelMap
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,15 @@ def png_of(labels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(labels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_serving_is_held_against_its_own_steps(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = Classes(tuple("abcde"), default_colors(5))
+    images = [np.random.default_rng(i).integers(0, 256, (64, 64 + 40 * i, 3), dtype=np.uint8) for i in range(2)]
+    config = ServingConfig(schedule=model.schedule)
+    found = end_to_end.bench_end_to_end(model, classes, images, config, seconds=0.2, rounds=1)
+    assert found["served_windows_per_second"] > 0
+    assert found["summed_ms_p50"] > 0
+    monkeypatch.setattr(end_to_end, "label_map", lambda *_: LabelMap(np.zeros((64, 64), np.uint8), None))
+    with pytest.raises(RuntimeError, match="parity"):
+        end_to_end.bench_end_to_end(model, classes, images, config, seconds=0.2, rounds=1)
