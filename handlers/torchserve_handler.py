@@ -50,7 +50,8 @@ class SegmenterHandler:
             folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
         )
         classes = load_classes(folder / "classes.csv", model.config.n_cls)
-        self._engine = Engine(model, classes, config, observer=lambda group, seconds: self._on_group())
+        name = context.model_name
+        self._engine = Engine(model, classes, config, name=name, observer=lambda group, seconds: self._on_group())
         self._warm_up()
         logger.info("ready")
 
@@ -71,6 +72,8 @@ class SegmenterHandler:
     ) -> "Future[SegmentReply]":
         try:
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
+        except ServingError as error:
+            return self._engine.refuse(error, request_id)
         except Exception as error:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)

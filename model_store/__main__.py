@@ -38,6 +38,7 @@ def main() -> int:
     build.add_argument("--batching", choices=["continuous", "synchronous"], default="continuous")
     build.add_argument("--batch-size", type=int, default=128, help="requests handed over at once (128)")
     build.add_argument("--max-delay-ms", type=int, default=5, help="how long to wait for them (5)")
+    build.add_argument("--metrics-port", type=int, help="where Prometheus finds the model's metrics (nowhere)")
     build.add_argument("--config", type=Path, help="YAML with more fields of handlers.config.ServingConfig")
     arguments = parser.parse_args()
 
@@ -47,6 +48,8 @@ def main() -> int:
             serving["schedule"] = list(parse_schedule(arguments.schedule))
         if arguments.align is not None:
             serving["align"] = arguments.align
+        if arguments.metrics_port is not None:
+            serving["metrics_port"] = arguments.metrics_port
         archive = build_archive(
             arguments.checkpoint,
             name=arguments.name,

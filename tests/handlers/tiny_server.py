@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from handlers.torchserve_launcher import TorchServe
+from handlers.torchserve_launcher import TorchServe, free_port
 from model_store.torchserve import build_archive
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
 from mpm_ops.classes import Classes, load_classes
@@ -73,12 +73,19 @@ def max_image_bytes() -> int:
 
 
 @pytest.fixture(scope="session")
-def store(checkpoint: Path, max_image_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def metrics_port() -> int:
+    """Of the model `tiny`."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Path, max_image_bytes: int, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with `tiny`, its twins (one batches synchronously, one takes a single picture at a time), and
     `demo` where there is a checkpoint."""
     out = tmp_path_factory.mktemp("store")
     serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
-    build_archive(checkpoint, name="tiny", out=out, serving=serving)
+    watched = {"metrics_port": metrics_port, "agreement_fraction": 0.2, "agreement_min_fraction": 0.1}
+    build_archive(checkpoint, name="tiny", out=out, serving=serving | watched)
     build_archive(checkpoint, name="tiny_synchronous", out=out, serving=serving, batching="synchronous", batch_size=8)
     build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
     if DEMO.is_file():
