@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .merge import compose_maps, merge_tokens
+from .merge_cpu import can_merge_on_cpu, merge_tokens_cpu
 from .packed import PackedTokens
 
 
@@ -99,10 +100,11 @@ class WindowBatch:
 
     def merged(self, *, num_special: int, align: int) -> "WindowBatch":
         """Merge the image tokens of every window and extend its map."""
+        merge = merge_tokens_cpu if can_merge_on_cpu(self.tokens.values) else merge_tokens
         sequences, maps = [], []
         for i, sequence in enumerate(self.tokens.split()):
             special, image = sequence[:num_special], sequence[num_special:]
-            image, merge_map = merge_tokens(image, align=align)
+            image, merge_map = merge(image, align=align)
             sequences.append(torch.cat([special, image]))
             maps.append(merge_map if self.merge_maps is None else compose_maps(self.merge_maps[i], merge_map))
         return WindowBatch(PackedTokens.pack(sequences), tuple(maps))

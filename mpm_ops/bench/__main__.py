@@ -1,0 +1,24 @@
+"""What merging costs and earns on this machine, as JSON.
+
+python -m mpm_ops.bench model --image PICTURE [--out X.json] [--plot X.png]       # ours beside everybody else's
+python -m mpm_ops.bench labels --checkpoint checkpoint.pth --images DIR_OR_FILE   # labelling pixels
+python -m mpm_ops.bench merge                                                     # merging alone
+"""
+
+import argparse
+import sys
+
+from . import labels, merge, model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mpm_ops.bench", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    for question in (model, labels, merge):
+        question.add_command(commands)
+    arguments = parser.parse_args()
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
