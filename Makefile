@@ -1,9 +1,11 @@
 # env: the environment    serve: demo server in the foreground    test: all that CI tests
+# monitor: Prometheus and plots beside a running `make serve`
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8080
 SCHEDULE ?= 2,5
+METRICS_PORT ?= 8090
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -11,7 +13,7 @@ DEMO := model_store/demo
 STORE := build/model_store
 SAMPLES := build/samples
 
-.PHONY: env serve test test-all check bench clean
+.PHONY: env serve monitor dashboards test test-all check bench clean
 
 env: $(ENV)
 
@@ -23,9 +25,15 @@ $(ENV): pyproject.toml constraints.txt
 
 serve: $(ENV) $(SAMPLES)
 	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
-		--name segmenter --schedule $(SCHEDULE) --out $(STORE)
+		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(STORE)
 	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
+
+monitor: $(ENV)
+	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+
+dashboards: $(ENV)
+	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards
 
 $(SAMPLES): $(ENV)
 	$(BIN)/python -m model_store.demo.samples --out $@
