@@ -12,6 +12,10 @@ _PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
 }
 _ALSO_KNOWN_AS = {"prometheus-alertmanager": "alertmanager"}
+# Debian's Alertmanager opens its template under an absolute path. In a copy that isn't installed, the same number of
+# bytes say where it is from the folder of the package, which is why it has to be started there.
+_INSTALLED_ASSETS = b"/usr/share/prometheus/alertmanager"
+_UNPACKED_ASSETS = b"usr/share//prometheus/alertmanager"
 _CACHE = Path(__file__).resolve().parents[2] / ".cache" / "debian"
 
 
@@ -20,7 +24,7 @@ class MissingToolError(RuntimeError):
 
 
 def find_tool(name: str, *, cache: Path = _CACHE) -> Path:
-    """Path of "prometheus", "promtool" or "prometheus-alertmanager".
+    """Path of "prometheus", "promtool" or "prometheus-alertmanager", to be started in the folder above its `usr`.
 
     What is not on the PATH is downloaded with apt, which checks its signature, and unpacked, not installed; neither
     needs rights.
@@ -57,8 +61,15 @@ def _unpack(package: str, folder: Path) -> None:
         except subprocess.CalledProcessError as error:
             last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise MissingToolError(f"{package} is not installed, and {error.cmd[0]} failed: {last}") from None
+        _relocate(scratch / "unpacked")
         if not folder.is_dir():  # another process may have been faster
             (scratch / "unpacked").rename(folder)
+
+
+def _relocate(package: Path) -> None:
+    program = package / "usr" / "bin" / "prometheus-alertmanager"
+    if program.is_file():
+        program.write_bytes(program.read_bytes().replace(_INSTALLED_ASSETS, _UNPACKED_ASSETS))
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -8,7 +8,6 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import matplotlib.dates as mdates
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -52,14 +51,13 @@ def _draw_panel(panel: Panel, prometheus: Prometheus, axis: Axes, start: float, 
     else:
         for legend, series in found:
             times, values = _points(series)
-            axis.plot(mdates.date2num(times), values, label=_fill(legend, series["metric"]), lw=1.2)
+            axis.plot(times, values, label=_fill(legend, series["metric"]), lw=1.2)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
         if len(found) <= _MAX_LEGEND:
             axis.legend(fontsize=7, loc="best")
-    axis.xaxis_date()
-    axis.xaxis.set_major_locator(mdates.AutoDateLocator(maxticks=5))
-    axis.xaxis.set_major_formatter(mdates.DateFormatter("%H:%M:%S"))
+    ticks = np.linspace(start, end, 4)
+    axis.set_xticks(ticks, [f"{datetime.fromtimestamp(tick):%H:%M:%S}" for tick in ticks])
     axis.tick_params(labelsize=7)
     return True
 
@@ -73,14 +71,13 @@ def _draw_heatmap(axis: Axes, found: list[dict[str, Any]]) -> None:
         values = {at: float(value) for at, value in series["values"]}
         cumulative[row] = [values.get(at, np.nan) for at in times]
     counts = np.diff(cumulative, axis=0)
-    edges = mdates.date2num([datetime.fromtimestamp(at) for at in times])
-    axis.pcolormesh(edges, np.arange(len(ordered)), counts, shading="nearest", cmap="Blues")
+    axis.pcolormesh(times, np.arange(len(ordered)), counts, shading="nearest", cmap="Blues")
     ticks = range(0, len(ordered), max(1, len(ordered) // 8))
     axis.set_yticks(list(ticks), [f"≤ {ordered[i]['metric']['le']}" for i in ticks])
 
 
-def _points(series: dict[str, Any]) -> tuple[list[datetime], list[float]]:
-    return [datetime.fromtimestamp(at) for at, _ in series["values"]], [float(value) for _, value in series["values"]]
+def _points(series: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return [at for at, _ in series["values"]], [float(value) for _, value in series["values"]]
 
 
 def _fill(legend: str, labels: dict[str, str]) -> str:

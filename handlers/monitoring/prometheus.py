@@ -42,7 +42,7 @@ class Prometheus:
     ) -> None:
         self.port = port or free_port()
         self.alertmanager_port = free_port()
-        self._folder = folder
+        self._folder = folder = folder.resolve()
         programs = [find_tool("prometheus"), find_tool("prometheus-alertmanager")]
         folder.mkdir(parents=True, exist_ok=True)
         self._configure(targets, rules, scrape_seconds)
@@ -52,6 +52,7 @@ class Prometheus:
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
+                "--rules.alert.resend-delay=5s",  # alerts before the Alertmanager is found are lost until then
             ],
             [
                 f"--config.file={folder / 'alertmanager.yml'}",
@@ -70,7 +71,7 @@ class Prometheus:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
-                        cwd=folder,
+                        cwd=program.parents[2],
                         start_new_session=True,
                     )
                 )
