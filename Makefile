@@ -1,9 +1,11 @@
-# env: the environment    serve: demo server in the foreground    test: all that CI tests
-# monitor: Prometheus and plots beside a running `make serve`
+# env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
+# monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8080
+TRITON_PORT ?= 8000
+TRITON_GRPC_PORT ?= 8001
 SCHEDULE ?= 2,5
 METRICS_PORT ?= 8090
 
@@ -11,16 +13,17 @@ BIN := .venv/bin
 ENV := .venv/.installed
 DEMO := model_store/demo
 STORE := build/model_store
+REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
-.PHONY: env serve monitor dashboards test test-all check bench clean
+.PHONY: env serve serve-triton monitor dashboards test test-all check bench clean
 
 env: $(ENV)
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,loadtest,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,triton,loadtest,dev]'
 	touch $@
 
 serve: $(ENV) $(SAMPLES)
@@ -28,6 +31,12 @@ serve: $(ENV) $(SAMPLES)
 		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(STORE)
 	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
+
+serve-triton: $(ENV) $(SAMPLES)
+	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
+		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(REPOSITORY)
+	exec $(BIN)/python -m handlers.triton_launcher --model-repository $(REPOSITORY) --host $(HOST) \
+		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
 
 monitor: $(ENV)
 	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor

@@ -4,6 +4,8 @@ Every engine has a registry of its own and serves it on a port of its own, so se
 the other on the same port, never mix. Times are seconds, and everything else is counted in what its name says.
 """
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,8 @@ from mpm_ops.stages import format_schedule
 
 from .scheduler import Group, Lane, Waiting
 
+logger = logging.getLogger(__name__)
+
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEP_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 _MERGE_SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
@@ -22,6 +26,7 @@ _AGREEMENT = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.
 
 _CAPACITY_BUSY_SECONDS = 30.0  # of device time, over which the capacity is averaged
 _MAX_EXEMPLAR = 100  # characters of a request id; OpenMetrics allows 128 for the whole exemplar
+_REBIND_SECONDS = 0.5
 _CANCELLED = "499"  # the client, or the server in front, gave up
 
 
@@ -130,18 +135,35 @@ class Metrics:
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Answer `GET /metrics`; returns what stops it.
 
-        Raises:
-            ValueError: the port is taken.
+        While the port is taken it is tried again: a new version of a model starts before the old one ends, and
+        nobody should go without masks for want of metrics.
         """
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise ValueError(f"metrics_port: cannot listen on {host}:{port}: {error.strerror}") from None
+        stopped = threading.Event()
 
-        def stop() -> None:
+        def serve() -> None:
+            warned = False
+            while not stopped.is_set():
+                try:
+                    server, thread = start_http_server(port, host, self.registry)
+                    break
+                except OSError as error:
+                    if not warned:
+                        logger.warning("metrics_port: cannot listen on %s:%d yet: %s", host, port, error.strerror)
+                    warned = True
+                    stopped.wait(_REBIND_SECONDS)
+            else:
+                return
+            stopped.wait()
             server.shutdown()
             server.server_close()
             thread.join()
+
+        keeper = threading.Thread(target=serve, name="metrics", daemon=True)
+        keeper.start()
+
+        def stop() -> None:
+            stopped.set()
+            keeper.join()
 
         return stop
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from handlers.torchserve_launcher import free_port
+from handlers.launching import free_port
 
 from .binaries import find_tool
 

@@ -1,4 +1,5 @@
 import io
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from handlers.errors import ErrorKind, ServingError
 from handlers.metrics import Metrics
 from handlers.options import RequestOptions
 from handlers.scheduler import Group, Lane, Waiting
-from handlers.torchserve_launcher import free_port
+from handlers.launching import free_port
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 
@@ -49,6 +50,19 @@ def encoded(seed: int = 0, height: int = 64, width: int = 128) -> bytes:
         buffer, "PNG"
     )
     return buffer.getvalue()
+
+
+def fetch(port: int, headers: dict[str, str] | None = None) -> str:
+    """The text that the port serves, as soon as it does."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers or {})
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return str(response.read().decode())
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def value(engine: Engine, name: str, **labels: str) -> float:
@@ -180,8 +194,7 @@ def test_the_port_serves_what_the_registry_holds_and_is_free_again_after(start: 
     for _ in range(2):  # the second rebinds the port and starts from zero
         engine = start(config, name="street")
         engine.submit(encoded(), OPTIONS).result(60)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            text = response.read().decode()
+        text = fetch(port)
         samples = {
             (sample.name, sample.labels.get("code")): sample.value
             for family in text_string_to_metric_families(text)
@@ -195,12 +208,20 @@ def test_the_port_serves_what_the_registry_holds_and_is_free_again_after(start: 
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
 
 
-def test_a_taken_port_is_named(start: Callable[..., Engine]) -> None:
+def test_a_taken_port_is_named_and_taken_over(start: Callable[..., Engine], caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     config = ServingConfig(schedule=SCHEDULE, runtime="torch", metrics_port=port)
-    start(config)
-    with pytest.raises(ValueError, match=rf"^metrics_port: cannot listen on 127\.0\.0\.1:{port}"):
-        start(config)
+    old = start(config, name="old")
+    assert 'model="old"' in fetch(port)
+    new = start(config, name="new")  # as Triton does it: the old version serves until the new one is there
+    new.submit(encoded(), OPTIONS).result(60)
+    deadline = time.monotonic() + 10
+    while f"metrics_port: cannot listen on 127.0.0.1:{port} yet" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert 'model="old"' in fetch(port)
+    old.close()
+    assert 'model="new"' in fetch(port)
 
 
 def test_exemplars_name_a_request(start: Callable[..., Engine]) -> None:
@@ -209,9 +230,7 @@ def test_exemplars_name_a_request(start: Callable[..., Engine]) -> None:
     engine.submit(encoded(), RequestOptions(request_id="street-7")).result(60)
     engine.submit(encoded(), RequestOptions(request_id="x" * 128)).result(60)  # too long for an exemplar
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accept)
-    with urllib.request.urlopen(request, timeout=10) as response:
-        text = response.read().decode()
+    text = fetch(port, accept)
     assert '# {request_id="street-7"}' in text
     assert value(engine, "mpm_request_seconds_count") == 2
 

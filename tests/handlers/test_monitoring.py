@@ -27,7 +27,8 @@ from handlers.monitoring.boards import BOARDS, Board, concrete
 from handlers.monitoring.grafana import render
 from handlers.monitoring.pictures import draw_board
 from handlers.monitoring.prometheus import RULES, Prometheus
-from handlers.torchserve_launcher import TorchServe, free_port
+from handlers.launching import free_port
+from handlers.torchserve_launcher import TorchServe
 
 pytest_plugins = ("tiny_server",)
 
