@@ -28,17 +28,21 @@ class Sampler:
         self._min_credit = 0.0
         self._running = False
 
-    def choose(self, *, idle: bool) -> bool:
-        """Count a picture, and say whether to compute it again; `finish` has to follow if so."""
+    def choose(self, *, idle: bool) -> str | None:
+        """Count a picture, and say with which priority to compute it again, if at all; `finish` has to follow then.
+
+        What fills an idle device is "bulk"; what is due under load is "interactive", or load would put it off.
+        """
         with self._lock:
             self._credit = min(self._credit + self._fraction, _MAX_CREDIT)
             self._min_credit = min(self._min_credit + self._min_fraction, _MAX_CREDIT)
-            if self._running or not (_reached(self._min_credit) or (idle and _reached(self._credit))):
-                return False
+            due = _reached(self._min_credit)
+            if self._running or not (due or (idle and _reached(self._credit))):
+                return None
             self._credit = max(0.0, self._credit - 1)
             self._min_credit = max(0.0, self._min_credit - 1)
             self._running = True
-            return True
+            return "bulk" if idle else "interactive"
 
     def finish(self) -> None:
         """The picture that was chosen is through, or was given up."""

@@ -403,12 +403,13 @@ class Engine:
             request.answer.set_result(reply)
         self._sample(request, segmented)
 
-    # Live agreement: some answered pictures run again without merging, behind everyone who waits for an answer
+    # Live agreement: some answered pictures run again without merging
 
     def _sample(self, request: _Request, merged: Segmented) -> None:
-        if not request.schedule or not self._sampler.choose(idle=not self._inflight):
+        priority = self._sampler.choose(idle=not self._inflight) if request.schedule else None
+        if priority is None:
             return
-        options = replace(request.options, bulk=True)
+        options = replace(request.options, bulk=priority == "bulk")
         again = _Request(options, (), Future(), monotonic(), tokens=0, compared_with=merged)
         again.answer.add_done_callback(lambda _: self._sampler.finish())
         self._guard(again, self._enqueue, again, merged.image, merged.plan)

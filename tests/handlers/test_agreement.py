@@ -33,6 +33,11 @@ def test_an_idle_device_gets_the_fraction_and_a_busy_one_the_minimum() -> None:
     assert chosen(Sampler(0.0, 0.0), 10_000, idle=True) == 0
 
 
+def test_what_is_due_under_load_does_not_give_way() -> None:
+    assert Sampler(1.0, 1.0).choose(idle=False) == "interactive"
+    assert Sampler(1.0, 1.0).choose(idle=True) == "bulk"
+
+
 def test_a_busy_time_is_made_up_for_within_bounds() -> None:
     sampler = Sampler(0.01, 0.0)
     assert chosen(sampler, 10_000, idle=False) == 0

@@ -14,10 +14,10 @@ from handlers.clock import DeviceClock
 from handlers.config import ServingConfig
 from handlers.engine import Engine
 from handlers.errors import ErrorKind, ServingError
+from handlers.launching import free_port
 from handlers.metrics import Metrics
 from handlers.options import RequestOptions
 from handlers.scheduler import Group, Lane, Waiting
-from handlers.launching import free_port
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 

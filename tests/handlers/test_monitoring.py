@@ -20,15 +20,18 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
 
 from handlers.codec import encode_picture
+from handlers.launching import free_port
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from handlers.monitoring.boards import BOARDS, Board, concrete
 from handlers.monitoring.grafana import render
 from handlers.monitoring.pictures import draw_board
 from handlers.monitoring.prometheus import RULES, Prometheus
-from handlers.launching import free_port
 from handlers.torchserve_launcher import TorchServe
+from handlers.triton_client import segment_http
+from handlers.triton_launcher import Triton
 
 pytest_plugins = ("tiny_server",)
 
@@ -142,8 +145,27 @@ def test_every_metric_named_anywhere_is_on_the_server(server: TorchServe, metric
 
 
 @pytest.mark.usefixtures("watched")
+def test_triton_exports_the_same_names(
+    triton: Triton, triton_metrics_port: int, metrics_port: int, photo: Callable[..., np.ndarray]
+) -> None:
+    before = scrape(triton_metrics_port)
+    assert segment_http(triton.url, "tiny", encode_picture(photo(0), "image/jpeg"))
+    with pytest.raises(InferenceServerException, match="X-MPM-View: expected one of"):
+        segment_http(triton.url, "tiny", b"", {"x-mpm-view": "funny"})
+    after = scrape(triton_metrics_port)
+    assert after["mpm_images_total"] == before["mpm_images_total"] + 1
+    assert after["mpm_requests_total"] == before["mpm_requests_total"] + 2, "what could not be submitted counts too"
+    sampled = {name for name in scrape(metrics_port) if name.startswith("mpm_agreement_pixels")}
+    assert set(after) | sampled == set(scrape(metrics_port))
+
+
+@pytest.mark.usefixtures("watched")
 def test_counts_hold_together(metrics_port: int) -> None:
     found = scrape(metrics_port)
+    waited = time.monotonic() + 10  # for the last sample
+    while found["mpm_group_windows_count"] != found["mpm_stage_seconds_count"] and time.monotonic() < waited:
+        time.sleep(0.2)
+        found = scrape(metrics_port)
     assert found["mpm_inflight_requests"] == 0
     assert found["mpm_waiting_windows"] == 0
     assert found["mpm_images_total"] == found["mpm_decode_seconds_count"] == found["mpm_encode_seconds_count"]

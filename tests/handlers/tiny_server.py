@@ -108,11 +108,18 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
 
 
 @pytest.fixture(scope="session")
-def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def triton_metrics_port() -> int:
+    """Of the model `tiny` behind Triton."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint: Path, triton_metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with `tiny`, `narrow` that takes one picture at a time, and `demo`."""
     out = tmp_path_factory.mktemp("repository")
     serving = {"schedule": list(SCHEDULE)}
-    build_model(checkpoint, name="tiny", out=out, serving=serving | {"max_image_bytes": 24 * 2**20})
+    own = {"max_image_bytes": 24 * 2**20, "metrics_port": triton_metrics_port}
+    build_model(checkpoint, name="tiny", out=out, serving=serving | own)
     build_model(checkpoint, name="narrow", out=out, serving=serving, max_inflight=1, max_queue_size=2)
     if DEMO.is_file():
         build_model(DEMO, name="demo", out=out, serving={})
