@@ -96,7 +96,7 @@ class Scheduler(Generic[Payload]):
 
     def remove(self, unwanted: Callable[[Payload], bool]) -> list[Waiting[Payload]]:
         """Forget windows whose request was cancelled, failed or ran out of time; returns them."""
-        removed = []
+        removed: list[Waiting[Payload]] = []
         for lane, windows in list(self._lanes.items()):
             kept: list[Waiting[Payload]] = []
             for window in windows:

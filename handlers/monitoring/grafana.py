@@ -11,6 +11,7 @@ from pathlib import Path
 from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, VariableRefresh
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from .boards import BOARDS, Board, Panel
 
@@ -53,7 +54,7 @@ def _panel(panel: Panel) -> heatmap.Panel | timeseries.Panel:
     builder = builder.title(panel.title).description(panel.about).unit(panel.unit).datasource(_SOURCE)
     for query, letter in zip(panel.queries, itertools.count(ord("A"))):
         target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(letter)).range()
-        builder = builder.with_target(target.format("heatmap") if panel.heatmap else target)
+        builder = builder.with_target(target.format(PromQueryFormat.HEATMAP) if panel.heatmap else target)
     return builder
 
 
