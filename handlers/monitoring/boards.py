@@ -169,7 +169,8 @@ MERGING = Board(
             (
                 Query(
                     f"{_rate('mpm_tokens_total', _OUT_OF, _MERGING, by='stage')} / "
-                    f"{_rate('mpm_tokens_total', _INTO, _MERGING, by='stage')}",
+                    f"{_rate('mpm_tokens_total', _INTO, _MERGING, by='stage')} "
+                    f"and on (stage) {_rate('mpm_merge_seconds_count', by='stage')}",
                     "stage {{stage}}",
                 ),
             ),

@@ -17,6 +17,7 @@ from .prometheus import Prometheus
 
 _COLUMNS = 4
 _POINTS = 150
+_RATE = "20s"  # over ten scrapes: a person who has just started it doesn't wait a minute for a curve
 _MAX_LEGEND = 10
 
 
@@ -40,7 +41,7 @@ def _draw_panel(panel: Panel, prometheus: Prometheus, axis: Axes, start: float, 
     found = [
         (query.legend, series)
         for query in panel.queries
-        for series in prometheus.query_range(concrete(query.expr), start, end, step)
+        for series in prometheus.query_range(concrete(query.expr, rate=_RATE), start, end, step)
     ]
     axis.set_title(f"{panel.title} [{panel.unit}]", fontsize=10)
     if not found:
