@@ -59,7 +59,8 @@ check: $(ENV)
 	$(BIN)/mypy
 
 bench: $(ENV) $(SAMPLES)
-	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
+	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --image $(SAMPLES)/street.jpg \
+		--out build/bench.json --plot build/bench.png
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

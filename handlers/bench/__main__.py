@@ -2,6 +2,7 @@
 
     python -m handlers.bench grouping --checkpoint checkpoint.pth --images DIR [DIR...] [--out X.json] [--plot X.png]
     python -m handlers.bench codec --checkpoint checkpoint.pth --images DIR [--out X.json]
+    python -m handlers.bench end-to-end --checkpoint checkpoint.pth --images DIR [--out X.json]
 
 Every folder of pictures is a stream of windows, and all of them together are one more. Their lengths are
 measured once with the real model; the padding study and the simulation then use nothing else, so
@@ -28,7 +29,7 @@ from mpm_ops import load_segmenter
 from mpm_ops.bench import environment
 from mpm_ops.stages import parse_schedule
 
-from . import codec
+from . import codec, end_to_end
 from .lengths import Lengths, measure_costs, measure_lengths, read_windows
 from .padding import BATCH, POOL_BATCHES, Groups, batches_by_arrival, overhead, scheduled_groups, sorted_slices
 from .plots import plot_report
@@ -136,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m handlers.bench", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     codec.add_command(commands)
+    end_to_end.add_command(commands)
     servers = commands.add_parser("servers", help="TorchServe and Triton under the same load")
     servers.add_argument("--checkpoint", type=Path, required=True)
     servers.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")

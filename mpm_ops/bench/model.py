@@ -2,8 +2,8 @@
 
 Ti has the demo model's encoder and its 11 classes, with random ones beside them up to K. S and B have random weights;
 how many tokens those would merge means nothing, so lengths after the merges are injected: 765 and 604, plus or minus
-20, as trained weights have them. Labels are decoded from the demo model's logits on the picture, with weak noise
-classes beside them as in `bench labels`: so every way decodes the same ones.
+20, as trained weights have them, and ALGM, which merges by a threshold, is left out. Labels are decoded from the demo
+model's logits on the picture, with weak noise classes beside them as in `bench labels`: so every way decodes the same.
 """
 
 import argparse
