@@ -1,4 +1,5 @@
 # env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
+# monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -6,6 +7,7 @@ PORT ?= 8080
 TRITON_PORT ?= 8000
 TRITON_GRPC_PORT ?= 8001
 SCHEDULE ?= 2,5
+METRICS_PORT ?= 8090
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -14,7 +16,7 @@ STORE := build/model_store
 REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
-.PHONY: env serve serve-triton test test-all check bench clean
+.PHONY: env serve serve-triton monitor dashboards test test-all check bench clean
 
 env: $(ENV)
 
@@ -26,15 +28,21 @@ $(ENV): pyproject.toml constraints.txt
 
 serve: $(ENV) $(SAMPLES)
 	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
-		--name segmenter --schedule $(SCHEDULE) --out $(STORE)
+		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(STORE)
 	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
 
 serve-triton: $(ENV) $(SAMPLES)
 	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
-		--name segmenter --schedule $(SCHEDULE) --out $(REPOSITORY)
+		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(REPOSITORY)
 	exec $(BIN)/python -m handlers.triton_launcher --model-repository $(REPOSITORY) --host $(HOST) \
 		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
+
+monitor: $(ENV)
+	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+
+dashboards: $(ENV)
+	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards
 
 $(SAMPLES): $(ENV)
 	$(BIN)/python -m model_store.demo.samples --out $@

@@ -8,6 +8,8 @@ from mpm_ops.runtime import PRECISIONS, RUNTIMES
 
 CONFIG_KEY = "mpm"  # our section in the configuration files of servers
 
+_MAX_PORT = 65_535
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
@@ -35,6 +37,10 @@ class ServingConfig:
             time and moves labels: 0.5 % of them on soft pictures, several per cent on sharp ones reduced a lot.
         codec_threads: threads that decode pictures, and as many that encode replies.
         torch_threads: threads of the network's operators; 0 leaves torch's default.
+        metrics_port: where Prometheus finds this model's metrics; 0 for nowhere.
+        metrics_host: address of that port.
+        agreement_fraction: of pictures that an idle device also computes without merging, to compare; 0 for none.
+        agreement_min_fraction: the same, whatever the load.
     """
 
     schedule: tuple[int, ...] = (2, 5)
@@ -57,6 +63,10 @@ class ServingConfig:
     jpeg_draft: bool = False
     codec_threads: int = 2
     torch_threads: int = 0
+    metrics_port: int = 0
+    metrics_host: str = "127.0.0.1"
+    agreement_fraction: float = 0.01
+    agreement_min_fraction: float = 0.001
 
     def __post_init__(self) -> None:
         for name in (
@@ -69,7 +79,14 @@ class ServingConfig:
             "codec_threads",
         ):
             _check_integer(name, getattr(self, name), minimum=1)
-        _check_integer("torch_threads", self.torch_threads, minimum=0)
+        for name in ("torch_threads", "metrics_port"):
+            _check_integer(name, getattr(self, name), minimum=0)
+        if self.metrics_port > _MAX_PORT:
+            raise ValueError(f"metrics_port: expected at most {_MAX_PORT}, got {self.metrics_port}")
+        if not isinstance(self.metrics_host, str) or not self.metrics_host:
+            raise ValueError(f"metrics_host: expected an address such as 127.0.0.1, got {self.metrics_host!r}")
+        for name in ("agreement_fraction", "agreement_min_fraction"):
+            _check_fraction(name, getattr(self, name))
         for name in ("max_group_delay_ms", "bulk_patience_seconds", "deadline_seconds", "stall_seconds"):
             _check_duration(name, getattr(self, name))
         for name, known in (("runtime", RUNTIMES), ("precision", PRECISIONS)):
@@ -114,6 +131,11 @@ def _check_integer(name: str, value: Any, *, minimum: int) -> None:
 def _check_duration(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
         raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number within 0..1, got {value!r}")
 
 
 def _check_schedule(name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -23,16 +23,20 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
+from mpm_ops.labels import label_map
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
-from mpm_ops.stages import Stage, WindowBatch, cut_stages
+from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import codec
 from .admission import Admission
+from .agreement import Sampler, compare_labels
+from .clock import DeviceClock
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
 from .grouping import GroupCost
+from .metrics import Metrics
 from .options import RequestOptions
 from .replies import Segmented, SegmentReply, encode_reply
 from .scheduler import Group, Lane, Scheduler, Waiting
@@ -49,7 +53,7 @@ class _Request:
 
     options: RequestOptions
     schedule: tuple[int, ...]
-    answer: "Future[SegmentReply]"
+    answer: "Future[Any]"
     arrived: float
     tokens: int  # admitted
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
@@ -57,6 +61,7 @@ class _Request:
     image: np.ndarray | None = None
     plan: WindowPlan | None = None
     windows: "list[_Window]" = field(default_factory=list)
+    compared_with: Segmented | None = None  # our own request: the picture as merging found it
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +85,7 @@ class Engine:
         model: its schedule is the default; others are allowed by the configuration.
         classes: names and colours.
         config: see `ServingConfig`.
+        name: under which the model is served, for metrics.
         on_fatal: called when the device is beyond help, after everything in flight has failed. By
             default the process ends, for its supervisor to start another.
         observer: called after each group with the group and its seconds.
@@ -91,6 +97,7 @@ class Engine:
         classes: Classes,
         config: ServingConfig,
         *,
+        name: str = "segmenter",
         on_fatal: Callable[[], None] = lambda: os._exit(70),
         observer: Callable[[Group["_Window"], float], None] = lambda group, seconds: None,
     ) -> None:
@@ -101,13 +108,12 @@ class Engine:
         self._config = config
         self._on_fatal = on_fatal
         self._observer = observer
+        self._offered = {model.schedule, *config.allowed_schedules}
+        schedules = self._offered | ({()} if config.agreement_fraction else set())
         self._runtime = make_runtime(
-            model, config.runtime, config.precision, schedules=config.allowed_schedules, padded=config.padded
+            model, config.runtime, config.precision, schedules=sorted(schedules), padded=config.padded
         )
-        self._stages = {
-            schedule: cut_stages(model.config.n_layers, schedule)
-            for schedule in {model.schedule, *config.allowed_schedules}
-        }
+        self._stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
@@ -120,8 +126,17 @@ class Engine:
             cost=self._measure_cost() if config.padded else None,
         )
         self._admission = Admission(config.max_inflight_tokens)
+        self._sampler = Sampler(
+            config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction)
+        )
         self._lock = threading.Lock()
         self._inflight: set[_Request] = set()  # guarded by the lock
+        device = model.encoder.pos_embed.device
+        self._clock = DeviceClock(device)
+        self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
+        self.metrics.watch_inflight(lambda: len(self._inflight))
+        port = config.metrics_port
+        self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
 
         self._inbox: queue.SimpleQueue[list[Waiting[_Window]] | None] = queue.SimpleQueue()
         self._draining = False
@@ -148,7 +163,7 @@ class Engine:
 
         What can be refused from the picture's header is refused at once.
         """
-        answer: Future[SegmentReply] = Future()
+        answer = self._new_answer(options.request_id)
         try:
             request = self._admit(data, options, answer)
             self._decoders.submit(self._guard, request, self._prepare, request, data)
@@ -156,6 +171,12 @@ class Engine:
             _fail(answer, error)
         except RuntimeError:  # closed in between
             _fail(answer, ServingError(ErrorKind.OVERLOADED, "the server is shutting down"))
+        return answer
+
+    def refuse(self, error: ServingError, request_id: str) -> "Future[SegmentReply]":
+        """Answer a request that could not be submitted, so that it is counted all the same."""
+        answer = self._new_answer(request_id)
+        _fail(answer, error)
         return answer
 
     def close(self) -> None:
@@ -167,6 +188,7 @@ class Engine:
         self._encoders.shutdown()
         self._stopped.set()
         self._watchdog.join()
+        self._stop_metrics()
 
     @property
     def inflight(self) -> int:
@@ -176,8 +198,8 @@ class Engine:
     def _admit(self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]") -> _Request:
         config = self._config
         schedule = self._model.schedule if options.schedule is None else options.schedule
-        if schedule not in self._stages:
-            allowed = ", ".join(sorted(",".join(map(str, s)) or "off" for s in self._stages))
+        if schedule not in self._offered:
+            allowed = ", ".join(sorted(map(format_schedule, self._offered)))
             raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
         height, width = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
         tokens = self._plan(height, width).num_windows * self._tokens_of_window
@@ -201,22 +223,28 @@ class Engine:
         else:
             image = codec.decode_image(data, **limits)
             size = (image.shape[0], image.shape[1])
-        plan = self._plan(*size)
+        self._enqueue(request, image, self._plan(*size))
+
+    def _enqueue(self, request: _Request, image: np.ndarray, plan: WindowPlan) -> None:
+        """Cut a picture into windows that wait for the first stage."""
         pixels = cut_windows(image, plan, self._model.inference)
         request.image, request.plan = image, plan
         request.windows = [_Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
         request.ready_at = monotonic()
         request.seconds["decode"] = request.ready_at - request.arrived
-        self._inbox.put([self._waiting(window, 0, self._tokens_of_window) for window in request.windows])
+        arrivals = [self._waiting(window, 0, self._tokens_of_window) for window in request.windows]
+        self.metrics.waiting(arrivals, +1)
+        self._inbox.put(arrivals)
 
     # The device thread: take what came, choose a group, run it, route its windows
 
     def _serve_device(self) -> None:
         while self._take_work():
-            self._scheduler.remove(lambda window: window.request.answer.done())
+            self.metrics.waiting(self._scheduler.remove(lambda window: window.request.answer.done()), -1)
             group = self._scheduler.next_group(monotonic())
             if group is not None:
                 self._group_started = monotonic()
+                self.metrics.released(group, self._group_started, padded=self._config.padded)
                 self._run(group)
                 self._group_started = None
 
@@ -234,9 +262,9 @@ class Engine:
         """Run a group. If it fails, run its halves, so that only the windows at fault fail."""
         windows = [member.payload for member in group.members]
         stage = self._stages[group.lane.schedule][group.lane.stage]
-        start = monotonic()
+        lengths = [window.lengths[-1] for window in windows]
         try:
-            merge_seconds = self._compute(stage, windows)
+            elapsed, merge_seconds = self._compute(stage, windows)
         except Exception as error:
             if _is_fatal(error):
                 self._give_up(f"the device failed: {error}")
@@ -248,36 +276,37 @@ class Engine:
                 self._run(Group(group.lane, group.members[:half], group.reason))
                 self._run(Group(group.lane, group.members[half:], group.reason))
             return
-        elapsed = monotonic() - start
         for request in _requests_of(windows):
-            request.seconds["compute"] += elapsed - merge_seconds
-            request.seconds["merge"] += merge_seconds
+            request.seconds["compute"] += elapsed - (merge_seconds or 0.0)
+            request.seconds["merge"] += merge_seconds or 0.0
         self._observer(group, elapsed)
         self._route(stage, windows)
+        tokens_out = sum(window.lengths[-1] for window in windows)
+        self.metrics.computed(group.lane, lengths, tokens_out, elapsed, merge_seconds)
 
     @torch.inference_mode()
-    def _compute(self, stage: Stage, windows: Sequence[_Window]) -> float:
-        """Run one stage and keep each window's outcome with it; returns the seconds spent merging."""
-        model = self._model
+    def _compute(self, stage: Stage, windows: Sequence[_Window]) -> tuple[float, float | None]:
+        """Run one stage and keep each window's outcome with it; returns the seconds of it all and of its merge."""
+        model, clock = self._model, self._clock
+        start = clock.mark()
         if stage.index == 0:
             batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
         batch = self._runtime.run_blocks(stage, batch)
-        merge_seconds = 0.0
+        before_merge = clock.mark()
         if stage.merges:
-            start = monotonic()
             batch = model.merge(batch)
-            merge_seconds = monotonic() - start
         else:
             logits = self._runtime.decode(batch)
             maps = batch.merge_maps or (None,) * len(windows)
             for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
                 window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
-            return merge_seconds
+            return clock.seconds(start, clock.mark()), None
+        done = clock.mark()
         for window, state in zip(windows, batch.split(), strict=True):
             window.state = state
-        return merge_seconds
+        return clock.seconds(start, done), clock.seconds(before_merge, done)
 
     def _route(self, stage: Stage, windows: Sequence[_Window]) -> None:
         """Send windows to their next lane, and requests whose windows are all done to be labelled."""
@@ -289,6 +318,7 @@ class Engine:
                 length = len(window.state.tokens.values)
                 window.lengths.append(length - self._special)
                 arrivals.append(self._waiting(window, stage.index + 1, length))
+            self.metrics.waiting(arrivals, +1)
             self._scheduler.add(arrivals, now)
             return
         for request in _requests_of(windows):
@@ -365,9 +395,62 @@ class Engine:
             [window.lengths for window in request.windows],
             request.seconds,
         )
+        if request.compared_with is not None:
+            self._compare(request, request.compared_with, segmented)
+            return
         reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
         with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
             request.answer.set_result(reply)
+        self._sample(request, segmented)
+
+    # Live agreement: some answered pictures run again without merging
+
+    def _sample(self, request: _Request, merged: Segmented) -> None:
+        priority = self._sampler.choose(idle=not self._inflight) if request.schedule else None
+        if priority is None:
+            return
+        options = replace(request.options, bulk=priority == "bulk")
+        again = _Request(options, (), Future(), monotonic(), tokens=0, compared_with=merged)
+        again.answer.add_done_callback(lambda _: self._sampler.finish())
+        self._guard(again, self._enqueue, again, merged.image, merged.plan)
+
+    def _compare(self, request: _Request, merged: Segmented, reference: Segmented) -> None:
+        patch_size = self._model.config.patch_size
+        labels, expected = (label_map(s.logits, s.plan, patch_size).labels for s in (merged, reference))
+        self.metrics.agreed(*compare_labels(labels, expected, self._classes))
+        request.answer.set_result(None)
+
+    # Small parts
+
+    def _new_answer(self, request_id: str) -> "Future[SegmentReply]":
+        """A future that is counted when it is done."""
+        answer: Future[SegmentReply] = Future()
+        start = monotonic()
+        answer.add_done_callback(lambda done: self._record(done, monotonic() - start, request_id))
+        return answer
+
+    def _record(self, answer: "Future[SegmentReply]", seconds: float, request_id: str) -> None:
+        if answer.cancelled():
+            self.metrics.answered(None, seconds, request_id)
+            return
+        error = answer.exception()
+        kind = error.kind if isinstance(error, ServingError) else ErrorKind.INTERNAL
+        self.metrics.answered(200 if error is None else kind.http_status, seconds, request_id)
+        if error is None:
+            reply = answer.result()
+            self.metrics.replied(reply.tokens[0], reply.seconds)
+
+    def _describe(self, device: torch.device) -> dict[str, str]:
+        """The labels of `mpm_model_info`."""
+        config = self._model.config
+        return {
+            "variant": f"d{config.d_model}-l{config.n_layers}-p{config.patch_size}-{config.decoder}",
+            "schedule": format_schedule(self._model.schedule),
+            "align": str(self._model.align),
+            "runtime": self._runtime.name,
+            "precision": self._runtime.precision,
+            "device": device.type,
+        }
 
     def _plan(self, height: int, width: int) -> WindowPlan:
         try:

@@ -1,7 +1,8 @@
 """From a model's folder to an engine, the same way behind every server."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .engine import Engine
 from .options import RequestOptions
 
 
-def load_engine(folder: Path, config: ServingConfig, **options: Callable[..., None]) -> Engine:
+def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     """Start an engine on `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, in a folder.
 
     Args:

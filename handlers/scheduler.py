@@ -94,10 +94,15 @@ class Scheduler(Generic[Payload]):
             window.entered = now
             self._lanes.setdefault(window.lane, []).append(window)
 
-    def remove(self, unwanted: Callable[[Payload], bool]) -> None:
-        """Forget windows whose request was cancelled, failed or ran out of time."""
+    def remove(self, unwanted: Callable[[Payload], bool]) -> list[Waiting[Payload]]:
+        """Forget windows whose request was cancelled, failed or ran out of time; returns them."""
+        removed: list[Waiting[Payload]] = []
         for lane, windows in list(self._lanes.items()):
-            self._keep(lane, [window for window in windows if not unwanted(window.payload)])
+            kept: list[Waiting[Payload]] = []
+            for window in windows:
+                (removed if unwanted(window.payload) else kept).append(window)
+            self._keep(lane, kept)
+        return removed
 
     def next_group(self, now: float, *, idle: bool = True) -> Group[Payload] | None:
         """Take the group to run now, if there is one.

@@ -37,7 +37,8 @@ class SegmenterHandler:
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # bodies stay bytes, whatever type they claim to be
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
-        self._engine = load_engine(folder, config, observer=lambda group, seconds: self._on_group())
+        name = context.model_name
+        self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
         warm_up(self._engine, [warm_up_picture()])
         logger.info("ready")
 
@@ -58,6 +59,8 @@ class SegmenterHandler:
     ) -> "Future[SegmentReply]":
         try:
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
+        except ServingError as error:
+            return self._engine.refuse(error, request_id)
         except Exception as error:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)

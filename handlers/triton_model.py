@@ -61,7 +61,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._deadline_seconds = config.deadline_seconds
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
-        self._engine = load_engine(folder, config)
+        self._engine = load_engine(folder, config, name=args["model_name"])
         warm_up(self._engine, [picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
         self._exchanges: set[_Exchange] = set()
         self._stopped = threading.Event()
@@ -76,6 +76,9 @@ class TritonPythonModel:
         for exchange in exchanges:
             try:
                 self._take(exchange)
+            except ServingError as error:
+                self._engine.refuse(error, exchange.request_id)
+                self._fail(exchange, error)
             except Exception as error:
                 self._fail(exchange, error)
         return [None] * len(requests)

@@ -61,6 +61,7 @@ def main() -> int:
     build.add_argument("--batching", choices=["continuous", "synchronous"], help="of TorchServe (continuous)")
     build.add_argument("--max-delay-ms", type=int, help="of TorchServe: how long to wait for requests (5)")
     build.add_argument("--model-version", type=int, help="of Triton: others stay beside it (1)")
+    build.add_argument("--metrics-port", type=int, help="where Prometheus finds the model's metrics (nowhere)")
     build.add_argument("--config", type=Path, help="YAML with more fields of handlers.config.ServingConfig")
     arguments = parser.parse_args()
 
@@ -70,6 +71,8 @@ def main() -> int:
             serving["schedule"] = list(parse_schedule(arguments.schedule))
         if arguments.align is not None:
             serving["align"] = arguments.align
+        if arguments.metrics_port is not None:
+            serving["metrics_port"] = arguments.metrics_port
         built = _build(arguments, serving)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

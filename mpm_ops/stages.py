@@ -58,6 +58,11 @@ def parse_schedule(text: str) -> tuple[int, ...]:
         raise ValueError(f"schedule: expected block numbers such as 2,5, or off, got {text!r}") from None
 
 
+def format_schedule(schedule: Sequence[int]) -> str:
+    """A schedule as people write it: (2, 5) -> '2,5', () -> 'off'."""
+    return ",".join(map(str, schedule)) or "off"
+
+
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
     """Windows on their way through the encoder.

@@ -57,6 +57,11 @@ class ObedientEngine:
             answer.set_result(OK)
         return answer
 
+    def refuse(self, error: ServingError, request_id: str) -> "Future[SegmentReply]":
+        answer: Future[SegmentReply] = Future()
+        answer.set_exception(error)
+        return answer
+
 
 @pytest.fixture(autouse=True)
 def _own_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

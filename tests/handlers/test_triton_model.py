@@ -143,10 +143,14 @@ class Request:
 class ObedientEngine:
     """Answers; a picture that names an error gets it, and one that begins with `later` waits."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.refused: list[str] = []
         self.seen: list[tuple[bytes, RequestOptions]] = []
         self.later: dict[bytes, Future[SegmentReply]] = {}
         self.closed = False
+
+    def refuse(self, error: ServingError, request_id: str) -> None:
+        self.refused.append(str(error))
 
     def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
         self.seen.append((data, options))
@@ -192,7 +196,8 @@ def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / "serving.yaml").write_text(yaml.safe_dump({"schedule": [1]} | serving))
         config = {"parameters": {"max_inflight": {"string_value": str(max_inflight)}}}
         model = module.TritonPythonModel()
-        model.initialize({"model_repository": str(tmp_path), "model_version": "1", "model_config": json.dumps(config)})
+        names = {"model_repository": str(tmp_path), "model_name": "tiny", "model_version": "1"}
+        model.initialize(names | {"model_config": json.dumps(config)})
         models.append(model)
         return model
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from handlers.launching import free_port
 from handlers.torchserve_launcher import TorchServe
 from handlers.triton_launcher import Triton
 from model_store.torchserve import build_archive
@@ -75,12 +76,19 @@ def max_image_bytes() -> int:
 
 
 @pytest.fixture(scope="session")
-def store(checkpoint: Path, max_image_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def metrics_port() -> int:
+    """Of the model `tiny`."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Path, max_image_bytes: int, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with `tiny`, its twins (one batches synchronously, one takes a single picture at a time), and
     `demo` where there is a checkpoint."""
     out = tmp_path_factory.mktemp("store")
     serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
-    build_archive(checkpoint, name="tiny", out=out, serving=serving)
+    watched = {"metrics_port": metrics_port, "agreement_fraction": 0.2, "agreement_min_fraction": 0.1}
+    build_archive(checkpoint, name="tiny", out=out, serving=serving | watched)
     build_archive(checkpoint, name="tiny_synchronous", out=out, serving=serving, batching="synchronous", batch_size=8)
     build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
     if DEMO.is_file():
@@ -100,11 +108,18 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
 
 
 @pytest.fixture(scope="session")
-def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def triton_metrics_port() -> int:
+    """Of the model `tiny` behind Triton."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint: Path, triton_metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with `tiny`, `narrow` that takes one picture at a time, and `demo`."""
     out = tmp_path_factory.mktemp("repository")
     serving = {"schedule": list(SCHEDULE)}
-    build_model(checkpoint, name="tiny", out=out, serving=serving | {"max_image_bytes": 24 * 2**20})
+    own = {"max_image_bytes": 24 * 2**20, "metrics_port": triton_metrics_port}
+    build_model(checkpoint, name="tiny", out=out, serving=serving | own)
     build_model(checkpoint, name="narrow", out=out, serving=serving, max_inflight=1, max_queue_size=2)
     if DEMO.is_file():
         build_model(DEMO, name="demo", out=out, serving={})

@@ -1,0 +1,134 @@
+"""What watching costs: the seconds spent counting and timing, and in samples, while an engine is busy.
+
+    python -m handlers.bench.observation --checkpoint checkpoint.pth --images PICTURES [--seconds 40]
+
+Differences of 0.5 % drown in the noise of throughput, so the calls themselves are timed: nothing else of the engine
+knows of metrics. Each timing adds its own cost, and `released` counts its `waiting` twice, so the share is an upper
+bound. A scrape's time is until its answer is there, others' work included. Samples are forced, and what one costs is
+scaled to the configured minimum under load.
+"""
+
+import argparse
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from handlers.config import ServingConfig
+from handlers.engine import Engine
+from handlers.launching import free_port
+from handlers.loading import load_engine
+from handlers.metrics import Metrics
+from handlers.options import RequestOptions
+from handlers.replies import SegmentReply
+
+_OBSERVED = ("answered", "replied", "waiting", "released", "computed", "agreed")
+_INFLIGHT = 8
+
+
+class _Stopwatch:
+    """Adds up the processor time of calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+
+    def wrap(self, method: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start = time.thread_time()
+            method(*args, **kwargs)
+            self.seconds += time.thread_time() - start
+            self.calls += 1
+
+        return timed
+
+
+def measure(checkpoint: Path, images: Path, seconds: float) -> dict[str, float]:
+    """Shares of an engine's time under constant load."""
+    pictures = [path.read_bytes() for path in sorted(images.glob("*.jpg"))]
+    if not pictures:
+        raise ValueError(f"images: expected a folder with .jpg files, got {images}")
+    port = free_port()
+    config = ServingConfig(metrics_port=port, agreement_fraction=0.05, agreement_min_fraction=0.05)
+    engine = load_engine(checkpoint.parent, config)
+    watch = _Stopwatch()
+    for name in _OBSERVED:
+        setattr(engine.metrics, name, watch.wrap(getattr(engine.metrics, name)))
+    scrapes: list[float] = []
+    try:
+        _load(engine, pictures, 3, None)  # warm
+        watch.seconds, watch.calls = 0.0, 0
+        processor = time.process_time()
+        start = time.monotonic()
+        count = _load(engine, pictures, seconds, lambda: scrapes.append(_scrape(port)))
+        wall, processor = time.monotonic() - start, time.process_time() - processor
+    finally:
+        engine.close()
+    merged, reference = (_seconds_per_token(engine.metrics, schedule) for schedule in ("2,5", "off"))
+    least = ServingConfig().agreement_min_fraction
+    return {
+        "pictures": count,
+        "pictures_per_second": count / wall,
+        "calls_per_picture": watch.calls / count,
+        "counting_us_per_picture": 1e6 * watch.seconds / count,
+        "counting_share_of_processor": watch.seconds / processor,
+        "scrape_ms": 1e3 * sorted(scrapes)[len(scrapes) // 2],
+        "device_seconds_without_over_with_merging": reference / merged,
+        "sampling_share_under_load": least * reference / merged,
+    }
+
+
+def _load(engine: Engine, pictures: list[bytes], seconds: float, each_second: Callable[[], None] | None) -> int:
+    """Keep some requests in flight; returns how many were answered."""
+    start = ticked = time.monotonic()
+    sent, waiting = 0, list[Future[SegmentReply]]()
+    while time.monotonic() < start + seconds:
+        while len(waiting) < _INFLIGHT:
+            options = RequestOptions(request_id=f"bench-{sent}")
+            waiting.append(engine.submit(pictures[sent % len(pictures)], options))
+            sent += 1
+        waiting.pop(0).result()
+        if each_second is not None and time.monotonic() > ticked + 1:
+            each_second()
+            ticked = time.monotonic()
+    for answer in waiting:
+        answer.result()
+    return sent
+
+
+def _scrape(port: int) -> float:
+    """Seconds until the answer is there, the work of others included."""
+    start = time.monotonic()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        response.read()
+    return time.monotonic() - start
+
+
+def _seconds_per_token(metrics: Metrics, schedule: str) -> float:
+    """Device seconds of whole pictures over their tokens before merging."""
+    seconds = tokens = 0.0
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            if sample.labels.get("schedule") != schedule:
+                continue
+            if sample.name == "mpm_stage_seconds_sum":
+                seconds += sample.value
+            if sample.name == "mpm_tokens_total" and sample.labels["point"] == "in" and sample.labels["stage"] == "0":
+                tokens += sample.value
+    return seconds / tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m handlers.bench.observation", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True, help="folder with .jpg files")
+    parser.add_argument("--seconds", type=float, default=40)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.checkpoint, arguments.images, arguments.seconds), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Seeing a server work: dashboards as code, and Prometheus on one machine."""

@@ -1,0 +1,371 @@
+"""What the dashboards show: panels and their queries, from which Grafana's boards and our own pictures are made.
+
+`$model` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
+"""
+
+from dataclasses import dataclass
+
+RATE = "$__rate_interval"
+_MODEL = 'model=~"$model"'
+_INTO = 'point="in"'
+_OUT_OF = 'point="out"'
+LONG = "30m"  # for what is sampled rarely
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """PromQL, and the legend of its series in terms of their labels."""
+
+    expr: str
+    legend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+        title, about: what it shows, and how to read it.
+        unit: Grafana's name of the unit.
+        queries: what is plotted.
+        heatmap: the one query gives buckets, by `le`.
+    """
+
+    title: str
+    about: str
+    unit: str
+    queries: tuple[Query, ...]
+    heatmap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A dashboard: its title, Grafana's uid and its panels."""
+
+    title: str
+    uid: str
+    panels: tuple[Panel, ...]
+
+
+def concrete(expr: str, *, rate: str = "1m", model: str = ".+") -> str:
+    """The query with Grafana's variables filled in."""
+    return expr.replace(RATE, rate).replace("$model", model)
+
+
+def _metric(name: str, *matchers: str) -> str:
+    return name + "{" + ", ".join((_MODEL, *matchers)) + "}"
+
+
+def _rate(name: str, *matchers: str, by: str = "", over: str = RATE) -> str:
+    """Summed increase per second."""
+    return f"sum{f' by ({by})' if by else ''} (rate({_metric(name, *matchers)}[{over}]))"
+
+
+def _mean(name: str, *matchers: str, by: str = "", over: str = RATE) -> str:
+    """Mean of a histogram."""
+    return (
+        f"{_rate(f'{name}_sum', *matchers, by=by, over=over)} / {_rate(f'{name}_count', *matchers, by=by, over=over)}"
+    )
+
+
+def _quantile(q: float, name: str, by: str = "le", over: str = RATE) -> str:
+    return f"histogram_quantile({q:g}, {_rate(f'{name}_bucket', by=by, over=over)})"
+
+
+def _seconds_per_token(schedule: str) -> str:
+    seconds = _rate("mpm_stage_seconds_sum", schedule, over=LONG)
+    tokens = _rate("mpm_tokens_total", _INTO, 'stage="0"', schedule, over=LONG)
+    return f"({seconds} / {tokens})"
+
+
+_MERGING = 'schedule!="off"'
+_REFERENCE = 'schedule="off"'
+_KEPT = 'outcome="kept"'
+_IN = _rate("mpm_tokens_total", _INTO)
+_PADDING = _rate("mpm_padding_tokens_total")
+_OFFERED = _rate("mpm_tokens_total", _INTO, 'stage="0"')
+_FAILED = 'code=~"500|503|504"'
+
+OVERVIEW = Board(
+    "Segmenter: overview",
+    "mpm-overview",
+    (
+        Panel(
+            "Pictures per second",
+            "Answered with a mask or a view.",
+            "reqps",
+            (Query(_rate("mpm_images_total", by="model"), "{{model}}"),),
+        ),
+        Panel(
+            "Requests by status",
+            "503 is overload, 504 a missed deadline, 499 a client that gave up.",
+            "reqps",
+            (Query(_rate("mpm_requests_total", by="code"), "{{code}}"),),
+        ),
+        Panel(
+            "Latency",
+            "From submitting a picture to its answer; the front end's own queue is not in it.",
+            "s",
+            tuple(Query(_quantile(q, "mpm_request_seconds"), f"p{100 * q:g}") for q in (0.5, 0.95, 0.99)),
+        ),
+        Panel(
+            "Failed requests",
+            "Share of answers that are 500, 503 or 504; the objective is 0.1 %.",
+            "percentunit",
+            (
+                Query(
+                    f"({_rate('mpm_requests_total', _FAILED)} or vector(0)) / {_rate('mpm_requests_total')}",
+                    "failed",
+                ),
+            ),
+        ),
+        Panel(
+            "Busy device",
+            "Share of the time in which a group is being computed; near 1 more load only waits longer.",
+            "percentunit",
+            (Query(_rate("mpm_stage_seconds_sum", by="instance"), "{{instance}}"),),
+        ),
+        Panel(
+            "Requests in flight",
+            "Accepted and not yet answered.",
+            "short",
+            (Query(f"sum by (instance) ({_metric('mpm_inflight_requests')})", "{{instance}}"),),
+        ),
+        Panel(
+            "Where the time of a picture goes",
+            "Means; queue is what its windows waited between decoding and their last stage.",
+            "s",
+            tuple(Query(_mean(f"mpm_{step}_seconds"), step) for step in ("decode", "queue", "labels", "encode")),
+        ),
+        Panel(
+            "What is served",
+            "Replicas by schedule, runtime and device.",
+            "short",
+            (
+                Query(
+                    f"count by (model, variant, schedule, align, runtime, precision, device) "
+                    f"({_metric('mpm_model_info')})",
+                    "{{model}}: {{variant}}, merging at {{schedule}}, {{runtime}} {{precision}} on {{device}}",
+                ),
+            ),
+        ),
+    ),
+)
+
+MERGING = Board(
+    "Segmenter: merging",
+    "mpm-merging",
+    (
+        Panel(
+            "Tokens into and out of stages",
+            "What falls between in and out of a stage was merged away.",
+            "short",
+            (Query(_rate("mpm_tokens_total", _MERGING, by="stage, point"), "stage {{stage}} {{point}}"),),
+        ),
+        Panel(
+            "Tokens that a merge leaves",
+            "Share; the lower, the more alike the patches of the pictures are.",
+            "percentunit",
+            (
+                Query(
+                    f"{_rate('mpm_tokens_total', _OUT_OF, _MERGING, by='stage')} / "
+                    f"{_rate('mpm_tokens_total', _INTO, _MERGING, by='stage')} "
+                    f"and on (stage) {_rate('mpm_merge_seconds_count', by='stage')}",
+                    "stage {{stage}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Merging's share of the device's time",
+            "What merging costs.",
+            "percentunit",
+            (
+                Query(
+                    f"{_rate('mpm_merge_seconds_sum')} / {_rate('mpm_stage_seconds_sum', _MERGING)}",
+                    "merging",
+                ),
+            ),
+        ),
+        Panel(
+            "What merging earns",
+            "Device time per token of picture without merging, over that with it; above 1 merging pays. Without "
+            "comes from the samples, which run in groups of their own, so on a device that needs large groups it "
+            "flatters merging.",
+            "none",
+            (Query(f"{_seconds_per_token(_REFERENCE)} / {_seconds_per_token(_MERGING)}", "times faster"),),
+        ),
+        Panel(
+            "Time of a merge",
+            "Of one group; on a GPU, the device's time.",
+            "s",
+            tuple(
+                Query(_quantile(q, "mpm_merge_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
+                for q in (0.5, 0.99)
+            ),
+        ),
+        Panel(
+            "Agreement with no merging",
+            "Share of a sampled picture's pixels that keep their label; the mean, and the worst twentieth.",
+            "percentunit",
+            (
+                Query(_mean("mpm_agreement_ratio", over=LONG), "mean"),
+                Query(_quantile(0.05, "mpm_agreement_ratio", over=LONG), "worst 5 %"),
+            ),
+        ),
+        Panel(
+            "Agreement by class",
+            "Of the pixels that no merging gives a class, the share that merging gives it too.",
+            "percentunit",
+            (
+                Query(
+                    f"{_rate('mpm_agreement_pixels_total', _KEPT, by='class', over=LONG)} / "
+                    f"{_rate('mpm_agreement_pixels_total', by='class', over=LONG)}",
+                    "{{class}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Padding",
+            "Share of computed tokens that only fill up groups; 0 where they are packed.",
+            "percentunit",
+            (Query(f"{_PADDING} / ({_PADDING} + {_IN})", "padding"),),
+        ),
+    ),
+)
+
+BATCHING = Board(
+    "Segmenter: batching",
+    "mpm-batching",
+    (
+        Panel(
+            "Windows per group",
+            "Means; under load they should approach max_group_windows.",
+            "short",
+            (Query(_mean("mpm_group_windows", by="stage"), "stage {{stage}}"),),
+        ),
+        Panel(
+            "Group sizes",
+            "Groups per second by their number of windows.",
+            "short",
+            (Query(_rate("mpm_group_windows_bucket", by="le"), "{{le}}"),),
+            heatmap=True,
+        ),
+        Panel(
+            "Why groups were released",
+            "full: enough windows; delay: the oldest waited long enough; idle: nothing better to do.",
+            "short",
+            (Query(_rate("mpm_group_release_total", by="reason"), "{{reason}}"),),
+        ),
+        Panel(
+            "Wait for a group",
+            "Of the window of each group that waited longest.",
+            "s",
+            tuple(
+                Query(_quantile(q, "mpm_group_wait_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
+                for q in (0.5, 0.99)
+            ),
+        ),
+        Panel(
+            "Waiting windows",
+            "By the stage they wait for.",
+            "short",
+            (Query(f"sum by (stage) ({_metric('mpm_waiting_windows')})", "stage {{stage}}"),),
+        ),
+        Panel(
+            "Waiting tokens",
+            "The work that waits: the signal to scale on.",
+            "short",
+            (Query(f"sum by (instance) ({_metric('mpm_waiting_tokens')})", "{{instance}}"),),
+        ),
+        Panel(
+            "Lengths",
+            "Windows per second by their tokens into every stage.",
+            "short",
+            (Query(_rate("mpm_tokens_per_window_bucket", _MERGING, by="le"), "{{le}}"),),
+            heatmap=True,
+        ),
+        Panel(
+            "Queueing of a picture",
+            "Between decoding and the last stage.",
+            "s",
+            tuple(Query(_quantile(q, "mpm_queue_seconds"), f"p{100 * q:g}") for q in (0.5, 0.99)),
+        ),
+    ),
+)
+
+CAPACITY = Board(
+    "Segmenter: capacity",
+    "mpm-capacity",
+    (
+        Panel(
+            "Headroom",
+            "Share of the measured capacity that is free; below a tenth, add replicas.",
+            "percentunit",
+            (Query(f"1 - {_OFFERED} / sum ({_metric('mpm_capacity_tokens_per_second')})", "all replicas"),),
+        ),
+        Panel(
+            "Load and capacity",
+            "Tokens of pictures per second, before merging. The capacity is measured in the groups that ran, so it "
+            "grows with the load while groups still grow.",
+            "short",
+            (
+                Query(_OFFERED, "load"),
+                Query(f"sum ({_metric('mpm_capacity_tokens_per_second')})", "capacity"),
+            ),
+        ),
+        Panel(
+            "Pictures per second and replica",
+            "Even, if the balancer is.",
+            "reqps",
+            (Query(_rate("mpm_images_total", by="instance"), "{{instance}}"),),
+        ),
+        Panel(
+            "Replicas",
+            "That serve a model, as Prometheus reaches them.",
+            "short",
+            (Query(f"count by (model) ({_metric('mpm_model_info')})", "{{model}}"),),
+        ),
+        Panel(
+            "Pictures per GPU-hour",
+            "GPUs as DCGM's exporter counts them; where there is none, one device per replica.",
+            "short",
+            (
+                Query(
+                    f"3600 * {_rate('mpm_images_total')} / "
+                    f"(count (DCGM_FI_DEV_GPU_UTIL) or count ({_metric('mpm_model_info')}))",
+                    "pictures",
+                ),
+            ),
+        ),
+        Panel(
+            "Memory of a replica",
+            "Resident, of the process that computes.",
+            "bytes",
+            (Query(f"process_resident_memory_bytes and on (instance) {_metric('mpm_model_info')}", "{{instance}}"),),
+        ),
+        Panel(
+            "Processor of a replica",
+            "Cores in use by the process that computes.",
+            "short",
+            (
+                Query(
+                    f"rate(process_cpu_seconds_total[{RATE}]) and on (instance) {_metric('mpm_model_info')}",
+                    "{{instance}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Age of a replica",
+            "Since its process started; a saw tooth means that it keeps dying.",
+            "s",
+            (
+                Query(
+                    f"time() - process_start_time_seconds and on (instance) {_metric('mpm_model_info')}",
+                    "{{instance}}",
+                ),
+            ),
+        ),
+    ),
+)
+
+BOARDS = (OVERVIEW, MERGING, BATCHING, CAPACITY)

@@ -1,0 +1,265 @@
+"""Dashboards and rules against a real server that a real Prometheus watches."""
+
+import json
+import math
+import re
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import requests
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from handlers.codec import encode_picture
+from handlers.launching import free_port
+from handlers.monitoring.binaries import MissingToolError, find_tool
+from handlers.monitoring.boards import BOARDS, Board, concrete
+from handlers.monitoring.grafana import render
+from handlers.monitoring.pictures import draw_board
+from handlers.monitoring.prometheus import RULES, Prometheus
+from handlers.torchserve_launcher import TorchServe
+from handlers.triton_client import segment_http
+from handlers.triton_launcher import Triton
+
+pytest_plugins = ("tiny_server",)
+
+ROOT = Path(__file__).resolve().parents[2]
+MONITORING = ROOT / "k8s" / "monitoring"
+PANELS = [(board, panel) for board in BOARDS for panel in board.panels]
+RECORDED, ALERTS = (group["rules"] for group in yaml.safe_load(RULES.read_text())["groups"])
+FOREIGN = {"mpm_ops"}  # what looks like a metric's name and is none
+
+
+@pytest.fixture(scope="module")
+def promtool() -> Path:
+    try:
+        return find_tool("promtool")
+    except MissingToolError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def prometheus(metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    try:
+        started = Prometheus([f"127.0.0.1:{metrics_port}"], tmp_path_factory.mktemp("prometheus"))
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    with started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def watched(server: TorchServe, prometheus: Prometheus, photo: Callable[..., np.ndarray]) -> tuple[float, float]:
+    """Puts load on the server while Prometheus watches; when it began and ended, in seconds since the epoch."""
+    pictures = [encode_picture(photo(seed), "image/jpeg") for seed in range(4)]
+    start = time.time()
+
+    def send(worker: int) -> None:
+        while time.time() < start + 8:
+            answer = requests.post(f"{server.url}/predictions/tiny", data=pictures[worker], timeout=60)
+            assert answer.status_code == 200
+        requests.post(f"{server.url}/predictions/tiny", data=b"no picture", timeout=60)
+
+    with ThreadPoolExecutor(len(pictures)) as clients:
+        list(clients.map(send, range(len(pictures))))
+    time.sleep(3)  # scraped, and evaluated
+    return start, time.time()
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every sample's name, and the sum of its values."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+def numbers(series: list[dict[str, Any]]) -> list[float]:
+    """All finite values of a range query's series."""
+    values = [float(value) for one in series for _, value in one["values"]]
+    return [value for value in values if math.isfinite(value)]
+
+
+@pytest.mark.parametrize(("board", "panel"), PANELS, ids=[f"{b.uid}: {p.title}" for b, p in PANELS])
+def test_every_panel_shows_numbers(
+    board: Board, panel: Any, prometheus: Prometheus, watched: tuple[float, float]
+) -> None:
+    for query in panel.queries:
+        series = prometheus.query_range(concrete(query.expr), *watched, 1)
+        assert numbers(series), f"{query.expr} found {series}"
+        labels = {name for one in series for name in one["metric"]}
+        assert set(re.findall(r"{{(\w+)}}", query.legend)) <= labels, "the legend names a label that isn't there"
+
+
+@pytest.mark.parametrize("rule", RECORDED, ids=[rule["record"] for rule in RECORDED])
+def test_every_recorded_series_has_numbers(
+    rule: dict[str, str], prometheus: Prometheus, watched: tuple[float, float]
+) -> None:
+    assert numbers(prometheus.query_range(rule["record"], *watched, 1))
+
+
+@pytest.mark.usefixtures("watched")
+def test_prometheus_evaluates_every_rule_and_nothing_fires(prometheus: Prometheus) -> None:
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert len(rules) == len(RECORDED) + len(ALERTS)
+    assert not [rule["name"] for rule in rules if rule.get("state") == "firing"]
+
+
+@pytest.mark.usefixtures("watched")
+def test_every_metric_named_anywhere_is_on_the_server(server: TorchServe, metrics_port: int) -> None:
+    exported = set(scrape(metrics_port))
+    files = subprocess.run(
+        ["git", "ls-files", "k8s", "loadtest", "docker", "handlers", "README.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    texts = {name: (ROOT / name).read_text(errors="replace") for name in files if not name.endswith(".jpg")}
+    assert "k8s/monitoring/rules.yml" in texts
+    recorded = {rule["record"] for rule in RECORDED}
+    named: dict[str, str] = {}
+    for name, text in texts.items():
+        for match in re.finditer(r"(?<![\w:.\-/])mpm_\w+(?![\w:]*:)|\b\w+:mpm_\w+:\w+", text):
+            named.setdefault(match[0], name)
+    families = exported | {re.sub(r"_(total|bucket|count|sum|created)$", "", name) for name in exported} | recorded
+    missing = {name: file for name, file in named.items() if name not in families | FOREIGN}
+    assert not missing
+    assert len(named) > 30
+
+
+@pytest.mark.usefixtures("watched")
+def test_triton_exports_the_same_names(
+    triton: Triton, triton_metrics_port: int, metrics_port: int, photo: Callable[..., np.ndarray]
+) -> None:
+    before = scrape(triton_metrics_port)
+    assert segment_http(triton.url, "tiny", encode_picture(photo(0), "image/jpeg"))
+    with pytest.raises(InferenceServerException, match="X-MPM-View: expected one of"):
+        segment_http(triton.url, "tiny", b"", {"x-mpm-view": "funny"})
+    after = scrape(triton_metrics_port)
+    assert after["mpm_images_total"] == before["mpm_images_total"] + 1
+    assert after["mpm_requests_total"] == before["mpm_requests_total"] + 2, "what could not be submitted counts too"
+    sampled = {name for name in scrape(metrics_port) if name.startswith("mpm_agreement_pixels")}
+    assert set(after) | sampled == set(scrape(metrics_port))
+
+
+@pytest.mark.usefixtures("watched")
+def test_counts_hold_together(metrics_port: int) -> None:
+    found = scrape(metrics_port)
+    waited = time.monotonic() + 10  # for the last sample
+    while found["mpm_group_windows_count"] != found["mpm_stage_seconds_count"] and time.monotonic() < waited:
+        time.sleep(0.2)
+        found = scrape(metrics_port)
+    assert found["mpm_inflight_requests"] == 0
+    assert found["mpm_waiting_windows"] == 0
+    assert found["mpm_images_total"] == found["mpm_decode_seconds_count"] == found["mpm_encode_seconds_count"]
+    assert found["mpm_requests_total"] == found["mpm_request_seconds_count"] > found["mpm_images_total"]
+    assert found["mpm_group_windows_count"] == found["mpm_group_release_total"] == found["mpm_stage_seconds_count"]
+    assert found["mpm_agreement_ratio_count"] >= 0.1 * (found["mpm_images_total"] - 10)
+
+
+def test_pictures_of_all_boards(prometheus: Prometheus, watched: tuple[float, float], tmp_path: Path) -> None:
+    start, end = watched
+    board = BOARDS[2]  # the one with heat maps
+    assert draw_board(board, prometheus, tmp_path / "board.png", start=start, end=end) == len(board.panels)
+    assert (tmp_path / "board.png").stat().st_size > 20_000
+
+
+def test_a_killed_worker_comes_back_with_its_metrics_on_the_same_port(
+    server: TorchServe, metrics_port: int, photo: Callable[..., np.ndarray]
+) -> None:
+    url = f"{server.url}/predictions/tiny"
+    picture = encode_picture(photo(0), "image/jpeg")
+    assert requests.post(url, data=picture, timeout=60).status_code == 200
+    before = scrape(metrics_port)
+    management = f"http://127.0.0.1:{server.management_port}/models/tiny"
+    psutil.Process(requests.get(management, timeout=10).json()[0]["workers"][0]["pid"]).kill()
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline, "the worker did not come back"
+        time.sleep(0.2)
+        try:
+            after = scrape(metrics_port)
+            if requests.post(url, data=picture, timeout=60).status_code == 200:
+                break
+        except OSError:
+            continue
+    after = scrape(metrics_port)
+    assert after["process_start_time_seconds"] > before["process_start_time_seconds"]
+    assert 1 <= after["mpm_images_total"] <= 3, "counted from zero: the warm-up and our request"
+
+
+def test_an_alert_reaches_the_alertmanager(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yml"
+    rules.write_text(re.sub(r"for: \w+", "for: 1s", RULES.read_text()))
+    try:
+        started = Prometheus([f"127.0.0.1:{free_port()}"], tmp_path / "prometheus", rules=rules)  # nobody there
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    with started as prometheus:
+        deadline = time.monotonic() + 40
+        expected = {"SegmenterWorkerDead", "SegmenterMetricsMissing"}
+        while (names := {alert["labels"]["alertname"] for alert in prometheus.alerts()}) != expected:
+            assert time.monotonic() < deadline, f"only {names} arrived"
+            time.sleep(0.5)
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=[board.uid for board in BOARDS])
+def test_dashboards_are_those_of_the_code_and_fit_the_schema(board: Board) -> None:
+    text = (MONITORING / "dashboards" / f"{board.uid}.json").read_text()
+    assert text == render(board), "run `make dashboards`"
+    register_default_plugins()  # the schemas of panels and queries
+    read = json.loads(json.dumps(Dashboard.from_json(json.loads(text)), cls=JSONEncoder))
+    assert read == json.loads(text), "the schema drops or changes something"
+
+
+def test_rules_are_sound(promtool: Path) -> None:
+    command = [str(promtool), "check", "rules", "--lint=all", "--lint-fatal", str(RULES)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_fire_when_they_should(promtool: Path) -> None:
+    done = subprocess.run(
+        [str(promtool), "test", "rules", "rules_test.yml"], cwd=MONITORING, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_firing_case_a_silent_case_and_a_runbook_entry() -> None:
+    cases = [
+        case
+        for test in yaml.safe_load((MONITORING / "rules_test.yml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
+    names = {alert["alert"] for alert in ALERTS}
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == names
+    entries = re.findall(r"^## (\w+)$", (MONITORING / "runbook.md").read_text(), re.MULTILINE)
+    assert sorted(entries) == sorted(names)
+    for alert in ALERTS:
+        anchor = f"k8s/monitoring/runbook.md#{alert['alert'].lower()}"
+        assert alert["annotations"]["runbook_url"] == anchor
+        assert alert["labels"]["severity"] in ("warning", "critical")
+
+
+def test_a_tool_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingToolError, match=r"^prometheus is not installed, and there is no"):
+        find_tool("promtool", cache=tmp_path / "cache")
