@@ -151,7 +151,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest, scale=scale)
+    return varlen_attn(  # type: ignore[return-value]  # a pair only where asked for
+        q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest, scale=scale
+    )
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import bench_labels, bench_merge
+from . import bench_gpu, bench_labels, bench_merge
 from .checkpoint import load_segmenter
 from .labels import label_map
 from .segmenter import Segmenter
@@ -144,6 +144,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     bench_labels.add_command(commands)
     bench_merge.add_command(commands)
+    bench_gpu.add_command(commands)
     model = commands.add_parser("model", help="one picture at a time through the library")
     model.add_argument("--checkpoint", type=Path, required=True)
     model.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")

@@ -7,9 +7,14 @@ random weights, which give tokens no meaning and merging no typical length: so t
 to the paper's means for 512 x 512 and a spread as measured on natural pictures, and the pairs found are only timed.
 """
 
+import argparse
+import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -53,12 +58,12 @@ def bench_gpu(*, full: bool = False, seconds: float = 420) -> dict[str, Any]:
     report: dict[str, Any] = {"device": device_facts(), "batch": BATCH, "parity": check_parity(), "left_out": []}
     merges = [(n, d) for n in (1024, 4096) for d in (384, 192, 768, 1024)] + [(16384, 384)] * full
     sections: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
-        ("merge", f"N={n} D={d}", lambda n=n, d=d: time_merge(n, d)) for n, d in merges
+        ("merge", f"N={n} D={d}", partial(time_merge, n, d)) for n, d in merges
     ]
     precisions = {"L": ("bf16",), "B": ("bf16",), "S": ("bf16", "fp32"), "Ti": ("bf16", "fp32")}
     for name in NETWORKS:
         for precision in ("bf16", "fp32") if full else precisions[name]:
-            sections.append(("network", f"{name} {precision}", lambda n=name, p=precision: time_network(n, p)))
+            sections.append(("network", f"{name} {precision}", partial(time_network, name, precision)))
     for kind, name, measure in sections:
         if perf_counter() > stop:
             report["left_out"].append(f"{kind} {name}")
@@ -66,6 +71,31 @@ def bench_gpu(*, full: bool = False, seconds: float = 420) -> dict[str, Any]:
         report.setdefault(kind, []).append(measure())
         torch.cuda.empty_cache()
     return report
+
+
+def add_command(commands: Any) -> None:
+    """Add `gpu` to the benchmark's commands."""
+    gpu = commands.add_parser("gpu", help="merging and whole networks on the GPU at hand, after a check of parity")
+    gpu.add_argument("--full", action="store_true", help="also 16,384 tokens, and every network in fp32")
+    gpu.add_argument("--seconds", type=float, default=420, help="start nothing new after these")
+    gpu.add_argument("--out", type=Path, help="write the figures as JSON")
+    gpu.set_defaults(run=run_command)
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from .bench import environment  # bench imports this file
+
+    try:
+        report = bench_gpu(full=arguments.full, seconds=arguments.seconds)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    text = json.dumps({"environment": environment(), **report}, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    return 0
 
 
 def device_facts() -> dict[str, Any]:
@@ -84,15 +114,19 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def check_parity() -> dict[str, float]:
+def check_parity(device: str = "cuda") -> dict[str, float]:
     """Share of tokens whose partner is the specification's, of those with no second best within 1e-6.
 
     Raises:
         RuntimeError: some are not.
     """
     shares = {}
-    for num_tokens, width, dtype in ((1000, 384, torch.float32), (1024, 192, torch.bfloat16), (63, 768, torch.float16)):
-        x = random_tokens(2, num_tokens, width, dtype)
+    for num_tokens, width, dtype in (
+        (1000, 384, torch.float32),
+        (1024, 192, torch.bfloat16),
+        (63, 768, torch.float16),
+    ):
+        x = random_tokens(2, num_tokens, width, dtype, device)
         merged, merge_map = merge_windows_gpu(PackedTokens.from_batch(x), num_special=0)
         same, total = 0, 0
         for image, found in zip(x, merge_map.view(2, num_tokens), strict=True):
@@ -103,7 +137,9 @@ def check_parity() -> dict[str, float]:
         name = f"N={num_tokens} D={width} {dtype}".replace("torch.", "")
         shares[name] = same / total
         if same < total:
-            raise RuntimeError(f"parity: {total - same} of {total} tokens merge otherwise at {name}; no figures reported")
+            raise RuntimeError(
+                f"parity: {total - same} of {total} tokens merge otherwise at {name}; no figures reported"
+            )
         if not merged.values.isfinite().all():
             raise RuntimeError(f"parity: merged tokens are not finite at {name}; no figures reported")
     return shares
@@ -151,9 +187,9 @@ def time_network(name: str, precision: str) -> dict[str, Any]:
     ways: dict[str, Timed] = {}
     for way, padded, align in (("packed", False, 1), ("padded", True, 1), ("aligned_16", False, 16)):
         runtime = make_runtime(model, "torch", precision, padded=padded)
-        ways[way] = lambda runtime=runtime, align=align: run(model, runtime, windows, align)  # type: ignore[misc]
+        ways[way] = partial(run, model, runtime, windows, align)
     runtime = make_runtime(model, "torch", precision)
-    ways["unmerged"] = lambda: run(model, runtime, windows, None)
+    ways["unmerged"] = partial(run, model, runtime, windows, None)
     times = interleaved(ways, repeats=15)
     result: dict[str, Any] = {
         "network": name,
@@ -221,11 +257,11 @@ def _events(times: list[float]) -> Iterator[None]:
     times.append(start.elapsed_time(stop))
 
 
-def random_tokens(num_images: int, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+def random_tokens(num_images: int, num_tokens: int, width: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
     """[B, N, D] tokens around a common direction, like those of a ViT."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    common = torch.randn(width, device="cuda", generator=generator)
-    noise = torch.randn(num_images, num_tokens, width, device="cuda", generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    common = torch.randn(width, device=device, generator=generator)
+    noise = torch.randn(num_images, num_tokens, width, device=device, generator=generator)
     return (common + 0.3 * noise).to(dtype)
 
 
