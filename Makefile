@@ -1,24 +1,27 @@
-# env: the environment    serve: demo server in the foreground    test: all that CI tests
+# env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8080
+TRITON_PORT ?= 8000
+TRITON_GRPC_PORT ?= 8001
 SCHEDULE ?= 2,5
 
 BIN := .venv/bin
 ENV := .venv/.installed
 DEMO := model_store/demo
 STORE := build/model_store
+REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
-.PHONY: env serve test test-all check bench clean
+.PHONY: env serve serve-triton test test-all check bench clean
 
 env: $(ENV)
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,loadtest,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,triton,loadtest,dev]'
 	touch $@
 
 serve: $(ENV) $(SAMPLES)
@@ -26,6 +29,12 @@ serve: $(ENV) $(SAMPLES)
 		--name segmenter --schedule $(SCHEDULE) --out $(STORE)
 	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
+
+serve-triton: $(ENV) $(SAMPLES)
+	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
+		--name segmenter --schedule $(SCHEDULE) --out $(REPOSITORY)
+	exec $(BIN)/python -m handlers.triton_launcher --model-repository $(REPOSITORY) --host $(HOST) \
+		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
 
 $(SAMPLES): $(ENV)
 	$(BIN)/python -m model_store.demo.samples --out $@
@@ -42,7 +51,8 @@ check: $(ENV)
 	$(BIN)/mypy
 
 bench: $(ENV) $(SAMPLES)
-	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
+	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --image $(SAMPLES)/street.jpg \
+		--out build/bench.json --plot build/bench.png
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

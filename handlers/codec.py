@@ -16,6 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from mpm_ops.classes import Classes
 
 from .errors import ErrorKind, ServingError
+from .frames import decode_frame, is_frame, read_frame_size
 from .png import encode_mask
 from .run_lengths import regions
 
@@ -47,6 +48,8 @@ _PNG_LEVEL = 1
 
 def read_size(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> tuple[int, int]:
     """Height and width of a picture as it is stored, from its header; refuses what `decode_image` would."""
+    if is_frame(data):
+        return read_frame_size(data, max_bytes=max_bytes, max_pixels=max_pixels)
     width, height = _open(data, max_bytes, max_pixels).size
     return height, width
 
@@ -58,7 +61,7 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
     grey, palette, CMYK and 16-bit pictures become 8-bit RGB.
 
     Args:
-        data: an encoded picture in one of FORMATS.
+        data: an encoded picture in one of FORMATS, or a raw frame, see `frames`.
         max_bytes: longer data is refused.
         max_pixels: larger pictures are refused from their header, before any pixel is decoded.
 
@@ -68,6 +71,8 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
     Raises:
         ServingError: too large, or not a readable picture.
     """
+    if is_frame(data):
+        return decode_frame(data, max_bytes=max_bytes, max_pixels=max_pixels)
     image = _open(data, max_bytes, max_pixels)
     try:
         pixels = _decode_jpeg(data, image)
@@ -123,7 +128,7 @@ def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Ima
     except UnidentifiedImageError:
         raise ServingError(
             ErrorKind.BAD_REQUEST,
-            f"image: expected JPEG, PNG, WebP, GIF, BMP or TIFF, got {len(data)} bytes of something else",
+            f"image: expected JPEG, PNG, WebP, GIF, BMP or TIFF, or a .npy frame, got {len(data)} other bytes",
         ) from None
     except Exception as error:  # parsers of broken headers raise all sorts of errors, and each means the same
         raise ServingError(ErrorKind.BAD_REQUEST, "image: the header of the picture is broken") from error

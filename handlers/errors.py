@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class ErrorKind(Enum):
-    """Kinds of failure, each with its HTTP status."""
+    """Kinds of failure, each with its HTTP status and its code in Triton, which knows fewer."""
 
     BAD_REQUEST = 400
     NOT_ACCEPTABLE = 406
@@ -17,6 +17,13 @@ class ErrorKind(Enum):
     @property
     def http_status(self) -> int:
         return self.value
+
+    @property
+    def triton_code(self) -> str:
+        """Name of the code in `TritonError`; Triton's HTTP makes it 400, 500 or 503."""
+        if self.value < 500:
+            return "INVALID_ARG"
+        return "INTERNAL" if self is ErrorKind.INTERNAL else "UNAVAILABLE"
 
 
 class ServingError(Exception):

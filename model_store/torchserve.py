@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
-from handlers.torchserve_launcher import MODEL_NAME
+from handlers.launching import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
 

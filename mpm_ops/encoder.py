@@ -56,9 +56,10 @@ class Encoder(nn.Module):
             [token.expand(len(windows), -1, -1) for token in special] + [patches.flatten(2).transpose(1, 2)],
             dim=1,
         )
-        return PackedTokens.from_batch(x + self._positions(grid))
+        return PackedTokens.from_batch(x + self.positions(grid))
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """[1, special + Gh x Gw, D] position embedding of a grid of patches."""
         # Upstream compares counts, not shapes: a 16x64 grid takes the rows of a stored 32x32 one as they are.
         if grid[0] * grid[1] == self.stored_grid[0] * self.stored_grid[1]:
             return self.pos_embed

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .baselines import Algm, RivalSegmenter, ToMe
 from .checkpoint import load_segmenter
 from .classes import load_classes
 from .runtime import PRECISIONS, RUNTIMES
@@ -54,7 +55,7 @@ class Scores:
         return float(np.nanmean(self.iou))
 
 
-def evaluate(model: Segmenter, pairs: Sequence[tuple[Path, Path]], dataset: Dataset) -> Scores:
+def evaluate(model: Segmenter | RivalSegmenter, pairs: Sequence[tuple[Path, Path]], dataset: Dataset) -> Scores:
     """Segment every picture and compare it with its labels.
 
     Raises:
@@ -62,7 +63,7 @@ def evaluate(model: Segmenter, pairs: Sequence[tuple[Path, Path]], dataset: Data
     """
     if not pairs:
         raise ValueError("pairs: expected at least one picture with labels, got none")
-    num_classes = model.config.n_cls
+    num_classes = (model.model if isinstance(model, RivalSegmenter) else model).config.n_cls
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)  # rows: truth, columns: prediction
     for image_path, label_path in pairs:
         predicted = model.segment(np.asarray(Image.open(image_path).convert("RGB")))
@@ -111,6 +112,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
     parser.add_argument("--schedule", action="append", help="2,5 or off; repeat to compare (off and 2,5)")
     parser.add_argument("--align", type=int, default=1)
+    parser.add_argument("--rivals", action="store_true", help="ToMe and ALGM too, as `mpm_ops.baselines` has them")
     parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--out", type=Path, help="write the scores as JSON too")
@@ -127,21 +129,33 @@ def main() -> int:
                 runtime=arguments.runtime,
                 precision=arguments.precision,
             )
-            names = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls).names
-            scores = evaluate(model, pairs, dataset)
             runtime = f"{model.runtime.name} {model.runtime.precision}"
             told = {"schedule": list(schedule), "align": arguments.align, "runtime": runtime}
-            results.append(told | _as_fields(scores, names))
-            print(f"schedule {list(schedule) or 'off'}, align {arguments.align}, {runtime}, {len(pairs)} pictures")
-            for name, iou in zip(names, scores.iou, strict=True):
-                print(f"  {name:20} {iou:7.4f}")
-            print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")
+            results.append(told | _told(model, f"schedule {list(schedule) or 'off'}, {runtime}", arguments, pairs))
+        for rival in (ToMe, Algm) if arguments.rivals else ():
+            name = rival.__name__
+            results.append(
+                {"method": name} | _told(rival(load_segmenter(arguments.checkpoint)), name, arguments, pairs)
+            )
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+def _told(
+    model: Segmenter | RivalSegmenter, title: str, arguments: argparse.Namespace, pairs: Sequence[tuple[Path, Path]]
+) -> dict[str, object]:
+    """Evaluate, print and return the scores."""
+    scores = evaluate(model, pairs, DATASETS[arguments.dataset])
+    names = load_classes(arguments.checkpoint.parent / "classes.csv", len(scores.iou)).names
+    print(f"{title}, {len(pairs)} pictures")
+    for name, iou in zip(names, scores.iou, strict=True):
+        print(f"  {name:20} {iou:7.4f}")
+    print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")
+    return _as_fields(scores, names)
 
 
 def _as_fields(scores: Scores, names: Sequence[str]) -> dict[str, object]:

@@ -67,8 +67,7 @@ def _nearest(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     unit = np.empty_like(rows)
     usable = np.empty(len(rows), np.bool_)
     num_usable = _normalize(rows, unit, usable)
-    leading = np.sort(unit[:, 0]) if rows.size else np.empty(0, np.float32)
-    if num_usable == len(rows) and not (leading[1:] == leading[:-1]).any():  # cheap proof that no two are equal
+    if num_usable == len(rows) and not _has_equal_rows(unit):
         return _nearest_of_distinct(unit)
 
     # A GEMM may round the products of equal rows by their position, so each distinct row takes part once.
@@ -87,6 +86,14 @@ def _nearest(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     best[first[twins]], nearest[first[twins]] = twin_cosine[twins], second[twins]
     nearest[second[twins]] = first[twins]
     return best, nearest
+
+
+def _has_equal_rows(unit: np.ndarray) -> bool:
+    """Compare rows whose first values are equal: among a thousand, some are by chance."""
+    leading = np.sort(unit[:, 0]) if unit.size else np.empty(0, np.float32)
+    if not (leading[1:] == leading[:-1]).any():
+        return False
+    return bool(_equal_among(unit, np.argsort(unit[:, 0], kind="stable")))
 
 
 def _nearest_of_distinct(unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +167,21 @@ def _update(tile: np.ndarray, top: int, left: int, num_rows: int, best: np.ndarr
                 for c in range(width):
                     at = min(at, np.int32(c) if row[c] == largest else np.int32(width))
                 best[top + k], nearest[top + k] = largest, left + at
+
+
+@jit
+def _equal_among(unit: np.ndarray, order: np.ndarray) -> bool:
+    for k in range(len(order)):
+        for other in range(k + 1, len(order)):
+            a, b = unit[order[k]], unit[order[other]]
+            if a[0] != b[0]:
+                break
+            d = 1
+            while d < len(a) and a[d] == b[d]:
+                d += 1
+            if d == len(a):
+                return True
+    return False
 
 
 @jit

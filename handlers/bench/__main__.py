@@ -1,11 +1,16 @@
-"""What grouping costs and earns: padding, group sizes, and waiting on devices of known speed.
+"""What grouping costs and earns, and what the server in front does: measured, and simulated for other devices.
 
     python -m handlers.bench grouping --checkpoint checkpoint.pth --images DIR [DIR...] [--out X.json] [--plot X.png]
     python -m handlers.bench codec --checkpoint checkpoint.pth --images DIR [--out X.json]
+    python -m handlers.bench end-to-end --checkpoint checkpoint.pth --images DIR [--out X.json]
 
 Every folder of pictures is a stream of windows, and all of them together are one more. Their lengths are
 measured once with the real model; the padding study and the simulation then use nothing else, so
 `--replay X.json` repeats both in seconds.
+
+    python -m handlers.bench servers --checkpoint checkpoint.pth --images DIR_OR_FILE [--out X.json]
+
+TorchServe and Triton before the same engine, under the same load.
 """
 
 import argparse
@@ -24,11 +29,12 @@ from mpm_ops import load_segmenter
 from mpm_ops.bench import environment
 from mpm_ops.stages import parse_schedule
 
-from . import codec
+from . import codec, end_to_end
 from .lengths import Lengths, measure_costs, measure_lengths, read_windows
 from .padding import BATCH, POOL_BATCHES, Groups, batches_by_arrival, overhead, scheduled_groups, sorted_slices
 from .plots import plot_report
 from .serve import bench_serving
+from .servers import bench_servers
 from .simulate import Profile, Rules, Simulation, paper_profiles, poisson
 
 Streams = Mapping[str, Mapping[int, Lengths]]  # by name and align; the windows of one stream in one order
@@ -129,8 +135,18 @@ def _streams(measured: Mapping[str, Any]) -> dict[str, dict[int, Lengths]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m handlers.bench", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     codec.add_command(commands)
+    end_to_end.add_command(commands)
+    servers = commands.add_parser("servers", help="TorchServe and Triton under the same load")
+    servers.add_argument("--checkpoint", type=Path, required=True)
+    servers.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
+    servers.add_argument("--schedule", default="2,5")
+    servers.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    servers.add_argument("--seconds", type=float, default=10, help="of each round (10)")
+    servers.add_argument("--rounds", type=int, default=2, help="of each server, in turn (2)")
+    servers.add_argument("--threads", type=int, default=0, help="of the network's operators; 0 leaves torch's default")
+    servers.add_argument("--out", type=Path, help="write the figures as JSON")
     command = commands.add_parser("grouping", help="padding, group sizes and waiting")
     command.add_argument("--checkpoint", type=Path)
     command.add_argument("--images", type=Path, nargs="+", help="folders of pictures; each is a stream")
@@ -147,6 +163,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if hasattr(arguments, "run"):
         return int(arguments.run(arguments))
+    if arguments.command == "servers":
+        return _compare_servers(arguments)
     if not arguments.replay and not (arguments.checkpoint and arguments.images):
         parser.error("grouping needs --checkpoint and --images, or --replay")
     if arguments.serve and not (arguments.checkpoint and arguments.images):
@@ -169,6 +187,27 @@ def main() -> int:
         arguments.out.write_text(json.dumps(report) + "\n")
     if arguments.plot:
         plot_report(report, arguments.plot)
+    return 0
+
+
+def _compare_servers(arguments: argparse.Namespace) -> int:
+    try:
+        rows = bench_servers(
+            arguments.checkpoint,
+            arguments.images,
+            parse_schedule(arguments.schedule),
+            clients=arguments.clients,
+            seconds=arguments.seconds,
+            rounds=arguments.rounds,
+            serving={"torch_threads": arguments.threads},
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"environment": environment(), "servers": rows}) + "\n")
     return 0
 
 

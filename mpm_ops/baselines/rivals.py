@@ -3,11 +3,14 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mpm_ops.labels import label_map
 from mpm_ops.packed import PackedTokens
 from mpm_ops.segmenter import Segmenter
+from mpm_ops.windows import cut_windows, plan_windows
 
 from .segments import cut_segments
 
@@ -89,6 +92,13 @@ class RivalSegmenter(ABC):
         grid = (-(-windows.shape[2] // patch), -(-windows.shape[3] // patch))
         merged = self.encode(windows, grid)
         return self.decode(merged).transpose(1, 2).unflatten(2, grid)
+
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """Label every pixel of a picture, as `Segmenter.segment`; all its windows are one batch."""
+        inference = self.model.inference
+        plan = plan_windows(image.shape[0], image.shape[1], inference)
+        logits = self.window_logits(cut_windows(image, plan, inference))
+        return label_map(logits, plan, self.model.config.patch_size).labels
 
     def encode(self, windows: Tensor, grid: tuple[int, int]) -> MergedWindows:
         """The encoder without its final norm."""

@@ -114,6 +114,24 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     assert engine.inflight == 0
 
 
+def test_one_computation_gives_every_form_that_is_asked_for(model: Segmenter, start: Callable[..., Engine]) -> None:
+    stages: list[int] = []
+    engine = start(observer=lambda group, seconds: stages.append(group.lane.stage))
+    forms = ("image/png", "application/x-npy", "application/json")
+    for view in (None, "overlay"):
+        also = forms if view else forms[1:]
+        options = RequestOptions(request_id="test", media_type="image/png", view=view, also=also)
+        reply = engine.submit(encode(picture(1)), options).result(250)
+        assert tuple(reply.also) == also
+        labels = model.segment(picture(1))
+        np.testing.assert_array_equal(np.load(io.BytesIO(reply.also["application/x-npy"])), labels)
+        mask = reply.also["image/png"] if view else reply.body
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(mask))), labels)
+        assert Image.open(io.BytesIO(reply.body)).mode == ("RGB" if view else "P")
+        assert b'"height":60' in reply.also["application/json"]
+    assert stages == [0, 1, 2] * 2
+
+
 def test_padded_groups_agree_with_packed_ones(model: Segmenter, start: Callable[..., Engine]) -> None:
     """Padding moves the last bits, and a near-tie may then merge another pair; most pixels must not notice."""
     engine = start(replace(CONFIG, padded=True))

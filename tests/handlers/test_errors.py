@@ -8,18 +8,19 @@ from handlers.errors import ErrorKind, ServingError
 
 
 @pytest.mark.parametrize(
-    ("kind", "status"),
+    ("kind", "status", "triton_code"),
     [
-        (ErrorKind.BAD_REQUEST, 400),
-        (ErrorKind.NOT_ACCEPTABLE, 406),
-        (ErrorKind.TOO_LARGE, 413),
-        (ErrorKind.INTERNAL, 500),
-        (ErrorKind.OVERLOADED, 503),
-        (ErrorKind.DEADLINE, 504),
+        (ErrorKind.BAD_REQUEST, 400, "INVALID_ARG"),
+        (ErrorKind.NOT_ACCEPTABLE, 406, "INVALID_ARG"),
+        (ErrorKind.TOO_LARGE, 413, "INVALID_ARG"),
+        (ErrorKind.INTERNAL, 500, "INTERNAL"),
+        (ErrorKind.OVERLOADED, 503, "UNAVAILABLE"),
+        (ErrorKind.DEADLINE, 504, "UNAVAILABLE"),
     ],
 )
-def test_status(kind: ErrorKind, status: int) -> None:
+def test_status(kind: ErrorKind, status: int, triton_code: str) -> None:
     assert kind.http_status == status
+    assert kind.triton_code == triton_code
 
 
 @pytest.mark.parametrize(

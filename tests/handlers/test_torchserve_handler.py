@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from handlers import torchserve_handler
+from handlers import loading, torchserve_handler
 from handlers.codec import encode_picture
 from handlers.config import CONFIG_KEY
 from handlers.errors import ErrorKind, ServingError
@@ -86,7 +86,7 @@ def initialized(checkpoint: Path) -> Callable[[SegmenterHandler], SegmenterHandl
 def handler(
     initialized: Callable[[SegmenterHandler], SegmenterHandler], monkeypatch: pytest.MonkeyPatch
 ) -> SegmenterHandler:
-    monkeypatch.setattr(torchserve_handler, "Engine", ObedientEngine)
+    monkeypatch.setattr(loading, "Engine", ObedientEngine)
     return initialized(SegmenterHandler())
 
 
@@ -94,7 +94,7 @@ def handler(
 def continuous(
     initialized: Callable[[SegmenterHandler], SegmenterHandler], monkeypatch: pytest.MonkeyPatch
 ) -> ContinuousHandler:
-    monkeypatch.setattr(torchserve_handler, "Engine", ObedientEngine)
+    monkeypatch.setattr(loading, "Engine", ObedientEngine)
     monkeypatch.setattr(ts.service, "create_predict_response", create_predict_response)
     monkeypatch.setattr(torchserve_handler, "_MAX_WAIT_SECONDS", 30)
     handler = ContinuousHandler()

@@ -1,4 +1,4 @@
-"""A small model behind a real TorchServe, started once."""
+"""A small model behind a real TorchServe and a real Triton, each started once."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from handlers.torchserve_launcher import TorchServe
+from handlers.triton_launcher import Triton
 from model_store.torchserve import build_archive
+from model_store.triton import build_model
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
 from mpm_ops.classes import Classes, load_classes
 
@@ -95,6 +97,30 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[To
         processes = [java, *java.children(recursive=True)]
         yield running
     assert not [process for process in processes if process.is_running()]
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with `tiny`, `narrow` that takes one picture at a time, and `demo`."""
+    out = tmp_path_factory.mktemp("repository")
+    serving = {"schedule": list(SCHEDULE)}
+    build_model(checkpoint, name="tiny", out=out, serving=serving | {"max_image_bytes": 24 * 2**20})
+    build_model(checkpoint, name="narrow", out=out, serving=serving, max_inflight=1, max_queue_size=2)
+    if DEMO.is_file():
+        build_model(DEMO, name="demo", out=out, serving={})
+    return out
+
+
+@pytest.fixture(scope="session")
+def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """A running Triton of its own; its output goes to its log."""
+    log = tmp_path_factory.mktemp("triton") / "triton.log"
+    with Triton(repository, log=log, exit_seconds=10) as running:
+        running.wait_ready()
+        processes = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+        yield running
+    assert not [process for process in processes if process.is_running()]
+    assert log.read_text().count("stopped with 0 pictures in flight") == len(running.models)
 
 
 def _photo(seed: int, height: int = 96, width: int = 128) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from handlers.codec import decode_image
 from model_store.__main__ import main
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 
@@ -95,6 +96,66 @@ class TestArchive:
         for schedule, expected in (("1", [1]), ("2", [2])):
             assert build(schedule=schedule) == 0
             assert read_config(out)["mpm"] == {"schedule": expected}
+
+
+class TestModelRepository:
+    @pytest.fixture
+    def model(self, out: Path) -> Path:
+        return out / "street"
+
+    def test_holds_what_is_served(
+        self, build: Callable[..., int], checkpoint: Path, out: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert build(target="triton", schedule="1,2", align=2) == 0
+        assert capsys.readouterr().out == f"built {model / '1'}\n"
+        assert [path.name for path in out.iterdir()] == ["street"]
+        assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt", "warmup"]
+        for name in ("checkpoint.pth", "variant.yml", "classes.csv"):
+            assert (model / "1" / name).read_bytes() == (checkpoint.parent / name).read_bytes()
+        assert yaml.safe_load((model / "1" / "serving.yaml").read_text()) == {"schedule": [1, 2], "align": 2}
+        assert len((model / "1" / "model.py").read_text().splitlines()) < 10
+        config = (model / "config.pbtxt").read_text()
+        assert 'name: "street"' in config
+        assert 'name: "MASK" data_type: TYPE_UINT8' in config
+        assert 'string_value: "32"' in config
+        (picture,) = (model / "warmup").iterdir()
+        assert decode_image(picture.read_bytes(), max_bytes=10**6, max_pixels=10**6).shape == (360, 480, 3)
+
+    def test_room(self, build: Callable[..., int], model: Path) -> None:
+        assert build(target="triton", schedule="1", batch_size=3) == 0
+        config = (model / "config.pbtxt").read_text()
+        assert 'key: "max_inflight" value { string_value: "3" }' in config
+        assert "max_batch_size: 3\n" in config  # one request may not hold more than there is room for
+
+    def test_versions_stay_beside_each_other(self, build: Callable[..., int], model: Path) -> None:
+        for version, schedule in ((1, "1"), (2, "2"), (2, "off")):
+            assert build(target="triton", schedule=schedule, model_version=version) == 0
+        schedules = [yaml.safe_load((model / v / "serving.yaml").read_text())["schedule"] for v in ("1", "2")]
+        assert schedules == [[1], []]
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({"name": "a b"}, "name: expected letters, digits"),
+            ({"schedule": "9"}, "schedule"),
+            ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+            ({"model_version": 0}, "version: expected at least 1, got 0"),
+            ({"batching": "synchronous"}, "--batching: expected with --target torchserve only"),
+            ({"max_delay_ms": 5}, "--max-delay-ms: expected with --target torchserve only"),
+            ({"target": "torchserve", "model_version": 2}, "--model-version: expected with --target triton only"),
+        ],
+    )
+    def test_refusals(
+        self,
+        build: Callable[..., int],
+        out: Path,
+        capsys: pytest.CaptureFixture[str],
+        options: dict[str, Any],
+        told: str,
+    ) -> None:
+        assert build(**({"target": "triton", "schedule": "1"} | options)) == 1
+        assert told in capsys.readouterr().err
+        assert not out.parent.exists()
 
 
 class TestRefusals:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpm_ops import InferenceConfig, Segmenter, bench_labels
-from mpm_ops.bench_labels import check_labels
+from mpm_ops import InferenceConfig, Segmenter
+from mpm_ops.bench import labels as bench_labels
+from mpm_ops.bench.labels import check_labels
 from mpm_ops.labels import LabelMap, label_map
 
 

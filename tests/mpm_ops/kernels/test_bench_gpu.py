@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
-from mpm_ops import Segmenter, bench, bench_gpu
+from mpm_ops import Segmenter
+from mpm_ops.bench import __main__ as bench
+from mpm_ops.bench import gpu as bench_gpu
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Stage, WindowBatch
 

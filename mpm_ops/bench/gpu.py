@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import has_triton
-from .merge import full_precision, merge_tokens
-from .merge_gpu import merge_windows_gpu
-from .packed import PackedTokens
-from .runtime import make_runtime
-from .segmenter import Segmenter, SegmenterConfig
-from .stages import WindowBatch
-from .windows import InferenceConfig
+from mpm_ops.kernels import has_triton
+from mpm_ops.merge import full_precision, merge_tokens
+from mpm_ops.merge_gpu import merge_windows_gpu
+from mpm_ops.packed import PackedTokens
+from mpm_ops.runtime import make_runtime
+from mpm_ops.segmenter import Segmenter, SegmenterConfig
+from mpm_ops.stages import WindowBatch
+from mpm_ops.windows import InferenceConfig
+
+from . import environment
 
 Timed = Callable[[], object]
 
@@ -84,8 +86,6 @@ def add_command(commands: Any) -> None:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from .bench import environment  # bench imports this file
-
     try:
         report = bench_gpu(full=arguments.full, seconds=arguments.seconds)
     except RuntimeError as error:
@@ -148,8 +148,8 @@ def check_parity(device: str = "cuda") -> dict[str, float]:
 @torch.inference_mode()
 def time_merge(num_tokens: int, width: int) -> dict[str, Any]:
     """Milliseconds of one merge of a batch, and of plain torch's product and argmax alone."""
-    from .kernels.merging import merge_packed
-    from .kernels.nearest import nearest
+    from mpm_ops.kernels.merging import merge_packed
+    from mpm_ops.kernels.nearest import nearest
 
     x = random_tokens(BATCH, num_tokens, width, torch.bfloat16)
     tokens = PackedTokens.from_batch(x)

@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import load_segmenter
-from .labels import label_map
-from .segmenter import Segmenter
-from .windows import InferenceConfig, WindowPlan, cut_windows, plan_windows
+from mpm_ops.checkpoint import load_segmenter
+from mpm_ops.labels import label_map
+from mpm_ops.segmenter import Segmenter
+from mpm_ops.windows import InferenceConfig, WindowPlan, cut_windows, plan_windows
+
+from . import environment, read_images
 
 NEAR_TIE = 1e-5
 WEAK_MEAN = -3.0
@@ -163,8 +165,6 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .bench import environment, read_images
-
     try:
         images = read_images(arguments.images)
         images = [images[i] for i in np.linspace(0, len(images) - 1, min(arguments.most, len(images)), dtype=int)]

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .merge import merge_tokens
-from .merge_cpu import merge_tokens_cpu
+from mpm_ops.merge import merge_tokens
+from mpm_ops.merge_cpu import merge_tokens_cpu
+
+from . import environment
 
 Merge = Callable[[Tensor], tuple[Tensor, Tensor]]
 MOST_DIFFERENT = 0.01  # of tokens; near-ties that rounding decides
@@ -91,7 +93,7 @@ def time_ways(x: Tensor, seconds: float) -> dict[str, float]:
 
 def peak_memory(way: str, num_tokens: int, width: int) -> float:
     """MiB by which one merge raises the peak of a fresh process that has merged 64 tokens before."""
-    program = f"from mpm_ops.bench_merge import print_peak\nprint_peak({way!r}, {num_tokens}, {width})"
+    program = f"from mpm_ops.bench.merge import print_peak\nprint_peak({way!r}, {num_tokens}, {width})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -145,8 +147,6 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from .bench import environment  # bench imports this file
-
     try:
         results = bench_merge(arguments.lengths, arguments.widths, arguments.seconds, arguments.memory)
     except RuntimeError as error:

@@ -1,0 +1,155 @@
+"""What serving costs beyond the model: the engine at saturation and alone, beside the same steps one by one."""
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from handlers import codec
+from handlers.config import ServingConfig
+from handlers.engine import Engine
+from handlers.options import RequestOptions
+from mpm_ops import Segmenter, load_segmenter
+from mpm_ops.bench import environment, read_images
+from mpm_ops.classes import Classes, load_classes
+from mpm_ops.labels import label_map
+from mpm_ops.runtime import make_runtime
+from mpm_ops.stages import parse_schedule
+from mpm_ops.windows import cut_windows, plan_windows
+
+OPTIONS = RequestOptions(request_id="bench")
+
+
+def bench_end_to_end(
+    model: Segmenter,
+    classes: Classes,
+    images: Sequence[np.ndarray],
+    config: ServingConfig,
+    seconds: float,
+    rounds: int,
+) -> dict[str, Any]:
+    """Steps one by one, the engine with one client and with eight, in turn.
+
+    Raises:
+        RuntimeError: the engine does not give the masks of the steps; figures would compare different work.
+    """
+    model.runtime = make_runtime(model, config.runtime, config.precision)
+    pictures = [codec.encode_picture(image, "image/jpeg") for image in images]
+    num_windows = [plan_windows(image.shape[0], image.shape[1], model.inference).num_windows for image in images]
+    steps: list[dict[str, float]] = []
+    alone: list[float] = []
+    windows_per_second = []
+    with closing(Engine(model, classes, config)) as engine:
+        for picture in pictures:
+            if engine.submit(picture, OPTIONS).result().body != _step_by_step(model, classes, picture)[0]:
+                raise RuntimeError("parity: the engine does not give the library's mask; no figures are reported")
+        for _ in range(rounds):
+            end = time.monotonic() + seconds
+            for i in count():
+                steps.append(_step_by_step(model, classes, pictures[i % len(pictures)])[1])
+                start = time.monotonic()
+                engine.submit(pictures[i % len(pictures)], OPTIONS).result()
+                alone.append(time.monotonic() - start)
+                if time.monotonic() > end:
+                    break
+            windows_per_second.append(_saturate(engine, pictures, num_windows, seconds))
+    model_only = sum(step["windows"] for step in steps) / sum(step["network"] for step in steps)
+    names = ("decode", "network", "labels", "encode")
+    lone, summed = statistics.median(alone), statistics.median(sum(step[name] for name in names) for step in steps)
+    served = statistics.median(windows_per_second)
+    return {
+        "runtime": f"{model.runtime.name} {model.runtime.precision}",
+        "median_ms": {name: round(1000 * statistics.median(step[name] for step in steps), 2) for name in names},
+        "model_windows_per_second": round(model_only, 3),
+        "served_windows_per_second": round(served, 3),
+        "served_share": round(served / model_only, 3),
+        "alone_ms_p50": round(1000 * lone, 2),
+        "summed_ms_p50": round(1000 * summed, 2),
+        "alone_over_summed": round(lone / summed, 3),
+    }
+
+
+@torch.inference_mode()
+def _step_by_step(model: Segmenter, classes: Classes, picture: bytes) -> tuple[bytes, dict[str, float]]:
+    """The mask, and the seconds of each step; cutting windows counts as decoding."""
+    start = time.monotonic()
+    image = codec.decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
+    plan = plan_windows(image.shape[0], image.shape[1], model.inference)
+    windows = cut_windows(image, plan, model.inference)
+    decoded = time.monotonic()
+    logits = torch.cat([model.window_logits(window[None]) for window in windows])
+    computed = time.monotonic()
+    labels = label_map(logits, plan, model.config.patch_size).labels
+    labelled = time.monotonic()
+    mask = codec.encode_mask_png(labels, classes)
+    seconds = {
+        "decode": decoded - start,
+        "network": computed - decoded,
+        "labels": labelled - computed,
+        "encode": time.monotonic() - labelled,
+        "windows": plan.num_windows,
+    }
+    return mask, seconds
+
+
+def _saturate(
+    engine: Engine, pictures: Sequence[bytes], num_windows: Sequence[int], seconds: float, num_clients: int = 8
+) -> float:
+    """Windows per second with clients that each send the next picture when they have their mask."""
+    start = time.monotonic()
+    numbers = count()
+    windows: list[int] = []
+
+    def client() -> None:
+        while time.monotonic() - start < seconds:
+            i = next(numbers) % len(pictures)
+            engine.submit(pictures[i], OPTIONS).result()
+            windows.append(num_windows[i])
+
+    threads = [threading.Thread(target=client) for _ in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(windows) / (time.monotonic() - start)
+
+
+def add_command(commands: Any) -> None:
+    command = commands.add_parser("end-to-end", help="what serving costs beyond the model")
+    command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
+    command.add_argument("--most", type=int, default=8, help="pictures of a folder, evenly chosen")
+    command.add_argument("--schedule", default="2,5")
+    command.add_argument("--seconds", type=float, default=10, help="of each loop")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--out", type=Path, help="write the figures as JSON")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        images = read_images(arguments.images)
+        images = [images[i] for i in np.linspace(0, len(images) - 1, min(arguments.most, len(images)), dtype=int)]
+        schedule = parse_schedule(arguments.schedule)
+        model = load_segmenter(arguments.checkpoint, schedule)
+        classes = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls)
+        config = ServingConfig(schedule=schedule)
+        found = bench_end_to_end(model, classes, images, config, arguments.seconds, arguments.rounds)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+    return 0

@@ -1,0 +1,97 @@
+"""TorchServe and Triton before the same engine: requests per second and latency under the same load."""
+
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handlers.codec import FORMATS, decode_image, encode_mask_png
+from handlers.torchserve_launcher import TorchServe
+from handlers.triton_launcher import Triton
+from model_store.torchserve import build_archive
+from model_store.triton import build_model
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+from .load import WAYS, run_clients
+
+MODEL = "bench"
+
+
+def bench_servers(
+    checkpoint: Path,
+    images: Path,
+    schedule: Sequence[int],
+    *,
+    clients: Sequence[int],
+    seconds: float,
+    rounds: int,
+    serving: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Load both servers in turn, from another process, with the same encoded pictures.
+
+    Args:
+        images: a picture or a folder of pictures, sent as they are.
+        clients: how many ask at a time, one row each.
+        seconds: of each round; every server gets `rounds` of them, taking turns.
+        serving: further fields of `handlers.config.ServingConfig`.
+
+    Raises:
+        RuntimeError: a server gives another mask than the library, or refuses; no figures are reported.
+    """
+    files = sorted(path for path in images.iterdir() if path.is_file()) if images.is_dir() else [images]
+    pictures = [file.read_bytes() for file in files]
+    if not pictures:
+        raise FileNotFoundError(f"{images}: no pictures, which may be {', '.join(FORMATS)}")
+    serving = {**serving, "schedule": list(schedule)}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        build_archive(checkpoint, name=MODEL, out=folder / "store", serving=serving)
+        build_model(checkpoint, name=MODEL, out=folder / "repository", serving=serving)
+        torchserve = stack.enter_context(TorchServe(folder / "store", log=folder / "torchserve.log"))
+        triton = stack.enter_context(Triton(folder / "repository", log=folder / "triton.log", exit_seconds=2))
+        urls = {"torchserve": torchserve.url, "triton": triton.url, "triton grpc": triton.grpc_url}
+        for server in (torchserve, triton):
+            server.wait_ready()
+        _check_parity(checkpoint, schedule, pictures, urls)
+        process = multiprocessing.get_context("spawn")
+        load = stack.enter_context(ProcessPoolExecutor(1, mp_context=process))
+        rows = []
+        for num_clients in clients:
+            runs: dict[str, list[tuple[list[float], float]]] = {way: [] for way in WAYS}
+            for _ in range(rounds):
+                for way, url in urls.items():
+                    asked = load.submit(run_clients, way, url, MODEL, pictures, num_clients, seconds)
+                    runs[way].append(asked.result())
+            rows += [_summary(way, num_clients, found) for way, found in runs.items()]
+    return rows
+
+
+def _check_parity(
+    checkpoint: Path, schedule: Sequence[int], pictures: Sequence[bytes], urls: Mapping[str, str]
+) -> None:
+    model = load_segmenter(checkpoint, schedule)
+    classes = load_classes(checkpoint.parent / "classes.csv", model.config.n_cls)
+    for picture in pictures[:4]:
+        image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
+        mask = encode_mask_png(model.segment(image), classes)
+        for way, url in urls.items():
+            if WAYS[way](url, MODEL)(picture) != mask:
+                raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
+
+
+def _summary(way: str, num_clients: int, runs: Sequence[tuple[list[float], float]]) -> dict[str, Any]:
+    latencies = [latency for found, _ in runs for latency in found]
+    return {
+        "way": way,
+        "clients": num_clients,
+        "requests": len(latencies),
+        "rps": round(statistics.median(len(found) / elapsed for found, elapsed in runs), 2),
+        **{f"ms_p{q}": round(1000 * float(np.percentile(latencies, q)), 1) for q in (50, 99)},
+    }

@@ -1,0 +1,108 @@
+"""Is the model behind a server alive? Asks it for the mask of a tiny picture; status 0 if that comes, else 1.
+
+    python -m handlers.health http://127.0.0.1:8080/predictions/NAME [--timeout 20]   # TorchServe
+    python -m handlers.health http://127.0.0.1:8000/v2/models/NAME                    # Triton
+
+Both servers call themselves healthy while the process that holds the model is dead or stuck: a liveness
+probe has to ask the model. A server that refuses for lack of room is asked again until the time is over,
+because it is alive if room comes.
+"""
+
+import argparse
+import http.client
+import struct
+import sys
+import time
+import urllib.parse
+import zlib
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SIDE = 16
+_PAUSE_SECONDS = 0.2
+
+
+class UnhealthyError(Exception):
+    """The model did not answer as a living one does."""
+
+
+def check_model(url: str, *, timeout_seconds: float) -> None:
+    """Return once the model has answered a tiny picture.
+
+    Args:
+        url: of the model, on TorchServe (`/predictions/NAME`) or on Triton (`/v2/models/NAME`).
+        timeout_seconds: for everything.
+
+    Raises:
+        UnhealthyError: no answer in time, or another answer than a mask.
+        ValueError: the URL is not one of a model.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or not parts.path.startswith(("/predictions/", "/v2/models/")):
+        raise ValueError(f"url: expected http://HOST:PORT/predictions/NAME or .../v2/models/NAME, got {url!r}")
+    deadline = time.monotonic() + timeout_seconds
+    told = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            status, mask = _ask(parts, left)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UnhealthyError(f"{url}: {error or type(error).__name__}") from None
+        if status == 200:
+            if not _is_mask(mask):
+                raise UnhealthyError(f"{url}: expected the mask of the picture, got {mask[:40]!r}")
+            return
+        told = f"status {status}: {mask[:200].decode(errors='replace').strip()}"
+        if status != 503:
+            raise UnhealthyError(f"{url}: {told}")
+        time.sleep(_PAUSE_SECONDS)
+    raise UnhealthyError(f"{url}: not answered within {timeout_seconds:g} s; last it said {told}")
+
+
+def tiny_picture() -> bytes:
+    """A black PNG, made without a codec: a probe that runs every few seconds should start fast."""
+    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(_SIDE * (1 + _SIDE)))
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    return _PNG + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _ask(url: urllib.parse.SplitResult, timeout_seconds: float) -> tuple[int, bytes]:
+    """Status, and the body; of Triton's good answers only the mask in it."""
+    connection = http.client.HTTPConnection(url.hostname or "", url.port or 80, timeout=timeout_seconds)
+    triton = url.path.startswith("/v2/")
+    headers = {"Content-Type": "image/png", "Accept": "image/png", "Connection": "close"}
+    if triton:
+        headers |= {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG"}
+    try:
+        connection.request("POST", url.path + ("/infer" if triton else ""), tiny_picture(), headers)
+        response = connection.getresponse()
+        body = response.read()
+        if triton and response.status == 200:
+            described = int(response.getheader("Inference-Header-Content-Length", "0"))
+            body = body[described + 4 :]  # the length of the only value takes 4 bytes
+        return response.status, body
+    finally:
+        connection.close()
+
+
+def _is_mask(data: bytes) -> bool:
+    return data[:8] == _PNG and data[16:24] == struct.pack(">II", _SIDE, _SIDE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m handlers.health", description=__doc__.split("\n")[0])
+    parser.add_argument("url", help="of the model: .../predictions/NAME (TorchServe) or .../v2/models/NAME (Triton)")
+    parser.add_argument("--timeout", type=float, default=20, metavar="SECONDS", help="for everything (20)")
+    arguments = parser.parse_args()
+    try:
+        check_model(arguments.url, timeout_seconds=arguments.timeout)
+    except (UnhealthyError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What the launchers of both servers share: ports, a child process with a folder of its own, and an orderly end."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Self, TypeVar
+
+import psutil
+
+# TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message says what it printed last."""
+
+
+class Server:
+    """A server as a child process; a context manager that stops it.
+
+    Args:
+        kind: what to call it in messages.
+        host, port: where it listens; port 0 takes a free one.
+        log: file for the server's output; None for this process's own.
+
+    Raises:
+        ServerError: the port is taken.
+    """
+
+    def __init__(self, kind: str, host: str, port: int, log: Path | None) -> None:
+        self.host = host
+        self.port = port or free_port()
+        self.log = log
+        check_port(host, self.port)
+        self._kind = kind
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{kind.lower()}-"))
+        self._process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_ready(self, timeout_seconds: float = 180.0) -> None:
+        raise NotImplementedError
+
+    def wait(self) -> int:
+        """Wait for the server to end; returns its exit status."""
+        return self._process.wait()
+
+    def stop(self, timeout_seconds: float = 10.0) -> None:
+        """End the server and its workers, and remove their folder."""
+        if self._process.poll() is None:
+            workers = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.terminate()
+            try:
+                self._process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                workers = psutil.Process(self._process.pid).children(recursive=True)
+                self._process.kill()
+                self._process.wait()
+            _, alive = psutil.wait_procs(workers, timeout=3)
+            for worker in alive:
+                worker.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        output = self.log.open("wb") if self.log else None
+        try:
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._folder,
+                env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},  # see mpm_ops/_openmp.py
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,
+            )
+        finally:
+            if output:
+                output.close()
+
+    def _check_starting(self, deadline: float) -> None:
+        """Raise a ServerError if the server ended or the deadline, on the monotonic clock, is over."""
+        if self._process.poll() is not None:
+            raise ServerError(f"{self._kind} ended with status {self._process.returncode}{self._last_words()}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"{self._kind} was not ready in time{self._last_words()}")
+
+    def _last_words(self) -> str:
+        if self.log is None:
+            return ""
+        return ":\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+def run_in_foreground(start: Callable[[], AnyServer], greet: Callable[[AnyServer], None]) -> int:
+    """Run a server until it ends or SIGINT or SIGTERM comes; returns the exit status of the command."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    try:
+        with start() as server:
+            server.wait_ready()
+            greet(server)
+            print("\nCtrl-C stops the server.", flush=True)
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    except (ServerError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise a ServerError where nothing could listen."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended don't count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}") from None

@@ -1,0 +1,51 @@
+"""From a model's folder to an engine, the same way behind every server."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+from . import codec
+from .config import ServingConfig
+from .engine import Engine
+from .options import RequestOptions
+
+
+def load_engine(folder: Path, config: ServingConfig, **options: Callable[..., None]) -> Engine:
+    """Start an engine on `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, in a folder.
+
+    Args:
+        folder: where they lie.
+        config: how to serve them.
+        options: passed on to `Engine`.
+
+    Raises:
+        OSError, ValueError: a file is missing or does not fit.
+    """
+    if config.torch_threads:
+        torch.set_num_threads(config.torch_threads)
+    model = load_segmenter(
+        folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
+    )
+    classes = load_classes(folder / "classes.csv", model.config.n_cls)
+    return Engine(model, classes, config, **options)
+
+
+def warm_up(engine: Engine, pictures: Iterable[bytes]) -> None:
+    """Send pictures through before anyone waits for them.
+
+    Raises:
+        ServingError: one was not answered; the engine would answer nobody.
+    """
+    for picture in pictures:
+        engine.submit(picture, RequestOptions(request_id="warm-up")).result()
+
+
+def warm_up_picture() -> bytes:
+    """A small JPEG of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
+    return codec.encode_picture(noise, "image/jpeg")

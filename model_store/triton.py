@@ -1,0 +1,116 @@
+"""Package a checkpoint as a model in a Triton model repository."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handlers.config import ServingConfig
+from handlers.launching import MODEL_NAME
+from handlers.loading import warm_up_picture
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+_MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
+
+from handlers.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+# One input, so that a raw body needs no description. Batches of one keep requests in Triton's queue, where its
+# limits hold, until the engine has room; the engine groups windows itself. Two versions: a new one loads and
+# takes over while the one before still answers. Priority 1 goes before 2.
+_CONFIG = """\
+name: "{name}"
+backend: "python"
+max_batch_size: {max_batch_size}
+version_policy {{ latest {{ num_versions: 2 }} }}
+input [ {{ name: "IMAGE" data_type: TYPE_STRING dims: [ 1 ] }} ]
+output [
+  {{ name: "MASK" data_type: {mask_type} dims: [ -1, -1 ] }},
+  {{ name: "MASK_PNG" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "RESULT_JSON" data_type: TYPE_STRING dims: [ 1 ] }}
+]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
+dynamic_batching {{
+  preferred_batch_size: [ 1 ]
+  priority_levels: 2
+  default_priority_level: 1
+  default_queue_policy {{
+    timeout_action: REJECT
+    default_timeout_microseconds: {queue_timeout_us}
+    allow_timeout_override: true
+    max_queue_size: {max_queue_size}
+  }}
+}}
+parameters {{ key: "max_inflight" value {{ string_value: "{max_inflight}" }} }}
+"""
+_MAX_BATCH_SIZE = 16  # pictures that a client may put into one request
+_QUEUE_TIMEOUT_US = 10_000_000
+
+
+def build_model(
+    checkpoint: Path,
+    *,
+    name: str,
+    out: Path,
+    serving: Mapping[str, Any],
+    version: int = 1,
+    max_inflight: int = 32,
+    max_queue_size: int = 64,
+) -> Path:
+    """Write a version of a model into a model repository: OUT/NAME/VERSION, with config.pbtxt and warm-up data.
+
+    Args:
+        checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
+        name: under which the model is served.
+        out: the model repository; made if missing.
+        serving: fields of `handlers.config.ServingConfig`.
+        version: other versions stay beside it; the same one is replaced.
+        max_inflight: pictures in the engine at most; more wait in Triton's queue.
+        max_queue_size: requests of a priority that may wait there; more are refused.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint or the configuration can't be served; nothing is written.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
+    for field, value in (("version", version), ("batch_size", max_inflight), ("max_queue_size", max_queue_size)):
+        if value < 1:
+            raise ValueError(f"{field}: expected at least 1, got {value}")
+    config = ServingConfig.from_mapping(serving)
+    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
+    load_classes(checkpoint.parent / "classes.csv", model.config.n_cls)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:
+        scratch = Path(scratch_name) / str(version)
+        scratch.mkdir()
+        for file in ("checkpoint.pth", "variant.yml", "classes.csv"):
+            source = checkpoint if file == "checkpoint.pth" else checkpoint.parent / file
+            if source.is_file():
+                shutil.copy(source, scratch / file)
+        (scratch / "serving.yaml").write_text(yaml.safe_dump(dict(serving)))
+        (scratch / "model.py").write_text(_MODEL)
+
+        folder = out / name
+        (folder / "warmup").mkdir(parents=True, exist_ok=True)
+        (folder / "warmup" / "noise.jpg").write_bytes(warm_up_picture())
+        (folder / "config.pbtxt").write_text(
+            _CONFIG.format(
+                name=name,
+                max_batch_size=min(_MAX_BATCH_SIZE, max_inflight),
+                mask_type="TYPE_UINT8" if model.config.n_cls <= 256 else "TYPE_UINT16",
+                queue_timeout_us=_QUEUE_TIMEOUT_US,
+                max_queue_size=max_queue_size,
+                max_inflight=max_inflight,
+            )
+        )
+        shutil.rmtree(folder / str(version), ignore_errors=True)
+        return Path(shutil.move(scratch, folder / str(version)))
