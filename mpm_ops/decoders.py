@@ -53,8 +53,8 @@ class MaskTransformer(nn.Module):
         x = self._with_classes(tokens.with_values(self.proj_dec(tokens.values)), self.cls_emb[0])
         key_bias = None
         if sizes is not None:
-            log_sizes = tokens.with_values(sizes.to(x.values.dtype).log())
-            key_bias = self._with_classes(log_sizes, x.values.new_zeros(self.n_cls)).values
+            log_sizes = tokens.with_values(sizes.to(torch.promote_types(x.values.dtype, torch.float32)).log())
+            key_bias = self._with_classes(log_sizes, log_sizes.values.new_zeros(self.n_cls)).values
         for block in self.blocks:
             x = block_forward(block, x, key_bias)
         x = x.with_values(self.decoder_norm(x.values))

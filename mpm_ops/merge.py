@@ -4,6 +4,9 @@ This file is the specification. Faster implementations are held against it.
 Source: MPM (arXiv 2604.05718), Algorithm 1 and section 3.4.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,12 +128,27 @@ def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
 
 def _cosines(unit: Tensor) -> Tensor:
     """[N, N] products of unit rows, exactly equal for equal rows: a GEMM may round them by their position."""
-    with torch.autocast(unit.device.type, enabled=False):  # it would multiply in half precision
+    with full_precision(unit.device.type):
         leading = unit[:, :1].sort(dim=0).values
         if not (leading[1:] == leading[:-1]).any():  # cheap proof that no two rows are equal
             return unit @ unit.T
         distinct, row = unit.unique(dim=0, return_inverse=True)
         return (distinct @ distinct.T)[row][:, row]
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Multiply float32 as float32: no autocast, and no TF32 or bfloat16 as `set_float32_matmul_precision` allows."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if before == "highest":  # the usual case; the setting is one for all threads
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _check_map(name: str, merge_map: Tensor) -> None:

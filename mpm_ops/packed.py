@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,7 @@ class PackedTokens:
     @property
     def cu_seqlens(self) -> Tensor:
         """[B + 1] int32, where each sequence starts in `values`."""
-        bounds = torch.tensor((0, *self.lengths), device=self.values.device).cumsum(0)
-        return bounds.to(torch.int32)
+        return bounds_of(self.lengths, self.values.device)
 
     @property
     def max_seqlen(self) -> int:
@@ -68,3 +69,10 @@ class PackedTokens:
     def with_values(self, values: Tensor) -> "PackedTokens":
         """The same sequences with other rows."""
         return PackedTokens(values, self.lengths)
+
+
+@lru_cache(maxsize=256)  # every block of a stage asks for the same ones; a copy to a device takes longer than a kernel
+def bounds_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[B + 1] int32, where sequences of these lengths start. Shared: not to be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

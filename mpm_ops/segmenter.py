@@ -11,6 +11,7 @@ from .attention import block_forward
 from .decoders import DecoderLinear, MaskTransformer
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
+from .merge_gpu import packed_rows
 from .packed import PackedTokens
 from .runtime import Runtime
 from .runtime.eager import TorchRuntime
@@ -132,9 +133,9 @@ class Segmenter(nn.Module):
         image = PackedTokens.pack([sequence[special:] for sequence in normed.split()])
         if batch.merge_maps is None:
             return self.decoder(image).unflatten(0, (len(image.lengths), -1))
-        sizes = torch.cat([m.bincount(minlength=n) for m, n in zip(batch.merge_maps, image.lengths, strict=True)])
-        logits = image.with_values(self.decoder(image, sizes)).split()
-        return torch.stack([part[m] for part, m in zip(logits, batch.merge_maps, strict=True)])
+        rows = packed_rows(batch.merge_maps, image.lengths)
+        sizes = rows.new_zeros(len(image.values)).scatter_add_(0, rows, torch.ones_like(rows))
+        return self.decoder(image, sizes)[rows].unflatten(0, (len(image.lengths), -1))
 
     def forward(self, windows: Tensor) -> Tensor:
         """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported: kernels then run on the CPU
 
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 
@@ -38,6 +42,28 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: on the GPU where there is one, in triton's interpreter elsewhere."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote holds NaN or a huge index, so that reading it shows."""
+    plain: dict[str, Callable[..., Tensor]] = {"empty": torch.empty, "empty_like": torch.empty_like}
+
+    def poisoned(name: str) -> object:
+        def make(*args: object, **kwargs: object) -> Tensor:
+            out = plain[name](*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max // 3)
+
+        return make
+
+    for name in plain:
+        monkeypatch.setattr(torch, name, poisoned(name))
 
 
 def _tiny_model(

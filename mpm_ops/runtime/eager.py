@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mpm_ops.attention import use_attention
 from mpm_ops.stages import Stage, WindowBatch
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class TorchRuntime:
         self.precision = precision
         self._padded = padded
         self._network = model if precision == "fp32" else copy.deepcopy(model).to(torch.bfloat16)
+        if model.encoder.pos_embed.is_cuda:
+            use_attention(self._network, "grouped" if padded else "auto")  # masks of padding are infinite biases
 
     def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
         if self.precision == "bf16" and stage.index == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpm_ops import compose_maps, merge_tokens, reconstruct
+from mpm_ops.merge import full_precision
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NEAR_TIE = 1e-6
@@ -170,6 +171,28 @@ def test_similarity_is_float32_for_half_precision_tokens(dtype: torch.dtype) -> 
     assert merge_tokens(x)[1].tolist() == expected.merge_map
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert merge_tokens(x)[1].tolist() == expected.merge_map
+
+
+def test_products_are_float32_whatever_torch_may_round() -> None:
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with full_precision("cpu"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tf32_chooses_no_pairs() -> None:
+    x = clustered(600, 256, seed=6, spread=0.05).float().cuda()
+    expected = merge_tokens(x)[1]
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert torch.equal(merge_tokens(x)[1], expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 50, 197, 400])

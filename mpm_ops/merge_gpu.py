@@ -1,0 +1,62 @@
+"""Mutual Pair Merging on a GPU: all windows of a batch in six kernels and one wait."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .kernels import has_triton
+from .packed import PackedTokens, bounds_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_merge_on_gpu(x: Tensor) -> bool:
+    """Whether `merge_windows_gpu` takes these tokens; gradients and float64 need `merge_tokens`."""
+    return x.is_cuda and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and has_triton()
+
+
+def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1) -> tuple[PackedTokens, Tensor]:
+    """Do what `merge_tokens` does to the image tokens of every sequence, and choose the same pairs.
+
+    Pairs may differ where two cosines are closer than float32 rounding (1e-6). Waits for the device once, to
+    learn the new lengths; `kernels.merging.merge_packed` is the same without that.
+
+    Args:
+        tokens: float32, bfloat16 or float16 sequences, special tokens first.
+        num_special: special tokens of each sequence, left as they are.
+        align: see `merge_tokens`.
+
+    Returns:
+        The shorter sequences, and [T] int64: of each token the row that stands for it, image and special
+        tokens counted apart, each from 0 in its sequence.
+
+    Raises:
+        ValueError: a sequence lacks its special tokens, the tokens have another type, or align < 1.
+    """
+    from .kernels.merging import merge_packed
+
+    if min(tokens.lengths, default=num_special) < num_special:
+        raise ValueError(f"tokens: expected at least {num_special} a sequence, got {min(tokens.lengths)}")
+    values = tokens.values.detach().contiguous()
+    merged, merge_map, bounds = merge_packed(values, tokens.cu_seqlens, tokens.max_seqlen, num_special, align)
+    starts = bounds.tolist()
+    lengths = tuple(stop - start for start, stop in pairwise(starts))
+    return PackedTokens(merged[: starts[-1]], lengths), merge_map
+
+
+def packed_rows(maps: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Join maps into sequences into one map into their packed rows, without waiting for the device.
+
+    Args:
+        maps: one [N_b] int64 per sequence with values in 0..lengths[b]-1.
+        lengths: rows of each sequence.
+
+    Returns:
+        [sum of N_b] int64.
+    """
+    device = maps[0].device
+    counts = bounds_of(tuple(len(m) for m in maps), device).diff()
+    starts = bounds_of(tuple(lengths), device)[:-1].long()
+    return torch.cat(list(maps)) + starts.repeat_interleave(counts, output_size=sum(len(m) for m in maps))

@@ -1,0 +1,79 @@
+"""Every kernel compiles for real GPUs, fits their shared memory and spills no registers: no GPU is needed for that."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+COMPILE = """
+import subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from mpm_ops.kernels import merging, nearest
+
+capability = int(sys.argv[1])
+depth, stages = nearest.tiling(capability, int(sys.argv[2]))
+tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+pointers = {
+    "p_x": "*bf16", "p_merged": "*bf16", "p_high": "*fp16", "p_low": "*fp16", "p_usable": "*i8",
+    "p_best": "*i64", "p_map": "*i64", "scale": "fp32", "inverse_square": "fp32",
+}
+cases = [
+    (nearest._units, {"split": True, "block": 8, "block_width": 512}, {}),
+    (nearest._nearest_tiles, {"split": True, "tile": nearest.TILE, "depth": depth},
+     {"num_warps": nearest.WARPS, "num_stages": stages}),
+    (merging._partners, {"is_aligned": True, "block": merging.BLOCK}, {}),
+    (merging._partners, {"is_aligned": False, "block": merging.BLOCK}, {}),
+    (merging._positions, {"chunk": merging.CHUNK}, {}),
+    (merging._average, {"block": 8, "block_width": 512}, {}),
+]
+for kernel, constants, options in cases:
+    types = {}
+    for name in kernel.arg_names:
+        plain = pointers.get(name, "*i32" if name.startswith("p_") else "i32")
+        types[name] = "constexpr" if name in constants else plain
+    aligned = [name for name, kind in types.items() if kind.startswith("*") or name.endswith("width")]
+    place = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        signature=types,
+        constexprs={(place(name),): value for name, value in constants.items()},
+        attrs={(place(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants},
+    )
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    stack = usage.partition("STACK:")[2].split()[0]
+    wgmma = int("wgmma.mma_async" in built.asm["ptx"])
+    print(kernel.__name__, built.metadata.shared, stack, wgmma)
+"""
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_compiles(capability: int, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    script = tmp_path / "build.py"
+    script.write_text(COMPILE)  # the language reads its kernels' sources from files
+    limit = SHARED_BYTES[capability]
+    command = [sys.executable, str(script), str(capability), str(limit)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert len(kernels) >= 6
+    for name, shared, stack, wgmma in kernels:
+        assert int(shared) <= limit, name
+        assert stack == "0", f"{name} spills {stack} bytes"
+        if name == "_nearest_tiles" and capability == 90:
+            assert wgmma == "1", "Hopper's tensor cores are idle"
