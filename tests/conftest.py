@@ -15,6 +15,11 @@ if not torch.cuda.is_available():
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Example pictures and class lists; tests that need them are skipped where there are none."""

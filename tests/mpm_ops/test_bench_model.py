@@ -55,11 +55,12 @@ def test_injected_lengths_are_what_is_computed(model: Segmenter) -> None:
         def apply(self, *arguments):  # type: ignore[no-untyped-def]
             batch = super().apply(*arguments)
             seen.append(batch.tokens.lengths[0] - 1)
+            assert batch.merge_maps is not None
             assert batch.merge_maps[0].unique().tolist() == list(range(seen[-1]))
             assert len(batch.merge_maps[0]) == 64
             return batch
 
-    ways = contestants(model, "fp32", Watched(means=(40, 30), spread=3))
+    ways = contestants(model, "fp32", Watched(means=(40, 28), spread=3))
     assert not any("ALGM" in way.name for way in ways)
     with torch.inference_mode():
         for way in ways:
@@ -67,7 +68,7 @@ def test_injected_lengths_are_what_is_computed(model: Segmenter) -> None:
             way.run(torch.randn(WINDOW))
             if way.name == "MPM":
                 assert 37 <= seen[0] <= 43
-                assert 27 <= seen[1] <= 33
+                assert 25 <= seen[1] <= 31
             if way.name == "MPM, align 16":
                 assert seen == [48, 32]
 
@@ -89,8 +90,9 @@ def test_the_demo_models_weights_are_used_where_they_fit(tiny_model: Make, monke
     monkeypatch.setattr(bench_model, "SIZES", {"Ti": (64, 1), "S": (128, 2)})
     demo = tiny_model()
     same, other = (bench_model.build(size, demo, num_classes=9) for size in ("Ti", "S"))
-    assert torch.equal(same.encoder.blocks[2].mlp.fc1.weight, demo.encoder.blocks[2].mlp.fc1.weight)
-    assert torch.equal(same.decoder.cls_emb[:, :5], demo.decoder.cls_emb)  # type: ignore[union-attr, arg-type, index]
+    own, given = same.state_dict(), demo.state_dict()
+    assert torch.equal(own["encoder.blocks.2.mlp.fc1.weight"], given["encoder.blocks.2.mlp.fc1.weight"])
+    assert torch.equal(own["decoder.cls_emb"][:, :5], given["decoder.cls_emb"])
     assert other.config.d_model == 128
     with torch.inference_mode():
         assert other.window_logits(torch.randn(WINDOW)).isfinite().all()
