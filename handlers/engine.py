@@ -130,7 +130,7 @@ class Engine:
             config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction)
         )
         self._lock = threading.Lock()
-        self._inflight: set[_Request] = set()  # guarded by the lock
+        self._inflight: dict[Future[Any], _Request] = {}  # by answer; guarded by the lock
         device = model.encoder.pos_embed.device
         self._clock = DeviceClock(device)
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
@@ -206,13 +206,13 @@ class Engine:
         request = _Request(options, schedule, answer, monotonic(), tokens)
         self._admission.enter(tokens)
         with self._lock:
-            self._inflight.add(request)
-        answer.add_done_callback(lambda _: self._leave(request))
+            self._inflight[answer] = request
+        answer.add_done_callback(self._leave)  # which must not hold the request: whoever keeps its answer would too
         return request
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, answer: "Future[SegmentReply]") -> None:
         with self._lock:
-            self._inflight.discard(request)
+            request = self._inflight.pop(answer)
         self._admission.leave(request.tokens)
 
     def _prepare(self, request: _Request, data: bytes | bytearray) -> None:
@@ -342,7 +342,7 @@ class Engine:
         while not self._stopped.wait(_WATCH_SECONDS):
             now = monotonic()
             with self._lock:
-                late = [r for r in self._inflight if now - r.arrived > self._config.deadline_seconds]
+                late = [r for r in self._inflight.values() if now - r.arrived > self._config.deadline_seconds]
             for request in late:
                 seconds = self._config.deadline_seconds
                 _fail(request.answer, ServingError(ErrorKind.DEADLINE, f"not answered within {seconds:g} s"))
@@ -358,7 +358,7 @@ class Engine:
         logger.critical("giving up: %s", reason)
         self._admission.close()
         with self._lock:
-            lost = list(self._inflight)
+            lost = list(self._inflight.values())
         for request in lost:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
         self._on_fatal()

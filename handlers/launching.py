@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ class ServerError(RuntimeError):
     """The server did not come up; the message says what it printed last."""
 
 
-class Server:
+class Server(ABC):
     """A server as a child process; a context manager that stops it.
 
     Args:
@@ -59,8 +60,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @abstractmethod
     def wait_ready(self, timeout_seconds: float = 180.0) -> None:
-        raise NotImplementedError
+        """Return once every model has answered a real picture.
+
+        Raises:
+            ServerError: the server ended, could not load a model, or did not answer in time.
+        """
 
     def wait(self) -> int:
         """Wait for the server to end; returns its exit status."""
