@@ -1,22 +1,13 @@
-"""What grouping costs and earns, and what the server in front does: measured, and simulated for other devices.
-
-    python -m handlers.bench grouping --checkpoint checkpoint.pth --images DIR [DIR...] [--out X.json] [--plot X.png]
-    python -m handlers.bench codec --checkpoint checkpoint.pth --images DIR [--out X.json]
-    python -m handlers.bench end-to-end --checkpoint checkpoint.pth --images DIR [--out X.json]
+"""What grouping costs and earns: measured, and simulated for other devices.
 
 Every folder of pictures is a stream of windows, and all of them together are one more. Their lengths are
 measured once with the real model; the padding study and the simulation then use nothing else, so
 `--replay X.json` repeats both in seconds.
-
-    python -m handlers.bench servers --checkpoint checkpoint.pth --images DIR_OR_FILE [--out X.json]
-
-TorchServe and Triton before the same engine, under the same load.
 """
 
 import argparse
 import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,15 +17,13 @@ import numpy as np
 
 from handlers.grouping import GroupCost
 from mpm_ops import load_segmenter
-from mpm_ops.bench import environment
+from mpm_ops.bench import environment, write_report
 from mpm_ops.stages import parse_schedule
 
-from . import codec, end_to_end
 from .lengths import Lengths, measure_costs, measure_lengths, read_windows
 from .padding import BATCH, POOL_BATCHES, Groups, batches_by_arrival, overhead, scheduled_groups, sorted_slices
 from .plots import plot_report
-from .serve import bench_serving
-from .servers import bench_servers
+from .serve import WAYS, bench_serving
 from .simulate import Profile, Rules, Simulation, paper_profiles, poisson
 
 Streams = Mapping[str, Mapping[int, Lengths]]  # by name and align; the windows of one stream in one order
@@ -115,8 +104,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     aligns = sorted({1, PADDED_ALIGN, *arguments.aligns})
     lengths = {}
     for folder in arguments.images:
-        lengths[folder.name] = measure_lengths(model, read_windows(model, folder, arguments.windows), aligns)
-    tokens = next(iter(lengths.values()))[1][0][0]
+        found = measure_lengths(model, read_windows(model, folder, arguments.windows), aligns)
+        lengths[folder.name] = {str(align): windows for align, windows in found.items()}  # as JSON keeps it
+    tokens = next(iter(lengths.values()))["1"][0][0]
     costs = measure_costs(model, tokens)
     return {"environment": environment(), "lengths": lengths, "costs": [asdict(cost) for cost in costs]}
 
@@ -133,84 +123,6 @@ def _streams(measured: Mapping[str, Any]) -> dict[str, dict[int, Lengths]]:
     return streams
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m handlers.bench", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    codec.add_command(commands)
-    end_to_end.add_command(commands)
-    servers = commands.add_parser("servers", help="TorchServe and Triton under the same load")
-    servers.add_argument("--checkpoint", type=Path, required=True)
-    servers.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
-    servers.add_argument("--schedule", default="2,5")
-    servers.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    servers.add_argument("--seconds", type=float, default=10, help="of each round (10)")
-    servers.add_argument("--rounds", type=int, default=2, help="of each server, in turn (2)")
-    servers.add_argument("--threads", type=int, default=0, help="of the network's operators; 0 leaves torch's default")
-    servers.add_argument("--out", type=Path, help="write the figures as JSON")
-    command = commands.add_parser("grouping", help="padding, group sizes and waiting")
-    command.add_argument("--checkpoint", type=Path)
-    command.add_argument("--images", type=Path, nargs="+", help="folders of pictures; each is a stream")
-    command.add_argument("--replay", type=Path, help="an earlier report, in place of measuring its lengths again")
-    command.add_argument("--schedule", default="2,5")
-    command.add_argument("--aligns", type=int, nargs="+", default=[1, 8, 16, 32, 64])
-    command.add_argument("--windows", type=int, default=96, help="most windows of a folder; 0 takes all")
-    command.add_argument("--sizes", type=_size, nargs="+", default=[(8, 32), (32, 128)], metavar="GROUP:POOL")
-    command.add_argument("--drawn", type=int, default=1500, help="windows drawn from a stream")
-    command.add_argument("--profiles", nargs="+", default=["measured", "h100-bfloat16"], choices=_PROFILES)
-    command.add_argument("--serve", type=float, metavar="SECONDS", help="time the real engine too, so long a loop")
-    command.add_argument("--out", type=Path, help="write the figures as JSON")
-    command.add_argument("--plot", type=Path, help="draw them; needs matplotlib")
-    arguments = parser.parse_args()
-    if hasattr(arguments, "run"):
-        return int(arguments.run(arguments))
-    if arguments.command == "servers":
-        return _compare_servers(arguments)
-    if not arguments.replay and not (arguments.checkpoint and arguments.images):
-        parser.error("grouping needs --checkpoint and --images, or --replay")
-    if arguments.serve and not (arguments.checkpoint and arguments.images):
-        parser.error("--serve needs --checkpoint and --images")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    try:
-        measured = json.loads(arguments.replay.read_text())["measured"] if arguments.replay else measure(arguments)
-        schedule = parse_schedule(arguments.schedule)
-        served = []
-        if arguments.serve:
-            served = bench_serving(arguments.checkpoint, arguments.images, schedule, arguments.serve)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    report = study(measured, arguments.profiles, arguments.sizes, arguments.drawn)
-    report["served"] = served
-    print_report(report)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report) + "\n")
-    if arguments.plot:
-        plot_report(report, arguments.plot)
-    return 0
-
-
-def _compare_servers(arguments: argparse.Namespace) -> int:
-    try:
-        rows = bench_servers(
-            arguments.checkpoint,
-            arguments.images,
-            parse_schedule(arguments.schedule),
-            clients=arguments.clients,
-            seconds=arguments.seconds,
-            rounds=arguments.rounds,
-            serving={"torch_threads": arguments.threads},
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": environment(), "servers": rows}) + "\n")
-    return 0
-
-
 def study(
     measured: Mapping[str, Any], names: Sequence[str], sizes: Sequence[GroupAndPool], num_windows: int
 ) -> dict[str, Any]:
@@ -221,7 +133,6 @@ def study(
     known = (Profile(name="measured", source=f"measured on {device}", stages=costs), *paper_profiles())
     profiles = [profile for profile in known if profile.name in names]
     return {
-        "environment": environment(),
         "measured": dict(measured),
         "profiles": [asdict(profile) for profile in profiles],
         "num_windows": {name: len(by_align[1]) for name, by_align in streams.items()},
@@ -246,6 +157,10 @@ def print_report(report: Mapping[str, Any]) -> None:
                 print("  " + _simulated(row))
     for row in report.get("served", []):
         print("served  " + "  ".join(f"{name} {value}" for name, value in row.items()))
+    for row in report.get("served", [])[1:]:
+        first = report["served"][0]
+        ratios = [mine / its for mine, its in zip(row["rounds"], first["rounds"], strict=True)]
+        print(f"{row['way']}: {min(ratios):.3f} to {max(ratios):.3f} of the pictures per second of {first['way']}")
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -279,5 +194,43 @@ def _size(text: str) -> GroupAndPool:
     return found
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def add_command(commands: Any) -> None:
+    """Add `grouping` to the commands of `python -m handlers.bench`."""
+    command = commands.add_parser("grouping", help="padding, group sizes and waiting")
+    command.add_argument("--checkpoint", type=Path)
+    command.add_argument("--images", type=Path, nargs="+", help="folders of pictures; each is a stream")
+    command.add_argument("--replay", type=Path, help="an earlier report, in place of measuring its lengths again")
+    command.add_argument("--schedule", default="2,5")
+    command.add_argument("--aligns", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    command.add_argument("--windows", type=int, default=96, help="most windows of a folder; 0 takes all")
+    command.add_argument("--sizes", type=_size, nargs="+", default=[(8, 32), (32, 128)], metavar="GROUP:POOL")
+    command.add_argument("--drawn", type=int, default=1500, help="windows drawn from a stream")
+    command.add_argument("--profiles", nargs="+", default=["measured", "h100-bfloat16"], choices=_PROFILES)
+    command.add_argument("--serve", type=float, metavar="SECONDS", help="time the real engine too, so long a loop")
+    command.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of grouping, for --serve")
+    command.add_argument("--out", type=Path, help="write the figures as JSON")
+    command.add_argument("--plot", type=Path, help="draw them; needs matplotlib")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = arguments.checkpoint and arguments.images
+    if not given and not arguments.replay:
+        raise ValueError("grouping: expected --checkpoint and --images, or --replay")
+    if arguments.serve and not given:
+        raise ValueError("--serve: expected --checkpoint and --images with it")
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        raise ImportError("--plot needs matplotlib: pip install matplotlib")
+    schedule = parse_schedule(arguments.schedule)
+    measured = json.loads(arguments.replay.read_text())["measured"] if arguments.replay else measure(arguments)
+    fields = study(measured, arguments.profiles, arguments.sizes, arguments.drawn)
+    if arguments.serve:
+        fields["served"] = bench_serving(
+            arguments.checkpoint, arguments.images, schedule, arguments.serve, ways=arguments.ways
+        )
+    print_report(fields)
+    shapes = {"schedule": list(schedule), "windows": fields["num_windows"], "groups": arguments.sizes}
+    report = write_report(arguments.out, fields, shapes=shapes)
+    if arguments.plot:
+        plot_report(report, arguments.plot)
+    return 0

@@ -1,4 +1,4 @@
-"""Clients that each wait for their answer before they ask again. No torch here: they run in their own process."""
+"""Clients that each wait for their answer before they ask again. No torch here: a process of its own asks servers."""
 
 import http.client
 import threading
@@ -57,7 +57,26 @@ WAYS = {"torchserve": ask_torchserve, "triton": ask_triton, "triton grpc": ask_t
 def run_clients(
     way: str, url: str, model: str, pictures: Sequence[bytes], num_clients: int, seconds: float
 ) -> tuple[list[float], float]:
-    """Ask for so long; every client finishes its last request.
+    """Ask a server, each client over its own connection; see `closed_loop`."""
+
+    def connect() -> Callable[[int], bytes]:
+        ask = WAYS[way](url, model)
+        return lambda i: ask(pictures[i % len(pictures)])
+
+    try:
+        return closed_loop(connect, num_clients, seconds)
+    except RuntimeError as error:
+        raise RuntimeError(f"{way}: {error}") from error
+
+
+def closed_loop(
+    connect: Callable[[], Callable[[int], object]], num_clients: int, seconds: float
+) -> tuple[list[float], float]:
+    """Keep clients asking for so long; every client finishes its last request.
+
+    Args:
+        connect: called once by each client, gives what sends the request of a number and waits for its answer. The
+            numbers count all clients' requests from 0.
 
     Returns:
         Seconds of each answer, and of everything.
@@ -72,10 +91,10 @@ def run_clients(
 
     def client() -> None:
         try:
-            ask = WAYS[way](url, model)
+            ask = connect()
             while time.monotonic() - start < seconds:
                 sent = time.monotonic()
-                ask(pictures[next(numbers) % len(pictures)])
+                ask(next(numbers))
                 latencies.append(time.monotonic() - sent)
         except Exception as error:
             failures.append(error)
@@ -86,7 +105,7 @@ def run_clients(
     for thread in threads:
         thread.join()
     if failures:
-        raise RuntimeError(f"{way}: {len(failures)} of {num_clients} clients failed: {failures[0]}")
+        raise RuntimeError(f"{len(failures)} of {num_clients} clients failed: {failures[0]}")
     return latencies, time.monotonic() - start
 
 
