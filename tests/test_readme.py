@@ -38,8 +38,8 @@ class _ParsedError(Exception):
 def _only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
 
-    def stop(*args: object) -> None:
-        parse(*args)  # type: ignore[arg-type]
+    def stop(parser: argparse.ArgumentParser) -> None:
+        parse(parser)
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -48,6 +48,16 @@ WAYS = {
 }
 
 
+class _Computed(NamedTuple):
+    """A group that has been computed; `tokens` are its windows' own, `padding` comes on top."""
+
+    stage: int
+    windows: int
+    tokens: int
+    padding: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class _Contestant:
     """A way, its engine, and what was observed of both."""
@@ -55,7 +65,7 @@ class _Contestant:
     name: str
     way: Way
     engine: Engine
-    groups: list[tuple[int, int, float]] = field(default_factory=list)  # stage, windows, seconds
+    groups: list[_Computed] = field(default_factory=list)
     closed: list[float] = field(default_factory=list)  # latencies
     opened: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)  # pictures per second of each closed loop
@@ -75,12 +85,14 @@ def bench_serving(
     Args:
         seconds: of each loop, for every way.
         ways: names of `WAYS`; what the slowest of them reaches sets the pace of the second loop.
-        num_pictures: sent over and over, as many of each folder, evenly chosen.
+        num_pictures: sent over and over, as many of each folder, evenly chosen and then shuffled: mates from one
+            folder would be more alike than those that meet in a server.
 
     Raises:
         RuntimeError: packed groups do not give the labels of the library; figures would compare different work.
     """
     images = [image for folder in folders for image in read_images(folder, -(-num_pictures // len(folders)))]
+    images = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
     models = {align: load_segmenter(checkpoint, schedule, align) for align in {WAYS[name].align for name in ways}}
     pictures = [_encode(image) for image in images]
     with ExitStack() as stack:
@@ -105,10 +117,12 @@ def bench_serving(
 @contextmanager
 def _started(name: str, model: Segmenter) -> Iterator[_Contestant]:
     way = WAYS[name]
-    groups: list[tuple[int, int, float]] = []
+    groups: list[_Computed] = []
 
     def observe(group: Group[Any], seconds: float) -> None:
-        groups.append((group.lane.stage, len(group.members), seconds))
+        lengths = [member.length for member in group.members]
+        padding = len(lengths) * max(lengths) - sum(lengths) if way.padded else 0
+        groups.append(_Computed(group.lane.stage, len(lengths), sum(lengths), padding, seconds))
 
     config = ServingConfig(
         schedule=model.schedule,
@@ -170,8 +184,12 @@ def _open_loop(contestant: _Contestant, pictures: Sequence[bytes], rate: float, 
 
 
 def _summary(contestant: _Contestant, rate: float) -> dict[str, Any]:
-    stages = sorted({stage for stage, _, _ in contestant.groups})
-    by_stage = [[(n, s) for stage, n, s in contestant.groups if stage == wanted] for wanted in stages]
+    stages = sorted({group.stage for group in contestant.groups})
+    by_stage = [[group for group in contestant.groups if group.stage == stage] for stage in stages]
+    windows = [sum(group.windows for group in groups) for groups in by_stage]
+    padding = [sum(group.padding for group in groups) for groups in by_stage]
+    tokens = [sum(group.tokens for group in groups) for groups in by_stage]
+    seconds = [sum(group.seconds for group in groups) for groups in by_stage]
     return {
         "way": contestant.name,
         "align": contestant.way.align,
@@ -180,8 +198,9 @@ def _summary(contestant: _Contestant, rate: float) -> dict[str, Any]:
         "pictures_per_second": round(statistics.mean(contestant.rates), 3),
         "rounds": [round(reached, 3) for reached in contestant.rates],
         "offered_per_second": round(rate, 3),
-        "device_ms_per_window": round(sum(1000 * sum(s for _, s in g) / sum(n for n, _ in g) for g in by_stage), 1),
-        "mean_group": [round(sum(n for n, _ in g) / len(g), 2) for g in by_stage],
+        "device_ms_per_window": round(sum(1000 * s / n for s, n in zip(seconds, windows, strict=True)), 1),
+        "mean_group": [round(n / len(groups), 2) for n, groups in zip(windows, by_stage, strict=True)],
+        "padding_share": [round(p / (p + t), 4) for p, t in zip(padding, tokens, strict=True)],
         **{f"closed_ms_p{q}": percentile_ms(contestant.closed, q) for q in (50, 99)},
         **{f"open_ms_p{q}": percentile_ms(contestant.opened, q) for q in (50, 99)},
     }

@@ -23,6 +23,7 @@ from mpm_ops.stages import parse_schedule
 from .load import WAYS, run_clients
 
 MODEL = "bench"
+_UNLIMITED = 2**24  # tokens: what is refused would not be timed, whatever pictures are sent
 
 
 def bench_servers(
@@ -50,7 +51,7 @@ def bench_servers(
     pictures = [file.read_bytes() for file in files]
     if not pictures:
         raise FileNotFoundError(f"{images}: no pictures, which may be {', '.join(FORMATS)}")
-    serving = {**serving, "schedule": list(schedule)}
+    serving = {"max_inflight_tokens": _UNLIMITED, **serving, "schedule": list(schedule)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         build_archive(checkpoint, name=MODEL, out=folder / "store", serving=serving)

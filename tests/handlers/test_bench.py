@@ -86,6 +86,8 @@ def test_every_way_of_serving_is_timed(
     rows = bench_serve.bench_serving(tmp_path / "unused.pth", [tmp_path], (1, 2), seconds=0.1)
     assert [(row["way"], row["align"]) for row in rows] == [(n, way.align) for n, way in bench_serve.WAYS.items()]
     assert rows[0]["mean_group"] == [1, 1, 1]  # alone
+    assert all(share == 0 for row in rows if "padded" not in row["way"] for share in row["padding_share"])
+    assert next(row for row in rows if row["way"] == "padded-by-arrival")["padding_share"][1] > 0
     assert all(row["pictures_per_second"] > 0 and row["open_ms_p99"] > 0 for row in rows)
     assert len({row["offered_per_second"] for row in rows}) == 1
     assert all(len(row["rounds"]) == bench_serve.ROUNDS for row in rows)
