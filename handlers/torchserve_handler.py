@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from .config import CONFIG_KEY, ServingConfig
+from .drain import asks_to_drain
 from .errors import ErrorKind, ServingError
 from .loading import load_engine, warm_up, warm_up_picture
 from .options import RequestOptions, request_id_from
@@ -22,12 +23,16 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
 _MAX_WAIT_SECONDS = 1.0  # well below TorchServe's responseTimeout
 _BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
+_DRAINED = SegmentReply(b"drained\n", "text/plain", (0,), {})
 
 
 class SegmenterHandler:
     """One engine behind TorchServe's synchronous batches.
 
     `handle` never raises: an exception would fail every request of the batch.
+
+    TorchServe resets connections when it is told to stop, so its launcher first asks for a drain, a request like any
+    other: it comes after those that were queued before it, those after it are refused, and its answer is the last.
     """
 
     def initialize(self, context: Any) -> None:
@@ -38,6 +43,7 @@ class SegmenterHandler:
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         name = context.model_name
+        self._draining = False
         self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
         warm_up(self._engine, [warm_up_picture()])
         logger.info("ready")
@@ -52,12 +58,17 @@ class SegmenterHandler:
         # Part headers share this mapping as dictionaries of their own.
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
+        if asks_to_drain(headers):
+            self._draining = True
+            return request_id, self._drain()
         return request_id, self._submit(parts, headers, request_id)
 
     def _submit(
         self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str
     ) -> "Future[SegmentReply]":
         try:
+            if self._draining:
+                raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down; ask again", retry_after=1)
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
         except ServingError as error:
             return self._engine.refuse(error, request_id)
@@ -65,6 +76,12 @@ class SegmenterHandler:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)
             return failed
+
+    def _drain(self) -> "Future[SegmentReply]":
+        """An answer that is there when those of all requests before it are: here, as they share a batch."""
+        answer: Future[SegmentReply] = Future()
+        answer.set_result(_DRAINED)
+        return answer
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""
@@ -80,6 +97,7 @@ class ContinuousHandler(SegmenterHandler):
     def initialize(self, context: Any) -> None:
         self._progress = threading.Event()
         self._pending: dict[str, tuple[str, Future[SegmentReply], float]] = {}
+        self._drains: list[Future[SegmentReply]] = []
         super().initialize(context)
         _answer_only_what_is_there()
 
@@ -94,8 +112,10 @@ class ContinuousHandler(SegmenterHandler):
                 request_id, answer = self._take(i, data[i], context)
                 self._pending[job_id] = (request_id, answer, start)
                 answer.add_done_callback(lambda _: self._progress.set())
+        self._end_drains()
         self._progress.wait(_MAX_WAIT_SECONDS)
         self._progress.clear()  # before looking: what happens from here on wakes the next call
+        self._end_drains()
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
@@ -104,6 +124,17 @@ class ContinuousHandler(SegmenterHandler):
             return None
         del self._pending[job_id]
         return _answer(context, i, request_id, answer, start)
+
+    def _drain(self) -> "Future[SegmentReply]":
+        self._drains.append(Future())
+        return self._drains[-1]
+
+    def _end_drains(self) -> None:
+        """Answer drains once everything else that is in flight can be answered in the same call."""
+        if all(answer.done() or answer in self._drains for _, answer, _ in self._pending.values()):
+            for drain in self._drains:
+                if not drain.done():
+                    drain.set_result(_DRAINED)
 
     def _on_group(self) -> None:
         self._progress.set()

