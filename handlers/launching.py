@@ -81,8 +81,9 @@ class Server(ABC):
         """
         return self._process.wait(timeout_seconds)
 
+    @abstractmethod
     def drain(self) -> None:
-        """Take nothing new, and return once what was accepted is answered; for servers that don't when they stop."""
+        """Have what comes from now on refused, and return once `stop` loses nothing that was accepted before."""
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the server and its workers, and remove their folder."""

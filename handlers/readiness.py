@@ -44,6 +44,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _CLIENT_SECONDS
 
     def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
         ready = self.readiness.ready
         body = b"ready\n" if ready else b"not ready\n"
         self.send_response(200 if ready else 503)
@@ -52,8 +58,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
-
-    do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a check every second would drown the log."""

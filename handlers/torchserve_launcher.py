@@ -92,7 +92,7 @@ class TorchServe(Server):
                 time.sleep(0.2)
 
     def drain(self) -> None:
-        """Have every model refuse what comes from now on, and return once it has answered what it had accepted.
+        """Ask every model; returns when it has answered what came before.
 
         TorchServe resets connections when it is told to stop, so there must be none that waits for an answer.
         """

@@ -97,6 +97,9 @@ class Triton(Server):
                 except UnhealthyError:
                     time.sleep(0.1)
 
+    def drain(self) -> None:
+        """Nothing to do: Triton drains when it stops."""
+
     def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the server; `exit_seconds` come on top of the timeout."""
         super().stop(self._exit_seconds + timeout_seconds)

@@ -136,8 +136,9 @@ def read_results(files: Sequence[Path], windows_per_picture: float | None = None
             costs.append(_codec_cost(fields))
         else:
             raise ResultError(
-                f"{file}: expected the result of loadtest.search (with `slo`), or of handlers.bench servers (`servers`), "
-                f"end-to-end (`served_windows_per_second`) or codec (`repeats`), got {_named(fields.value)}"
+                f"{file}: expected the result of loadtest.search (with `slo`), or of handlers.bench servers "
+                "(`servers`), end-to-end (`served_windows_per_second`) or codec (`repeats`), "
+                f"got {_named(fields.value)}"
             )
     if not found:
         raise ResultError("nothing was measured in these files but the cost of decoding and encoding")
@@ -217,7 +218,9 @@ def _from_search(fields: _Fields) -> list[Measured]:
     for row in fields.rows("results"):
         low, rate, high = row.number("low"), row.number("rate_per_second"), row.number("high")
         if not low <= rate <= high:
-            raise ResultError(f"{row._place}: expected low <= rate_per_second <= high, got {low:g}, {rate:g}, {high:g}")
+            raise ResultError(
+                f"{row._place}: expected low <= rate_per_second <= high, got {low:g}, {rate:g}, {high:g}"
+            )
         configuration = row.fields("configuration")
         found.append(
             Measured(
@@ -338,7 +341,10 @@ def table(sizes: Sequence[Size]) -> list[str]:
     rows = [_COLUMNS] + [_row(size) for size in sizes]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     return [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
