@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from .config import CONFIG_KEY, ServingConfig
-from .drain import asks_to_drain
+from .drain import Drain
 from .errors import ErrorKind, ServingError
 from .loading import load_engine, warm_up, warm_up_picture
 from .options import RequestOptions, request_id_from
@@ -23,16 +23,12 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
 _MAX_WAIT_SECONDS = 1.0  # well below TorchServe's responseTimeout
 _BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
-_DRAINED = SegmentReply(b"drained\n", "text/plain", (0,), {})
 
 
 class SegmenterHandler:
     """One engine behind TorchServe's synchronous batches.
 
     `handle` never raises: an exception would fail every request of the batch.
-
-    TorchServe resets connections when it is told to stop, so its launcher first asks for a drain, a request like any
-    other: it comes after those that were queued before it, those after it are refused, and its answer is the last.
     """
 
     def initialize(self, context: Any) -> None:
@@ -43,7 +39,7 @@ class SegmenterHandler:
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         name = context.model_name
-        self._draining = False
+        self._drain = Drain()
         self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
         warm_up(self._engine, [warm_up_picture()])
         logger.info("ready")
@@ -52,23 +48,20 @@ class SegmenterHandler:
         """Answer a batch; statuses and headers go to the context."""
         start = perf_counter()
         requests = [self._take(i, parts, context) for i, parts in enumerate(data)]
+        self._drain.end()  # the others of its batch are answered with it
         return [_answer(context, i, *request, start) for i, request in enumerate(requests)]
 
     def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> tuple[str, "Future[SegmentReply]"]:
         # Part headers share this mapping as dictionaries of their own.
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
-        if asks_to_drain(headers):
-            self._draining = True
-            return request_id, self._drain()
-        return request_id, self._submit(parts, headers, request_id)
+        return request_id, self._drain.take(headers) or self._submit(parts, headers, request_id)
 
     def _submit(
         self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str
     ) -> "Future[SegmentReply]":
         try:
-            if self._draining:
-                raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down; ask again", retry_after=1)
+            self._drain.check()
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
         except ServingError as error:
             return self._engine.refuse(error, request_id)
@@ -76,12 +69,6 @@ class SegmenterHandler:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)
             return failed
-
-    def _drain(self) -> "Future[SegmentReply]":
-        """An answer that is there when those of all requests before it are: here, as they share a batch."""
-        answer: Future[SegmentReply] = Future()
-        answer.set_result(_DRAINED)
-        return answer
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""
@@ -97,7 +84,6 @@ class ContinuousHandler(SegmenterHandler):
     def initialize(self, context: Any) -> None:
         self._progress = threading.Event()
         self._pending: dict[str, tuple[str, Future[SegmentReply], float]] = {}
-        self._drains: list[Future[SegmentReply]] = []
         super().initialize(context)
         _answer_only_what_is_there()
 
@@ -112,10 +98,10 @@ class ContinuousHandler(SegmenterHandler):
                 request_id, answer = self._take(i, data[i], context)
                 self._pending[job_id] = (request_id, answer, start)
                 answer.add_done_callback(lambda _: self._progress.set())
-        self._end_drains()
+        self._end_drain()
         self._progress.wait(_MAX_WAIT_SECONDS)
         self._progress.clear()  # before looking: what happens from here on wakes the next call
-        self._end_drains()
+        self._end_drain()
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
@@ -125,16 +111,8 @@ class ContinuousHandler(SegmenterHandler):
         del self._pending[job_id]
         return _answer(context, i, request_id, answer, start)
 
-    def _drain(self) -> "Future[SegmentReply]":
-        self._drains.append(Future())
-        return self._drains[-1]
-
-    def _end_drains(self) -> None:
-        """Answer drains once everything else that is in flight can be answered in the same call."""
-        if all(answer.done() or answer in self._drains for _, answer, _ in self._pending.values()):
-            for drain in self._drains:
-                if not drain.done():
-                    drain.set_result(_DRAINED)
+    def _end_drain(self) -> None:
+        self._drain.end(answer for _, answer, _ in self._pending.values())
 
     def _on_group(self) -> None:
         self._progress.set()

@@ -43,7 +43,7 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 _MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
 _DRAIN_SECONDS = 30.0  # as long as Triton gets
-_FLUSH_SECONDS = 0.5  # from a worker's last answer until its client has it; the worker's is not the last hand
+_FLUSH_SECONDS = 0.5  # from a worker's last answer until Java has written it to its connection
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
 
@@ -103,6 +103,8 @@ class TorchServe(Server):
                     break
                 time.sleep(0.1)  # its queue is full, or its worker is being started again
         time.sleep(_FLUSH_SECONDS)
+        while _unsent_bytes(self.port) and time.monotonic() < deadline:  # a slow client; Java may hold more for it
+            time.sleep(0.1)
 
     def _drained(self, model: str, timeout_seconds: float) -> bool:
         headers = {DRAIN_HEADER: self._drain_secret, "Content-Type": "application/octet-stream"}
@@ -180,6 +182,13 @@ class TorchServe(Server):
         except UnhealthyError:
             return False
         return True
+
+
+def _unsent_bytes(port: int) -> int:
+    """What connections to a local port have not acknowledged, by the kernel's tables (0 where there are none)."""
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.is_file()]
+    rows = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+    return sum(int(row[4].partition(":")[0], 16) for row in rows if int(row[1].rpartition(":")[2], 16) == port)
 
 
 def _check_archive(path: Path) -> None:

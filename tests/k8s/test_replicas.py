@@ -321,6 +321,38 @@ def test_alone(kind: str, build: Callable[[str], Path], pictured: tuple[bytes, b
         replica.end()
 
 
+@pytest.mark.slow
+def test_a_slow_reader(build: Callable[[str], Path], photo: Callable[..., np.ndarray], tmp_path: Path) -> None:
+    """A mask of 9 MB is on its way, most of it still inside the server, when SIGTERM comes."""
+    replica = Replica("torchserve", build("torchserve"), tmp_path / "replica")
+    replica.start(lame_duck_seconds=0)
+    try:
+        replica.wait_ready()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", replica.port))
+            picture = encode_picture(photo(0, 3000, 3000), "image/jpeg")
+            head = (
+                f"POST {replica.path} HTTP/1.1\r\nHost: a\r\nAccept: application/x-npy\r\n"
+                f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+            )
+            client.sendall(head.encode() + picture)
+            begun = client.recv(100)
+            assert begun.startswith(b"HTTP/1.1 200")
+            replica.terminate()
+            time.sleep(2)
+            assert replica.process.poll() is None
+            received = begun
+            while part := client.recv(65_536):
+                received += part
+                if len(received) > 9_000_000 and len(received.partition(b"\r\n\r\n")[2]) >= 9_000_128:
+                    break
+        assert len(received.partition(b"\r\n\r\n")[2]) == 9_000_128  # 3000 x 3000, and the header of an .npy
+        replica.wait_ended()
+    finally:
+        replica.end()
+
+
 def accepts(address: str) -> bool:
     host, _, port = address.partition(":")
     try:
