@@ -433,13 +433,13 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CompareError(f"timeout: expected seconds > 0, got {arguments.timeout:g}")
     names = read_class_names(arguments.classes)
     files = sample_files(arguments.images, arguments.sample, arguments.seed)
-    deployments = [
+    old, new = (
         Deployment(role, getattr(arguments, role), dict(arguments.header + own), arguments.timeout)
         for role, own in (("old", arguments.old_header), ("new", arguments.new_header))
-    ]
+    )
     worst = Worst(arguments.worst) if arguments.pictures else None
-    found = compare(*deployments, files, arguments.repeats, worst)
-    for deployment in deployments:
+    found = compare(old, new, files, arguments.repeats, worst)
+    for deployment in (old, new):
         deployment.close()
     summary = found.summary()
     judged = judge(summary, limits)
