@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -165,7 +165,7 @@ def _closed_loop(contestant: _Contestant, pictures: Sequence[bytes], seconds: fl
     def ask(i: int) -> None:
         contestant.engine.submit(pictures[i % len(pictures)], OPTIONS).result()
 
-    latencies, elapsed = closed_loop(lambda: ask, CLIENTS, seconds)
+    latencies, elapsed = closed_loop(lambda: nullcontext(ask), CLIENTS, seconds)
     contestant.closed += latencies
     contestant.rates.append(len(latencies) / elapsed)
 

@@ -84,8 +84,9 @@ def _check_parity(
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
         mask = encode_mask_png(model.segment(image), classes)
         for way, url in urls.items():
-            if WAYS[way](url, MODEL)(picture) != mask:
-                raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
+            with WAYS[way](url, MODEL) as ask:
+                if ask(picture) != mask:
+                    raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
 
 
 def _summary(way: str, num_clients: int, runs: Sequence[tuple[list[float], float]]) -> dict[str, Any]:
