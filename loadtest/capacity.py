@@ -257,8 +257,8 @@ def _from_servers(fields: _Fields) -> list[Measured]:
             p50_ms=row.number("ms_p50"),
             p99_ms=row.number("ms_p99"),
             assumptions=(
-                f"rate: saturated by {row.count('clients')} clients that wait for their answers, no range and no SLO; "
-                "latencies are theirs",
+                "rate: saturated, in a closed loop, no range and no SLO; latencies are those of "
+                f"{row.count('clients')} asking at a time",
             ),
         )
         for way, (rps, row) in best.items()
@@ -352,7 +352,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 def _row(size: Size) -> tuple[str, ...]:
     measured = size.measured
     span = f"{measured.low:.4g}" if measured.low == measured.high else f"{measured.low:.4g}..{measured.high:.4g}"
-    latencies = "/".join("-" if ms is None else f"{ms:.4g}" for ms in (measured.p50_ms, measured.p99_ms))
+    latencies = "/".join("-" if ms is None else f"{ms:.0f}" for ms in (measured.p50_ms, measured.p99_ms))
     return (
         measured.name,
         span,
