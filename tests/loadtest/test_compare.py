@@ -327,6 +327,19 @@ class TestRefusals:
         with pytest.raises(CompareError, match=message):
             parse_limits(text)
 
+    @pytest.mark.parametrize("header", ["X-API-Key", "two words:x", ":x", "X-Key:a\nb", "X-Key:€"])
+    def test_headers(
+        self,
+        header: str,
+        old: FakeServer,
+        run: Callable[..., tuple[int, dict[str, Any]]],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        with pytest.raises(SystemExit):
+            run(torchserve(old), torchserve(old), "--header", header)
+        assert "expected NAME:VALUE, got" in capsys.readouterr().err
+        assert not old.asked
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
