@@ -72,6 +72,12 @@ def _quantile(q: float, name: str, by: str = "le", over: str = RATE) -> str:
     return f"histogram_quantile({q:g}, {_rate(f'{name}_bucket', by=by, over=over)})"
 
 
+def _quantiles(name: str, *quantiles: float, by: str = "") -> tuple[Query, ...]:
+    """Quantiles of a histogram, for each value of the label `by` where there is one."""
+    labels, of = (f"le, {by}", f" of {by} {{{{{by}}}}}") if by else ("le", "")
+    return tuple(Query(_quantile(q, name, by=labels), f"p{100 * q:g}{of}") for q in quantiles)
+
+
 def _seconds_per_token(schedule: str) -> str:
     seconds = _rate("mpm_stage_seconds_sum", schedule, over=LONG)
     tokens = _rate("mpm_tokens_total", _INTO, 'stage="0"', schedule, over=LONG)
@@ -106,7 +112,7 @@ OVERVIEW = Board(
             "Latency",
             "From submitting a picture to its answer; the front end's own queue is not in it.",
             "s",
-            tuple(Query(_quantile(q, "mpm_request_seconds"), f"p{100 * q:g}") for q in (0.5, 0.95, 0.99)),
+            _quantiles("mpm_request_seconds", 0.5, 0.95, 0.99),
         ),
         Panel(
             "Failed requests",
@@ -198,10 +204,7 @@ MERGING = Board(
             "Time of a merge",
             "Of one group; on a GPU, the device's time.",
             "s",
-            tuple(
-                Query(_quantile(q, "mpm_merge_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
-                for q in (0.5, 0.99)
-            ),
+            _quantiles("mpm_merge_seconds", 0.5, 0.99, by="stage"),
         ),
         Panel(
             "Agreement with no merging",
@@ -260,10 +263,7 @@ BATCHING = Board(
             "Wait for a group",
             "Of the window of each group that waited longest.",
             "s",
-            tuple(
-                Query(_quantile(q, "mpm_group_wait_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
-                for q in (0.5, 0.99)
-            ),
+            _quantiles("mpm_group_wait_seconds", 0.5, 0.99, by="stage"),
         ),
         Panel(
             "Waiting windows",
@@ -288,7 +288,7 @@ BATCHING = Board(
             "Queueing of a picture",
             "Between decoding and the last stage.",
             "s",
-            tuple(Query(_quantile(q, "mpm_queue_seconds"), f"p{100 * q:g}") for q in (0.5, 0.99)),
+            _quantiles("mpm_queue_seconds", 0.5, 0.99),
         ),
     ),
 )
