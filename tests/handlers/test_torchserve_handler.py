@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter, sleep
@@ -21,6 +21,7 @@ from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
 from handlers.torchserve_handler import ContinuousHandler, SegmenterHandler
+from handlers.tracing import RequestSpan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
@@ -31,7 +32,7 @@ with warnings.catch_warnings():
 pytest_plugins = ("tiny_server",)
 
 
-OK = SegmentReply(b"ok", "image/png", (64, 40, 30), {"decode": 0.001, "merge": 0.2})
+OK = SegmentReply(b"ok", "image/png", (64, 40, 30), {"decode": 0.001, "merge": 0.2}, 1)
 
 
 class ObedientEngine:
@@ -42,7 +43,10 @@ class ObedientEngine:
         self.later: dict[bytes, Future[SegmentReply]] = {}
         self.end_group = lambda: observer(None, 0.0)
 
-    def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+    def warm_up(self, pictures: Iterable[bytes]) -> None:
+        """Nothing here is cold."""
+
+    def submit(self, data: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
         self.seen.append((bytes(data), options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
@@ -57,7 +61,7 @@ class ObedientEngine:
             answer.set_result(OK)
         return answer
 
-    def refuse(self, error: ServingError, request_id: str) -> "Future[SegmentReply]":
+    def refuse(self, error: ServingError, request_id: str, span: RequestSpan) -> "Future[SegmentReply]":
         answer: Future[SegmentReply] = Future()
         answer.set_exception(error)
         return answer
