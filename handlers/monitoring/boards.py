@@ -91,6 +91,10 @@ _IN = _rate("mpm_tokens_total", _INTO)
 _PADDING = _rate("mpm_padding_tokens_total")
 _OFFERED = _rate("mpm_tokens_total", _INTO, 'stage="0"')
 _FAILED = 'code=~"500|503|504"'
+# By the pod that computes on it: what DCGM's exporter calls so, a scrape that keeps its own labels calls `exported_`.
+_GPUS = "DCGM_FI_DEV_GPU_UTIL"
+for _label in ("pod", "namespace"):
+    _GPUS = f'label_replace({_GPUS}, "{_label}", "$1", "exported_{_label}", "(.+)")'
 
 OVERVIEW = Board(
     "Segmenter: overview",
@@ -327,12 +331,13 @@ CAPACITY = Board(
         ),
         Panel(
             "Pictures per GPU-hour",
-            "GPUs as DCGM's exporter counts them; where there is none, one device per replica.",
+            "GPUs of the replicas, as DCGM's exporter counts them; where there is none, one device per replica.",
             "short",
             (
                 Query(
                     f"3600 * {_rate('mpm_images_total')} / "
-                    f"(count (DCGM_FI_DEV_GPU_UTIL) or count ({_metric('mpm_model_info')}))",
+                    f"(count ({_GPUS} and on (namespace, pod) {_metric('mpm_model_info')}) "
+                    f"or count ({_metric('mpm_model_info')}))",
                     "pictures",
                 ),
             ),

@@ -197,6 +197,10 @@ def test_one_line_a_request_in_the_log(handler: SegmenterHandler, caplog: pytest
     handler.handle([body(b"x"), body(b"refuse")], batch_of({"X-Request-Id": "mine"}, {}))
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["request_id"], line["code"]) for line in lines] == [("mine", 200), ("own-1", 413)]
+    assert (lines[0]["windows"], lines[0]["tokens"]) == (1, [64, 40, 30])
+    assert (lines[0]["ms"]["decode"], lines[0]["ms"]["merge"]) == (1, 200)
+    assert lines[0]["ms"]["total"] > 0
+    assert set(lines[1]) == {"request_id", "code", "error", "ms"}
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
