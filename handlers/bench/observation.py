@@ -36,7 +36,7 @@ from handlers.tracing import Tracing
 
 _OBSERVED = ("answered", "replied", "waiting", "released", "computed", "agreed")
 _INFLIGHT = 8
-_TURN_PICTURES = 16
+_TURN_PICTURES = 8
 _DIFFERENT_PICTURES = 8
 
 
@@ -122,7 +122,7 @@ def measure_difference(checkpoint: Path, images: Path, seconds: float, *, traced
         _take_turn(engine, pictures, Tracing())  # warm
         start = time.monotonic()
         for turn in count():
-            if time.monotonic() > start + seconds and turn % 4 == 0:
+            if time.monotonic() > start + seconds and turn % 2 == 0:
                 break
             way = "watched" if turn % 4 in (0, 3) else "unwatched"  # a drift of the machine falls on both alike
             if way == "watched":
