@@ -246,10 +246,13 @@ def test_gpus_are_those_of_the_pods_that_serve(
         pytest.skip(str(error))
     picture = encode_picture(photo(0), "image/jpeg")
     with started as prometheus:
+        deadline = time.monotonic() + 30  # Prometheus takes five seconds to look at its targets for the first time
+        while not (len(prometheus.query("DCGM_FI_DEV_GPU_UTIL")) == 3 and prometheus.query("mpm_model_info")):
+            assert time.monotonic() < deadline, "nothing was scraped"
+            time.sleep(0.2)
         start = time.time()
         while time.time() < start + 5:
             assert requests.post(f"{server.url}/predictions/tiny", data=picture, timeout=60).status_code == 200
-        assert len(prometheus.query("DCGM_FI_DEV_GPU_UTIL")) == 3
         queries = [query.expr for _, panel in PANELS for query in panel.queries if "DCGM_" in query.expr]
         assert queries
         for expr in queries:
