@@ -1,10 +1,18 @@
 """Whether merging is still right for the pictures that come in: some are also computed without it, and compared."""
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 
 from mpm_ops.classes import Classes
+from mpm_ops.labels import label_map
+
+from .metrics import Metrics
+from .options import RequestOptions
+from .replies import Segmented
 
 _MAX_CREDIT = 5.0  # pictures that a busy time leaves to be made up for when the device is idle
 
@@ -48,6 +56,48 @@ class Sampler:
         """The picture that was chosen is through, or was given up."""
         with self._lock:
             self._running = False
+
+
+class Agreement:
+    """Has some answered pictures computed again without merging, and reports how far the labels agree.
+
+    Args:
+        sampler: chooses them.
+        compute_unmerged: computes a picture that was found with merging again, with these options.
+        metrics: told of each comparison.
+        classes, patch_size: of the model.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        compute_unmerged: Callable[[Segmented, RequestOptions], "Future[Segmented]"],
+        metrics: Metrics,
+        classes: Classes,
+        patch_size: int,
+    ) -> None:
+        self._sampler = sampler
+        self._compute_unmerged = compute_unmerged
+        self._metrics = metrics
+        self._classes = classes
+        self._patch_size = patch_size
+
+    def consider(self, merged: Segmented, options: RequestOptions, *, idle: bool) -> None:
+        """A picture was answered; it may be this one's turn."""
+        priority = self._sampler.choose(idle=idle)
+        if priority is not None:
+            again = self._compute_unmerged(merged, replace(options, bulk=priority == "bulk"))
+            again.add_done_callback(lambda done: self._compare(merged, done))
+
+    def _compare(self, merged: Segmented, again: "Future[Segmented]") -> None:
+        try:
+            if again.exception() is None:  # else it is in the log
+                labels, expected = (
+                    label_map(found.logits, found.plan, self._patch_size).labels for found in (merged, again.result())
+                )
+                self._metrics.agreed(*compare_labels(labels, expected, self._classes))
+        finally:
+            self._sampler.finish()
 
 
 def compare_labels(

@@ -14,6 +14,7 @@ class DeviceClock:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_cuda = device.type == "cuda"
 
     def mark(self) -> Any:
@@ -21,7 +22,7 @@ class DeviceClock:
         if not self._on_cuda:
             return monotonic()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # which need not be the process's current device
         return event
 
     def seconds(self, start: Any, stop: Any) -> float:

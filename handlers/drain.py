@@ -16,7 +16,7 @@ from .replies import SegmentReply
 DRAIN_HEADER = "X-MPM-Drain"
 DRAIN_SECRET_VARIABLE = "MPM_DRAIN_SECRET"  # set by the launcher, so that nobody else can end a worker
 
-_DRAINED = SegmentReply(b"drained\n", "text/plain", (0,), {})
+_DRAINED = SegmentReply(b"drained\n", "text/plain", (0,), {}, 0)
 
 
 class Drain:

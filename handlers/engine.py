@@ -7,72 +7,43 @@ how long each of them became; the group they run in next is chosen anew every ti
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
-from mpm_ops.labels import label_map
-from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import codec
 from .admission import Admission
-from .agreement import Sampler, compare_labels
+from .agreement import Agreement, Sampler
 from .clock import DeviceClock
 from .config import ServingConfig
+from .costs import measure_cost
 from .errors import ErrorKind, ServingError
-from .grouping import GroupCost
 from .metrics import Metrics
 from .options import RequestOptions
 from .replies import Segmented, SegmentReply, encode_reply
 from .scheduler import Group, Lane, Scheduler, Waiting
+from .tracing import NO_SPAN, RequestSpan
+from .work import Request, Window, by_request
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
 _POOL_GROUPS = 8  # groups' worth of windows among which padded execution chooses mates
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A request on its way. Over as soon as its answer is, whoever gave it."""
-
-    options: RequestOptions
-    schedule: tuple[int, ...]
-    answer: "Future[Any]"
-    arrived: float
-    tokens: int  # admitted
-    seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
-    ready_at: float = 0.0
-    image: np.ndarray | None = None
-    plan: WindowPlan | None = None
-    windows: "list[_Window]" = field(default_factory=list)
-    compared_with: Segmented | None = None  # our own request: the picture as merging found it
-
-
-@dataclass(slots=True, eq=False)
-class _Window:
-    """One window of a request, between two stages."""
-
-    request: _Request
-    state: Tensor | WindowBatch | None  # pixels [3, H, W] at first, None in the end
-    lengths: list[int]  # image tokens at the start and after each merge
-    logits: Tensor | None = None  # [K, Gh, Gw] in the end
-    merge_map: Tensor | None = None  # [N] in the end
 
 
 class Engine:
@@ -99,7 +70,7 @@ class Engine:
         *,
         name: str = "segmenter",
         on_fatal: Callable[[], None] = lambda: os._exit(70),
-        observer: Callable[[Group["_Window"], float], None] = lambda group, seconds: None,
+        observer: Callable[[Group["Window"], float], None] = lambda group, seconds: None,
     ) -> None:
         if len(classes) != model.config.n_cls:
             raise ValueError(f"classes: expected {model.config.n_cls}, got {len(classes)}")
@@ -117,29 +88,35 @@ class Engine:
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
-        self._scheduler: Scheduler[_Window] = Scheduler(
+        self._scheduler: Scheduler[Window] = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
             max_group_windows=1 if config.deterministic else config.max_group_windows,
             pool_windows=_POOL_GROUPS * config.max_group_windows if config.padded else config.max_group_windows,
             max_group_delay=config.max_group_delay_ms / 1000,
             bulk_patience=config.bulk_patience_seconds,
-            cost=self._measure_cost() if config.padded else None,
+            cost=measure_cost(model, longest=self._tokens_of_window, max_group_windows=config.max_group_windows)
+            if config.padded
+            else None,
         )
         self._admission = Admission(config.max_inflight_tokens)
-        self._sampler = Sampler(
-            config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction)
-        )
         self._lock = threading.Lock()
-        self._inflight: dict[Future[Any], _Request] = {}  # by answer; guarded by the lock
+        self._inflight: dict[Future[Any], Request] = {}  # by answer; guarded by the lock
         device = model.encoder.pos_embed.device
         self._clock = DeviceClock(device)
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: len(self._inflight))
+        self.metrics.expect(Lane(stage.index, model.schedule) for stage in self._stages[model.schedule])
+        sampler = Sampler(config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction))
+        patch_size = model.config.patch_size
+        self._agreement: Agreement | None = Agreement(
+            sampler, self._compute_unmerged, self.metrics, classes, patch_size
+        )
         port = config.metrics_port
         self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
 
-        self._inbox: queue.SimpleQueue[list[Waiting[_Window]] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[Waiting[Window]] | None] = queue.SimpleQueue()
         self._draining = False
+        self._group_numbers = itertools.count(1)
         self._group_started: float | None = None
         self._decoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="encode")
@@ -158,14 +135,31 @@ class Engine:
 
     # Taking work
 
-    def submit(self, data: bytes | bytearray, options: RequestOptions) -> "Future[SegmentReply]":
+    def warm_up(self, pictures: Iterable[bytes]) -> None:
+        """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
+
+        Raises:
+            ServingError: one was not answered; the engine would answer nobody.
+        """
+        metrics, agreement = self.metrics, self._agreement
+        self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
+        try:
+            for picture in pictures:
+                self.submit(picture, RequestOptions(request_id="warm-up")).result()
+        finally:
+            self.metrics, self._agreement = metrics, agreement
+
+    def submit(
+        self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN
+    ) -> "Future[SegmentReply]":
         """Take an encoded picture; the future gives a SegmentReply or raises a ServingError.
 
-        What can be refused from the picture's header is refused at once.
+        What can be refused from the picture's header is refused at once. Steps are reported to the span; to end it is
+        the caller's.
         """
-        answer = self._new_answer(options.request_id)
+        answer = self._new_answer(options.request_id, span)
         try:
-            request = self._admit(data, options, answer)
+            request = self._admit(data, options, answer, span)
             self._decoders.submit(self._guard, request, self._prepare, request, data)
         except ServingError as error:
             _fail(answer, error)
@@ -173,9 +167,9 @@ class Engine:
             _fail(answer, ServingError(ErrorKind.OVERLOADED, "the server is shutting down"))
         return answer
 
-    def refuse(self, error: ServingError, request_id: str) -> "Future[SegmentReply]":
+    def refuse(self, error: ServingError, request_id: str, span: RequestSpan = NO_SPAN) -> "Future[SegmentReply]":
         """Answer a request that could not be submitted, so that it is counted all the same."""
-        answer = self._new_answer(request_id)
+        answer = self._new_answer(request_id, span)
         _fail(answer, error)
         return answer
 
@@ -195,7 +189,9 @@ class Engine:
         """Requests accepted and not yet answered."""
         return len(self._inflight)
 
-    def _admit(self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]") -> _Request:
+    def _admit(
+        self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]", span: RequestSpan
+    ) -> Request:
         config = self._config
         schedule = self._model.schedule if options.schedule is None else options.schedule
         if schedule not in self._offered:
@@ -203,7 +199,7 @@ class Engine:
             raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
         height, width = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
         tokens = self._plan(height, width).num_windows * self._tokens_of_window
-        request = _Request(options, schedule, answer, monotonic(), tokens)
+        request = Request(options, schedule, answer, monotonic(), tokens, span)
         self._admission.enter(tokens)
         with self._lock:
             self._inflight[answer] = request
@@ -215,7 +211,7 @@ class Engine:
             request = self._inflight.pop(answer)
         self._admission.leave(request.tokens)
 
-    def _prepare(self, request: _Request, data: bytes | bytearray) -> None:
+    def _prepare(self, request: Request, data: bytes | bytearray) -> None:
         config = self._config
         limits = {"max_bytes": config.max_image_bytes, "max_pixels": config.max_image_pixels}
         if config.jpeg_draft and request.options.view is None:  # views show all pixels
@@ -225,13 +221,14 @@ class Engine:
             size = (image.shape[0], image.shape[1])
         self._enqueue(request, image, self._plan(*size))
 
-    def _enqueue(self, request: _Request, image: np.ndarray, plan: WindowPlan) -> None:
+    def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:
         """Cut a picture into windows that wait for the first stage."""
         pixels = cut_windows(image, plan, self._model.inference)
         request.image, request.plan = image, plan
-        request.windows = [_Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
+        request.windows = [Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
         request.ready_at = monotonic()
         request.seconds["decode"] = request.ready_at - request.arrived
+        request.span.step("decode", request.ready_at, request.seconds["decode"])
         arrivals = [self._waiting(window, 0, self._tokens_of_window) for window in request.windows]
         self.metrics.waiting(arrivals, +1)
         self._inbox.put(arrivals)
@@ -258,13 +255,13 @@ class Engine:
                 self._scheduler.add(arrivals, monotonic())
         return len(self._scheduler) > 0
 
-    def _run(self, group: Group[_Window]) -> None:
+    def _run(self, group: Group[Window]) -> None:
         """Run a group. If it fails, run its halves, so that only the windows at fault fail."""
         windows = [member.payload for member in group.members]
         stage = self._stages[group.lane.schedule][group.lane.stage]
         lengths = [window.lengths[-1] for window in windows]
         try:
-            elapsed, merge_seconds = self._compute(stage, windows)
+            seconds, merge_seconds = self._compute(stage, windows)
         except Exception as error:
             if _is_fatal(error):
                 self._give_up(f"the device failed: {error}")
@@ -276,16 +273,13 @@ class Engine:
                 self._run(Group(group.lane, group.members[:half], group.reason))
                 self._run(Group(group.lane, group.members[half:], group.reason))
             return
-        for request in _requests_of(windows):
-            request.seconds["compute"] += elapsed - (merge_seconds or 0.0)
-            request.seconds["merge"] += merge_seconds or 0.0
-        self._observer(group, elapsed)
-        self._route(stage, windows)
-        tokens_out = sum(window.lengths[-1] for window in windows)
-        self.metrics.computed(group.lane, lengths, tokens_out, elapsed, merge_seconds)
+        self._observer(group, seconds)
+        self._account(group.lane, windows, seconds, merge_seconds)
+        self.metrics.computed(group.lane, lengths, sum(w.lengths[-1] for w in windows), seconds, merge_seconds)
+        self._route(stage, windows)  # last: who gets an answer finds it counted
 
     @torch.inference_mode()
-    def _compute(self, stage: Stage, windows: Sequence[_Window]) -> tuple[float, float | None]:
+    def _compute(self, stage: Stage, windows: Sequence[Window]) -> tuple[float, float | None]:
         """Run one stage and keep each window's outcome with it; returns the seconds of it all and of its merge."""
         model, clock = self._model, self._clock
         start = clock.mark()
@@ -297,31 +291,36 @@ class Engine:
         before_merge = clock.mark()
         if stage.merges:
             batch = model.merge(batch)
-        else:
-            logits = self._runtime.decode(batch)
-            maps = batch.merge_maps or (None,) * len(windows)
-            for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
-                window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
-            return clock.seconds(start, clock.mark()), None
-        done = clock.mark()
-        for window, state in zip(windows, batch.split(), strict=True):
-            window.state = state
-        return clock.seconds(start, done), clock.seconds(before_merge, done)
+            done = clock.mark()
+            for window, state in zip(windows, batch.split(), strict=True):
+                window.state = state
+                window.lengths.append(len(state.tokens.values) - self._special)
+            return clock.seconds(start, done), clock.seconds(before_merge, done)
+        logits = self._runtime.decode(batch)
+        maps = batch.merge_maps or (None,) * len(windows)
+        for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
+            window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
+        return clock.seconds(start, clock.mark()), None
 
-    def _route(self, stage: Stage, windows: Sequence[_Window]) -> None:
+    def _account(self, lane: Lane, windows: Sequence[Window], seconds: float, merge_seconds: float | None) -> None:
+        """Tell every request of a group what the group took; those that share it took it together."""
+        stop = monotonic()
+        requests = by_request(windows)
+        group = (next(self._group_numbers), len(windows), len(requests))
+        for request, own in requests.items():
+            request.seconds["compute"] += seconds - (merge_seconds or 0.0)
+            request.seconds["merge"] += merge_seconds or 0.0
+            request.span.stage(lane, group, [window.lengths for window in own], stop, seconds, merge_seconds)
+
+    def _route(self, stage: Stage, windows: Sequence[Window]) -> None:
         """Send windows to their next lane, and requests whose windows are all done to be labelled."""
         now = monotonic()
         if stage.merges:
-            arrivals = []
-            for window in windows:
-                assert isinstance(window.state, WindowBatch)
-                length = len(window.state.tokens.values)
-                window.lengths.append(length - self._special)
-                arrivals.append(self._waiting(window, stage.index + 1, length))
+            arrivals = [self._waiting(w, stage.index + 1, w.lengths[-1] + self._special) for w in windows]
             self.metrics.waiting(arrivals, +1)
             self._scheduler.add(arrivals, now)
             return
-        for request in _requests_of(windows):
+        for request in by_request(windows):
             logits = [window.logits for window in request.windows if window.logits is not None]
             if not all(found.isfinite().all() for found in logits):
                 logger.error("request %s: the network gave non-finite logits", request.options.request_id)
@@ -331,7 +330,7 @@ class Engine:
                 request.seconds["queue"] = max(0.0, now - request.ready_at - busy)
                 self._encoders.submit(self._guard, request, self._finish, request)
 
-    def _waiting(self, window: _Window, stage: int, length: int) -> Waiting[_Window]:
+    def _waiting(self, window: Window, stage: int, length: int) -> Waiting[Window]:
         request = window.request
         lane = Lane(stage, request.schedule)
         return Waiting(lane, length, request.arrived, request.options.bulk, window)
@@ -363,27 +362,9 @@ class Engine:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
         self._on_fatal()
 
-    # Start-up and small parts
+    # Answering
 
-    @torch.inference_mode()
-    def _measure_cost(self) -> GroupCost:
-        """What one encoder block costs a padded group; the ratio between shapes is what matters to the planner."""
-        model, width = self._model, self._model.config.d_model
-        block = Stage(index=1, blocks=range(1), merges=True)
-        longest = self._tokens_of_window
-        samples = []
-        for num_windows in (1, max(2, self._config.max_group_windows)):
-            for length in (max(1, longest // 2), longest):
-                batch = WindowBatch(PackedTokens.from_batch(torch.zeros(num_windows, length, width)))
-                seconds = []
-                for _ in range(4):
-                    start = monotonic()
-                    model.run_blocks(block, batch)
-                    seconds.append(monotonic() - start)
-                samples.append((num_windows, length, min(seconds[1:])))
-        return GroupCost.fit(samples)
-
-    def _finish(self, request: _Request) -> None:
+    def _finish(self, request: Request) -> None:
         assert request.image is not None
         assert request.plan is not None
         grid = (self._grid, self._grid)
@@ -395,50 +376,33 @@ class Engine:
             [window.lengths for window in request.windows],
             request.seconds,
         )
-        if request.compared_with is not None:
-            self._compare(request, request.compared_with, segmented)
+        agreement = self._agreement  # before the answer, which may be the end of the warm-up
+        if not request.encoded:
+            request.answer.set_result(segmented)
             return
         reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
+        encode_seconds, now = reply.seconds["encode"], monotonic()
+        request.span.step("labels", now - encode_seconds, reply.seconds["labels"])
+        request.span.step("encode", now, encode_seconds)
         with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
             request.answer.set_result(reply)
-        self._sample(request, segmented)
+        if agreement is not None and request.schedule:
+            agreement.consider(segmented, request.options, idle=not self._inflight)
 
-    # Live agreement: some answered pictures run again without merging
-
-    def _sample(self, request: _Request, merged: Segmented) -> None:
-        priority = self._sampler.choose(idle=not self._inflight) if request.schedule else None
-        if priority is None:
-            return
-        options = replace(request.options, bulk=priority == "bulk")
-        again = _Request(options, (), Future(), monotonic(), tokens=0, compared_with=merged)
-        again.answer.add_done_callback(lambda _: self._sampler.finish())
+    def _compute_unmerged(self, merged: Segmented, options: RequestOptions) -> "Future[Segmented]":
+        """Compute a picture again without merging, for ourselves: not admitted, not counted and never late."""
+        again = Request(options, (), Future(), monotonic(), 0, NO_SPAN, encoded=False)
         self._guard(again, self._enqueue, again, merged.image, merged.plan)
-
-    def _compare(self, request: _Request, merged: Segmented, reference: Segmented) -> None:
-        patch_size = self._model.config.patch_size
-        labels, expected = (label_map(s.logits, s.plan, patch_size).labels for s in (merged, reference))
-        self.metrics.agreed(*compare_labels(labels, expected, self._classes))
-        request.answer.set_result(None)
+        return again.answer
 
     # Small parts
 
-    def _new_answer(self, request_id: str) -> "Future[SegmentReply]":
-        """A future that is counted when it is done."""
+    def _new_answer(self, request_id: str, span: RequestSpan) -> "Future[SegmentReply]":
+        """A future that is counted when it is done, by the metrics of the moment when it was asked for."""
         answer: Future[SegmentReply] = Future()
-        start = monotonic()
-        answer.add_done_callback(lambda done: self._record(done, monotonic() - start, request_id))
+        start, metrics, trace_id = monotonic(), self.metrics, span.trace_id
+        answer.add_done_callback(lambda done: _record(metrics, done, monotonic() - start, request_id, trace_id))
         return answer
-
-    def _record(self, answer: "Future[SegmentReply]", seconds: float, request_id: str) -> None:
-        if answer.cancelled():
-            self.metrics.answered(None, seconds, request_id)
-            return
-        error = answer.exception()
-        kind = error.kind if isinstance(error, ServingError) else ErrorKind.INTERNAL
-        self.metrics.answered(200 if error is None else kind.http_status, seconds, request_id)
-        if error is None:
-            reply = answer.result()
-            self.metrics.replied(reply.tokens[0], reply.seconds)
 
     def _describe(self, device: torch.device) -> dict[str, str]:
         """The labels of `mpm_model_info`."""
@@ -459,7 +423,7 @@ class Engine:
             raise ServingError(ErrorKind.TOO_LARGE, f"image: {error}") from None
 
     @staticmethod
-    def _guard(request: _Request, step: Callable[..., None], *args: Any) -> None:
+    def _guard(request: Request, step: Callable[..., None], *args: Any) -> None:
         """Run one step of one request, unless it is over; what the step raises is the request's answer."""
         if request.answer.done():
             return
@@ -472,9 +436,16 @@ class Engine:
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
 
 
-def _requests_of(windows: Sequence[_Window]) -> list[_Request]:
-    """The requests that windows belong to, each once."""
-    return list(dict.fromkeys(window.request for window in windows))
+def _record(metrics: Metrics, answer: "Future[SegmentReply]", seconds: float, request_id: str, trace_id: str) -> None:
+    if answer.cancelled():
+        metrics.answered(None, seconds, request_id, trace_id)
+        return
+    error = answer.exception()
+    kind = error.kind if isinstance(error, ServingError) else ErrorKind.INTERNAL
+    metrics.answered(200 if error is None else kind.http_status, seconds, request_id, trace_id)
+    if error is None:
+        reply = answer.result()
+        metrics.replied(reply.num_windows, reply.seconds)
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -1,6 +1,5 @@
 """From a model's folder to an engine, the same way behind every server."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from mpm_ops.classes import load_classes
 from . import codec
 from .config import ServingConfig
 from .engine import Engine
-from .options import RequestOptions
 
 
 def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
@@ -34,16 +32,6 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     )
     classes = load_classes(folder / "classes.csv", model.config.n_cls)
     return Engine(model, classes, config, **options)
-
-
-def warm_up(engine: Engine, pictures: Iterable[bytes]) -> None:
-    """Send pictures through before anyone waits for them.
-
-    Raises:
-        ServingError: one was not answered; the engine would answer nobody.
-    """
-    for picture in pictures:
-        engine.submit(picture, RequestOptions(request_id="warm-up")).result()
 
 
 def warm_up_picture() -> bytes:

@@ -170,16 +170,22 @@ class Metrics:
     def watch_inflight(self, count: Callable[[], int]) -> None:
         self._inflight.set_function(count)
 
-    def answered(self, code: int | None, seconds: float, request_id: str) -> None:
-        """A request is over, whoever ended it; no code means that it was cancelled."""
-        self._requests.labels(self._model, _CANCELLED if code is None else str(code)).inc()
-        exemplar = {"request_id": request_id} if len(request_id) <= _MAX_EXEMPLAR else None
-        self._request_seconds.observe(seconds, exemplar)
+    def expect(self, lanes: Iterable[Lane]) -> None:
+        """Show these lanes at zero, so that `rate` sees the first windows in them."""
+        for lane in lanes:
+            self._lane(lane)
 
-    def replied(self, tokens: int, seconds: Mapping[str, float]) -> None:
-        """A picture got its answer: its tokens before merging, and the seconds of each step."""
+    def answered(self, code: int | None, seconds: float, request_id: str, trace_id: str = "") -> None:
+        """A request is over, whoever ended it; no code means that it was cancelled, no trace that none is recorded."""
+        self._requests.labels(self._model, _CANCELLED if code is None else str(code)).inc()
+        exemplar = {"trace_id": trace_id} if trace_id else {"request_id": request_id}
+        fits = trace_id or len(request_id) <= _MAX_EXEMPLAR
+        self._request_seconds.observe(seconds, exemplar if fits else None)
+
+    def replied(self, num_windows: int, seconds: Mapping[str, float]) -> None:
+        """A picture got its answer: its windows, and the seconds of each step."""
         self._images.inc()
-        self._windows.inc(tokens / self._patches_of_window)
+        self._windows.inc(num_windows)
         for step, histogram in self._steps.items():
             histogram.observe(seconds[step])
 

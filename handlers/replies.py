@@ -47,6 +47,7 @@ class SegmentReply:
         media_type: of the body.
         tokens: of the whole picture, at the start and after each merge.
         seconds: how long each step took.
+        num_windows: that it was cut into.
         also: the further forms of the mask that were asked for, by media type.
     """
 
@@ -54,6 +55,7 @@ class SegmentReply:
     media_type: str
     tokens: tuple[int, ...]
     seconds: dict[str, float]
+    num_windows: int
     also: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -82,7 +84,8 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
     else:
         body = encode(options.media_type)
     also = {media_type: encode(media_type) for media_type in options.also}
-    return SegmentReply(body, options.media_type, tokens, seconds | {"encode": monotonic() - labeled}, also)
+    timed = seconds | {"encode": monotonic() - labeled}
+    return SegmentReply(body, options.media_type, tokens, timed, found.plan.num_windows, also)
 
 
 def _tokens_view(found: Segmented, patch_size: int, tokens: Sequence[int]) -> np.ndarray:

@@ -1,28 +1,41 @@
 """TorchServe's view of the engine. All that is peculiar to TorchServe's workers stays in this file."""
 
-import json
 import logging
 import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from time import perf_counter
+from time import monotonic
 from typing import Any
 
 from .config import CONFIG_KEY, ServingConfig
 from .drain import Drain
 from .errors import ErrorKind, ServingError
-from .loading import load_engine, warm_up, warm_up_picture
+from .journal import describe_request
+from .loading import load_engine, warm_up_picture
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
+from .tracing import NO_SPAN, RequestSpan, make_tracing
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
 _MAX_WAIT_SECONDS = 1.0  # well below TorchServe's responseTimeout
 _BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
+_GONE = 499  # TorchServe gave the request up
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A request that is with the engine."""
+
+    request_id: str
+    arrived: float
+    span: RequestSpan
+    answer: "Future[SegmentReply]"
 
 
 class SegmenterHandler:
@@ -40,31 +53,35 @@ class SegmenterHandler:
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         name = context.model_name
         self._drain = Drain()
+        self._tracing = make_tracing(name)
         self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
-        warm_up(self._engine, [warm_up_picture()])
+        self._engine.warm_up([warm_up_picture()])
         logger.info("ready")
 
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
         """Answer a batch; statuses and headers go to the context."""
-        start = perf_counter()
-        requests = [self._take(i, parts, context) for i, parts in enumerate(data)]
+        taken = [self._take(i, parts, context) for i, parts in enumerate(data)]
         self._drain.end()  # the others of its batch are answered with it
-        return [_answer(context, i, *request, start) for i, request in enumerate(requests)]
+        return [_answer(context, i, request) for i, request in enumerate(taken)]
 
-    def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> tuple[str, "Future[SegmentReply]"]:
+    def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> _Taken:
+        arrived = monotonic()
         # Part headers share this mapping as dictionaries of their own.
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
-        return request_id, self._drain.take(headers) or self._submit(parts, headers, request_id)
+        if draining := self._drain.take(headers):
+            return _Taken(request_id, arrived, NO_SPAN, draining)
+        span = self._tracing.start(headers, request_id, arrived)
+        return _Taken(request_id, arrived, span, self._submit(parts, headers, request_id, span))
 
     def _submit(
-        self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str
+        self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str, span: RequestSpan
     ) -> "Future[SegmentReply]":
         try:
             self._drain.check()
-            return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
+            return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id), span)
         except ServingError as error:
-            return self._engine.refuse(error, request_id)
+            return self._engine.refuse(error, request_id, span)
         except Exception as error:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)
@@ -83,7 +100,7 @@ class ContinuousHandler(SegmenterHandler):
 
     def initialize(self, context: Any) -> None:
         self._progress = threading.Event()
-        self._pending: dict[str, tuple[str, Future[SegmentReply], float]] = {}
+        self._pending: dict[str, _Taken] = {}
         super().initialize(context)
         _answer_only_what_is_there()
 
@@ -91,13 +108,13 @@ class ContinuousHandler(SegmenterHandler):
         """Answer those requests of the batch that are done; None for the others."""
         job_ids = [context.get_request_id(i) for i in range(len(data))]
         for gone in self._pending.keys() - set(job_ids):
-            self._pending.pop(gone)[1].cancel()
+            request = self._pending.pop(gone)
+            request.answer.cancel()
+            _close(request, _GONE)
         for i, job_id in enumerate(job_ids):
             if job_id not in self._pending:
-                start = perf_counter()
-                request_id, answer = self._take(i, data[i], context)
-                self._pending[job_id] = (request_id, answer, start)
-                answer.add_done_callback(lambda _: self._progress.set())
+                self._pending[job_id] = self._take(i, data[i], context)
+                self._pending[job_id].answer.add_done_callback(lambda _: self._progress.set())
         self._end_drain()
         self._progress.wait(_MAX_WAIT_SECONDS)
         self._progress.clear()  # before looking: what happens from here on wakes the next call
@@ -105,14 +122,12 @@ class ContinuousHandler(SegmenterHandler):
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
-        request_id, answer, start = self._pending[job_id]
-        if not answer.done():
+        if not self._pending[job_id].answer.done():
             return None
-        del self._pending[job_id]
-        return _answer(context, i, request_id, answer, start)
+        return _answer(context, i, self._pending.pop(job_id))
 
     def _end_drain(self) -> None:
-        self._drain.end(answer for _, answer, _ in self._pending.values())
+        self._drain.end(request.answer for request in self._pending.values())
 
     def _on_group(self) -> None:
         self._progress.set()
@@ -141,38 +156,41 @@ def _image_bytes(parts: Mapping[str, bytearray]) -> bytearray:
     return parts[name]
 
 
-def _answer(context: Any, i: int, request_id: str, answer: "Future[SegmentReply]", start: float) -> bytes:
+def _answer(context: Any, i: int, request: _Taken) -> bytes:
     try:
-        return _succeed(context, i, request_id, answer.result(), start)
+        return _succeed(context, i, request, request.answer.result())
     except Exception as error:
-        return _fail(context, i, request_id, error, start)
+        return _fail(context, i, request, error)
 
 
-def _succeed(context: Any, i: int, request_id: str, reply: SegmentReply, start: float) -> bytes:
-    elapsed = perf_counter() - start
-    timings = [f"{step};dur={1000 * seconds:.2f}" for step, seconds in (reply.seconds | {"total": elapsed}).items()]
+def _succeed(context: Any, i: int, request: _Taken, reply: SegmentReply) -> bytes:
+    steps = reply.seconds | {"total": monotonic() - request.arrived}
+    timings = [f"{step};dur={1000 * seconds:.2f}" for step, seconds in steps.items()]
     context.set_response_status(code=200, phrase="OK", idx=i)
     context.set_response_content_type(i, reply.media_type)
-    context.set_response_header(i, _REQUEST_ID_HEADER, request_id)
+    context.set_response_header(i, _REQUEST_ID_HEADER, request.request_id)
     context.set_response_header(i, "Server-Timing", ", ".join(timings))
     context.set_response_header(i, "X-MPM-Tokens", f"in={reply.tokens[0]}, out={reply.tokens[-1]}")
-    _log(request_id, 200, elapsed, tokens=reply.tokens)
+    _close(request, 200, replies=[reply])
     return reply.body
 
 
-def _fail(context: Any, i: int, request_id: str, error: Exception, start: float) -> bytes:
+def _fail(context: Any, i: int, request: _Taken, error: Exception) -> bytes:
     if not isinstance(error, ServingError):
         logger.error("a request failed", exc_info=error)
         error = ServingError(ErrorKind.INTERNAL, "the request failed inside the server")
     status = error.kind.http_status
     context.set_response_status(code=status, phrase=HTTPStatus(status).phrase, idx=i)
     context.set_response_content_type(i, "application/json")
-    context.set_response_header(i, _REQUEST_ID_HEADER, request_id)
+    context.set_response_header(i, _REQUEST_ID_HEADER, request.request_id)
     if error.retry_after is not None:
         context.set_response_header(i, "Retry-After", str(error.retry_after))
-    _log(request_id, status, perf_counter() - start, error=str(error))
-    return error.body(request_id)
+    _close(request, status, error=str(error))
+    return error.body(request.request_id)
 
 
-def _log(request_id: str, code: int, seconds: float, **fields: Any) -> None:
-    logger.info(json.dumps({"request_id": request_id, "code": code, "ms": round(1000 * seconds, 2), **fields}))
+def _close(request: _Taken, code: int, **told: Any) -> None:
+    """End the request's span and write its line in the log."""
+    request.span.end(code)
+    seconds = monotonic() - request.arrived
+    logger.info(describe_request(request.request_id, code, seconds, trace_id=request.span.trace_id, **told))

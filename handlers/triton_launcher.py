@@ -19,10 +19,12 @@ from pathlib import Path
 
 from .health import UnhealthyError, check_model
 from .launching import MODEL_NAME, Server, ServerError, add_ending_options, check_port, free_port, run_in_foreground
+from .tracing import CONTEXT_HEADERS
 
 ADMIN_HEADER = "x-admin"
 ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
 
+_FORWARDED = f"(?i)(x-mpm-.*|x-request-id|{'|'.join(CONTEXT_HEADERS)})"
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9/._-]+")
 _SHM_FOLDER = Path("/dev/shm")
@@ -135,8 +137,8 @@ class Triton(Server):
             "pinned-memory-pool-byte-size": 0,
             "log-info": "false",
             "exit-timeout-secs": self._exit_seconds,
-            "http-header-forward-pattern": "(?i)(x-mpm-.*|x-request-id)",
-            "grpc-header-forward-pattern": "(?i)(x-mpm-.*|x-request-id)",
+            "http-header-forward-pattern": _FORWARDED,
+            "grpc-header-forward-pattern": _FORWARDED,
             "http-restricted-api": f"{_RESTRICTED}:{ADMIN_HEADER}={self.admin_secret}",
             "grpc-restricted-protocol": f"{_RESTRICTED}:{ADMIN_HEADER}={self.admin_secret}",
         }

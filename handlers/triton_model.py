@@ -26,9 +26,11 @@ import yaml
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
 from .frames import read_header
-from .loading import load_engine, warm_up
+from .journal import describe_request
+from .loading import load_engine
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
+from .tracing import CONTEXT_HEADERS, NO_SPAN, RequestSpan, make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ OUTPUTS = {"MASK": "application/x-npy", "MASK_PNG": "image/png", "RESULT_JSON": 
 MAX_INFLIGHT_KEY = "max_inflight"  # a parameter in config.pbtxt
 
 _VIEWED = "MASK_PNG"  # the output that holds a view, where one is asked for
-_OPTIONS = ("x-mpm-outputs", "x-mpm-priority", "x-mpm-schedule", "x-mpm-view", "x-request-id")
+_OPTIONS = ("x-mpm-outputs", "x-mpm-priority", "x-mpm-schedule", "x-mpm-view", "x-request-id", *CONTEXT_HEADERS)
 _POLL_SECONDS = 0.05
 
 
@@ -61,8 +63,9 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._deadline_seconds = config.deadline_seconds
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
+        self._tracing = make_tracing(args["model_name"])
         self._engine = load_engine(folder, config, name=args["model_name"])
-        warm_up(self._engine, [picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
+        self._engine.warm_up([picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
         self._exchanges: set[_Exchange] = set()
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
@@ -77,7 +80,7 @@ class TritonPythonModel:
             try:
                 self._take(exchange)
             except ServingError as error:
-                self._engine.refuse(error, exchange.request_id)
+                self._engine.refuse(error, exchange.request_id, exchange.span)
                 self._fail(exchange, error)
             except Exception as error:
                 self._fail(exchange, error)
@@ -88,6 +91,7 @@ class TritonPythonModel:
         self._engine.close()
         self._stopped.set()
         self._watcher.join()
+        self._tracing.close()
         logger.info("stopped with %d pictures in flight", self._gate.inflight)
 
     def _take(self, exchange: "_Exchange") -> None:
@@ -96,6 +100,7 @@ class TritonPythonModel:
                 return
             headers = _headers(request)
             exchange.request_id = request_id_from(headers, default=exchange.request_id)
+            exchange.span = self._tracing.start(headers, exchange.request_id, exchange.arrived)
             exchange.outputs = _outputs(request, headers)
             options = _options(headers, exchange.outputs, exchange.request_id)
             pictures = _pictures(request)
@@ -103,7 +108,7 @@ class TritonPythonModel:
             return
         for i, picture in enumerate(pictures):
             name = exchange.request_id if len(pictures) == 1 else f"{exchange.request_id}:{i}"
-            answer = self._submit(picture, replace(options, request_id=name))
+            answer = self._submit(picture, replace(options, request_id=name), exchange.span)
             answer.add_done_callback(lambda _: self._gate.leave())
             exchange.answers.append(answer)
         for answer in exchange.answers:
@@ -111,9 +116,9 @@ class TritonPythonModel:
         if exchange.done:  # it ended in between, without these
             exchange.cancel_work()
 
-    def _submit(self, picture: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+    def _submit(self, picture: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
         try:
-            return self._engine.submit(picture, options)
+            return self._engine.submit(picture, options, span)
         except Exception as error:
             failed: Future[SegmentReply] = Future()
             failed.set_exception(error)
@@ -126,8 +131,9 @@ class TritonPythonModel:
         try:
             answer.result()
             if exchange.is_last_answer():
-                tensors = _tensors([answer.result() for answer in exchange.answers], exchange.outputs)
-                self._end(exchange, 200, pb_utils.InferenceResponse(tensors))
+                replies = [answer.result() for answer in exchange.answers]
+                response = pb_utils.InferenceResponse(_tensors(replies, exchange.outputs))
+                self._end(exchange, 200, response, replies=replies)
         except ServingError as error:
             self._fail(exchange, _of_picture(error, exchange.answers.index(answer), len(exchange.answers)))
         except Exception as error:
@@ -140,13 +146,14 @@ class TritonPythonModel:
         code = getattr(pb_utils.TritonError, error.kind.triton_code)
         self._end(exchange, error.kind.http_status, _refusal(str(error), code), error=str(error))
 
-    def _end(self, exchange: "_Exchange", code: int, response: Any, **fields: Any) -> None:
+    def _end(self, exchange: "_Exchange", code: int, response: Any, **told: Any) -> None:
         if not exchange.answer(response):
             return
         self._exchanges.discard(exchange)
         exchange.cancel_work()
-        elapsed = round(1000 * (monotonic() - exchange.arrived), 2)
-        logger.info(json.dumps({"request_id": exchange.request_id, "code": code, "ms": elapsed, **fields}))
+        exchange.span.end(code)
+        seconds = monotonic() - exchange.arrived
+        logger.info(describe_request(exchange.request_id, code, seconds, trace_id=exchange.span.trace_id, **told))
 
     def _watch(self) -> None:
         """Deadlines hold and cancelled work is dropped even when nothing else moves."""
@@ -173,6 +180,7 @@ class _Exchange:
         wanted = request.timeout() / 1e6  # microseconds; 0 is none
         self.deadline = self.arrived + (min(wanted, deadline_seconds) if wanted else deadline_seconds)
         self.request_id = request_id_from({"x-request-id": request.request_id()}, default=str(uuid4()))
+        self.span: RequestSpan = NO_SPAN
         self.outputs: tuple[str, ...] = ()
         self.answers: list[Future[SegmentReply]] = []
 

@@ -4,15 +4,22 @@ Differences of 0.5 % drown in the noise of throughput, so the calls themselves a
 knows of metrics. Each timing adds its own cost, and `released` counts its `waiting` twice, so the share is an upper
 bound. A scrape's time is until its answer is there, others' work included. Samples are forced, and what one costs is
 scaled to the configured minimum under load.
+
+`--difference` measures the throughput itself, which takes minutes to tell half a per cent: one engine answers the same
+few pictures over and over, with everything counted and scraped each second, and with nothing, in turns; samples are
+left out, because one in a thousand pictures falls into hardly any turn. `--traced` has the watched turns record spans
+too, and export them to nowhere.
 """
 
 import argparse
 import json
-import sys
+import statistics
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +30,12 @@ from handlers.loading import load_engine
 from handlers.metrics import Metrics
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
+from handlers.tracing import Tracing
 
 _OBSERVED = ("answered", "replied", "waiting", "released", "computed", "agreed")
 _INFLIGHT = 8
+_TURN_PICTURES = 8
+_DIFFERENT_PICTURES = 8
 
 
 class _Stopwatch:
@@ -80,6 +90,98 @@ def measure(checkpoint: Path, images: Path, seconds: float) -> dict[str, float]:
     }
 
 
+class _Unwatched:
+    """Takes what an engine reports, and forgets it."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def measure_difference(checkpoint: Path, images: Path, seconds: float, *, traced: bool) -> dict[str, float]:
+    """Throughput of one engine while it is watched, over that while it is not, in turns of the same pictures."""
+    pictures = [path.read_bytes() for path in sorted(images.glob("*.jpg"))][:_DIFFERENT_PICTURES]
+    if not pictures:
+        raise ValueError(f"images: expected a folder with .jpg files, got {images}")
+    port = free_port()
+    engine = load_engine(checkpoint.parent, ServingConfig(metrics_port=port, agreement_fraction=0))
+    metrics, unwatched = engine.metrics, _Unwatched()
+    tracing = _record_for_nobody() if traced else Tracing()
+    taken: dict[str, list[float]] = {"watched": [], "unwatched": []}
+    watching, ended = threading.Event(), threading.Event()
+
+    def scrape_each_second() -> None:
+        while not ended.wait(1):
+            if watching.is_set():
+                _scrape(port)
+
+    scraper = threading.Thread(target=scrape_each_second)
+    scraper.start()
+    try:
+        _take_turn(engine, pictures, Tracing())  # warm
+        start = time.monotonic()
+        for turn in count():
+            if time.monotonic() > start + seconds and turn % 2 == 0:
+                break
+            way = "watched" if turn % 4 in (0, 3) else "unwatched"  # a drift of the machine falls on both alike
+            if way == "watched":
+                engine.metrics = metrics
+                watching.set()
+            else:
+                engine.metrics = unwatched  # type: ignore[assignment]
+                watching.clear()
+            taken[way].append(_take_turn(engine, pictures, tracing if way == "watched" else Tracing()))
+    finally:
+        ended.set()
+        scraper.join()
+        engine.metrics = metrics
+        engine.close()
+        tracing.close()
+    # Neighbours in pairs: one cost of watching each.
+    costs = [1 - b / a for a, b in zip(taken["watched"], taken["unwatched"], strict=True)]
+    low, median, high = statistics.quantiles(costs, n=4)
+    return {
+        "turns": len(costs),
+        "pictures_per_turn": _TURN_PICTURES,
+        "unwatched_pictures_per_second": _TURN_PICTURES / statistics.median(taken["unwatched"]),
+        "cost_median": median,
+        "cost_quartile_low": low,
+        "cost_quartile_high": high,
+        "cost_standard_error": statistics.stdev(costs) / len(costs) ** 0.5,
+        "cost_of_all_turns": 1 - sum(taken["unwatched"]) / sum(taken["watched"]),
+    }
+
+
+def _take_turn(engine: Engine, pictures: list[bytes], tracing: Tracing) -> float:
+    """Seconds until as many pictures as a turn has are answered, some of them always in flight."""
+    start = time.monotonic()
+    waiting = list[Future[SegmentReply]]()
+    for i in range(_TURN_PICTURES):
+        if len(waiting) == _INFLIGHT:
+            waiting.pop(0).result()
+        span = tracing.start({}, f"bench-{i}", time.monotonic())
+        answer = engine.submit(pictures[i % len(pictures)], RequestOptions(request_id=f"bench-{i}"), span)
+        answer.add_done_callback(lambda _, span=span: span.end(200))  # type: ignore[misc]
+        waiting.append(answer)
+    for answer in waiting:
+        answer.result()
+    return time.monotonic() - start
+
+
+def _record_for_nobody() -> Tracing:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    from handlers.otel import OpenTelemetry
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+    return OpenTelemetry(provider, "bench")
+
+
 def _load(engine: Engine, pictures: list[bytes], seconds: float, each_second: Callable[[], None] | None) -> int:
     """Keep some requests in flight; returns how many were answered."""
     start = ticked = time.monotonic()
@@ -129,20 +231,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder with .jpg files")
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--difference", action="store_true", help="measure throughput with and without, in turns")
+    parser.add_argument("--traced", action="store_true", help="with --difference: record spans too")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(json.dumps(measure(arguments.checkpoint, arguments.images, arguments.seconds), indent=2))
+    measured = (arguments.checkpoint, arguments.images, arguments.seconds)
+    found = measure_difference(*measured, traced=arguments.traced) if arguments.difference else measure(*measured)
+    print(json.dumps(found, indent=2))
     return 0
-
-
-def main() -> int:
-    """The same as `python -m handlers.bench observation`, by the name of the module."""
-    parser = argparse.ArgumentParser(prog="python -m handlers.bench.observation", description=__doc__.split("\n")[0])
-    _add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

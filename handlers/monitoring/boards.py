@@ -72,6 +72,12 @@ def _quantile(q: float, name: str, by: str = "le", over: str = RATE) -> str:
     return f"histogram_quantile({q:g}, {_rate(f'{name}_bucket', by=by, over=over)})"
 
 
+def _quantiles(name: str, *quantiles: float, by: str = "") -> tuple[Query, ...]:
+    """Quantiles of a histogram, for each value of the label `by` where there is one."""
+    labels, of = (f"le, {by}", f" of {by} {{{{{by}}}}}") if by else ("le", "")
+    return tuple(Query(_quantile(q, name, by=labels), f"p{100 * q:g}{of}") for q in quantiles)
+
+
 def _seconds_per_token(schedule: str) -> str:
     seconds = _rate("mpm_stage_seconds_sum", schedule, over=LONG)
     tokens = _rate("mpm_tokens_total", _INTO, 'stage="0"', schedule, over=LONG)
@@ -85,6 +91,10 @@ _IN = _rate("mpm_tokens_total", _INTO)
 _PADDING = _rate("mpm_padding_tokens_total")
 _OFFERED = _rate("mpm_tokens_total", _INTO, 'stage="0"')
 _FAILED = 'code=~"500|503|504"'
+# By the pod that computes on it: what DCGM's exporter calls so, a scrape that keeps its own labels calls `exported_`.
+_GPUS = "DCGM_FI_DEV_GPU_UTIL"
+for _label in ("pod", "namespace"):
+    _GPUS = f'label_replace({_GPUS}, "{_label}", "$1", "exported_{_label}", "(.+)")'
 
 OVERVIEW = Board(
     "Segmenter: overview",
@@ -106,7 +116,7 @@ OVERVIEW = Board(
             "Latency",
             "From submitting a picture to its answer; the front end's own queue is not in it.",
             "s",
-            tuple(Query(_quantile(q, "mpm_request_seconds"), f"p{100 * q:g}") for q in (0.5, 0.95, 0.99)),
+            _quantiles("mpm_request_seconds", 0.5, 0.95, 0.99),
         ),
         Panel(
             "Failed requests",
@@ -198,10 +208,7 @@ MERGING = Board(
             "Time of a merge",
             "Of one group; on a GPU, the device's time.",
             "s",
-            tuple(
-                Query(_quantile(q, "mpm_merge_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
-                for q in (0.5, 0.99)
-            ),
+            _quantiles("mpm_merge_seconds", 0.5, 0.99, by="stage"),
         ),
         Panel(
             "Agreement with no merging",
@@ -260,10 +267,7 @@ BATCHING = Board(
             "Wait for a group",
             "Of the window of each group that waited longest.",
             "s",
-            tuple(
-                Query(_quantile(q, "mpm_group_wait_seconds", by="le, stage"), f"p{100 * q:g} of stage {{{{stage}}}}")
-                for q in (0.5, 0.99)
-            ),
+            _quantiles("mpm_group_wait_seconds", 0.5, 0.99, by="stage"),
         ),
         Panel(
             "Waiting windows",
@@ -288,7 +292,7 @@ BATCHING = Board(
             "Queueing of a picture",
             "Between decoding and the last stage.",
             "s",
-            tuple(Query(_quantile(q, "mpm_queue_seconds"), f"p{100 * q:g}") for q in (0.5, 0.99)),
+            _quantiles("mpm_queue_seconds", 0.5, 0.99),
         ),
     ),
 )
@@ -327,12 +331,13 @@ CAPACITY = Board(
         ),
         Panel(
             "Pictures per GPU-hour",
-            "GPUs as DCGM's exporter counts them; where there is none, one device per replica.",
+            "GPUs of the replicas, as DCGM's exporter counts them; where there is none, one device per replica.",
             "short",
             (
                 Query(
                     f"3600 * {_rate('mpm_images_total')} / "
-                    f"(count (DCGM_FI_DEV_GPU_UTIL) or count ({_metric('mpm_model_info')}))",
+                    f"(count ({_GPUS} and on (namespace, pod) {_metric('mpm_model_info')}) "
+                    f"or count ({_metric('mpm_model_info')}))",
                     "pictures",
                 ),
             ),

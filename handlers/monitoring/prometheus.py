@@ -6,7 +6,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Prometheus:
 
     Args:
         targets: `host:port` of each metrics port.
+        labels: that every series of the targets gets, as those of the pod that discovery would find them by.
+        others: scrape configurations of other exporters, in Prometheus's own terms.
         folder: for configuration, data and logs.
         rules: rules to evaluate.
         scrape_seconds: between two scrapes, and between two evaluations.
@@ -38,14 +40,23 @@ class Prometheus:
     """
 
     def __init__(
-        self, targets: Sequence[str], folder: Path, *, rules: Path = RULES, scrape_seconds: int = 1, port: int = 0
+        self,
+        targets: Sequence[str],
+        folder: Path,
+        *,
+        labels: Mapping[str, str] | None = None,
+        others: Sequence[Mapping[str, Any]] = (),
+        rules: Path = RULES,
+        scrape_seconds: int = 1,
+        port: int = 0,
     ) -> None:
         self.port = port or free_port()
         self.alertmanager_port = free_port()
         self._folder = folder = folder.resolve()
         programs = [find_tool("prometheus"), find_tool("prometheus-alertmanager")]
         folder.mkdir(parents=True, exist_ok=True)
-        self._configure(targets, rules, scrape_seconds)
+        ours = {"job_name": "mpm", "static_configs": [{"targets": list(targets), "labels": dict(labels or {})}]}
+        self._configure([ours, *map(dict, others)], rules, scrape_seconds)
         self._processes: list[subprocess.Popen[bytes]] = []
         arguments = [
             [
@@ -139,7 +150,7 @@ class Prometheus:
             found: list[dict[str, Any]] = json.load(response)
             return found
 
-    def _configure(self, targets: Sequence[str], rules: Path, scrape_seconds: int) -> None:
+    def _configure(self, jobs: Sequence[dict[str, Any]], rules: Path, scrape_seconds: int) -> None:
         prometheus = {
             "global": {
                 "scrape_interval": f"{scrape_seconds}s",
@@ -147,7 +158,7 @@ class Prometheus:
                 "evaluation_interval": f"{scrape_seconds}s",
             },
             "rule_files": [str(rules.resolve())],
-            "scrape_configs": [{"job_name": "mpm", "static_configs": [{"targets": list(targets)}]}],
+            "scrape_configs": list(jobs),
             "alerting": {
                 "alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{self.alertmanager_port}"]}]}]
             },

@@ -119,6 +119,35 @@ def test_merge_times_are_part_of_their_stages(start: Callable[..., Engine]) -> N
     assert stages == {"0", "1"}, "the last stage merges nothing"
 
 
+def test_the_warm_up_is_in_no_metric(start: Callable[..., Engine]) -> None:
+    engine = start(ServingConfig(schedule=SCHEDULE, runtime="torch", agreement_fraction=1))
+    engine.warm_up([encoded(seed) for seed in range(3)])
+    with pytest.raises(ServingError):
+        engine.warm_up([b"no picture"])
+    counted = [
+        sample
+        for family in engine.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name.startswith("mpm_") and sample.name != "mpm_model_info" and not sample.name.endswith("_created")
+    ]
+    assert {sample.value for sample in counted} == {0}
+    assert {sample.labels.get("stage") for sample in counted} >= {"0", "1", "2"}, (
+        "lanes are there before their windows"
+    )
+    engine.submit(encoded(), OPTIONS).result(60)
+    assert value(engine, "mpm_requests_total", code="200") == 1
+    for stage in ("0", "1", "2"):
+        assert value(engine, "mpm_stage_seconds_count", stage=stage, schedule="1,2") >= 1
+        assert value(engine, "mpm_group_windows_sum", stage=stage, schedule="1,2") == 2
+
+
+def test_whoever_has_an_answer_finds_it_computed_and_counted(start: Callable[..., Engine]) -> None:
+    engine = start()
+    for num_answered in range(1, 21):
+        engine.submit(encoded(num_answered), OPTIONS).result(60)
+        assert value(engine, "mpm_tokens_per_window_count", stage="2", schedule="1,2") == 2 * num_answered
+
+
 def test_errors_are_counted_by_status(start: Callable[..., Engine]) -> None:
     engine = start()
     with pytest.raises(ServingError):

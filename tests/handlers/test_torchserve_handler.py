@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter, sleep
@@ -22,6 +22,7 @@ from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
 from handlers.torchserve_handler import ContinuousHandler, SegmenterHandler
+from handlers.tracing import RequestSpan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves its version file open
@@ -32,7 +33,7 @@ with warnings.catch_warnings():
 pytest_plugins = ("tiny_server",)
 
 
-OK = SegmentReply(b"ok", "image/png", (64, 40, 30), {"decode": 0.001, "merge": 0.2})
+OK = SegmentReply(b"ok", "image/png", (64, 40, 30), {"decode": 0.001, "merge": 0.2}, 1)
 
 
 class ObedientEngine:
@@ -43,7 +44,10 @@ class ObedientEngine:
         self.later: dict[bytes, Future[SegmentReply]] = {}
         self.end_group = lambda: observer(None, 0.0)
 
-    def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+    def warm_up(self, pictures: Iterable[bytes]) -> None:
+        """Nothing here is cold."""
+
+    def submit(self, data: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
         self.seen.append((bytes(data), options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
@@ -58,7 +62,7 @@ class ObedientEngine:
             answer.set_result(OK)
         return answer
 
-    def refuse(self, error: ServingError, request_id: str) -> "Future[SegmentReply]":
+    def refuse(self, error: ServingError, request_id: str, span: RequestSpan) -> "Future[SegmentReply]":
         answer: Future[SegmentReply] = Future()
         answer.set_exception(error)
         return answer
@@ -194,6 +198,10 @@ def test_one_line_a_request_in_the_log(handler: SegmenterHandler, caplog: pytest
     handler.handle([body(b"x"), body(b"refuse")], batch_of({"X-Request-Id": "mine"}, {}))
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["request_id"], line["code"]) for line in lines] == [("mine", 200), ("own-1", 413)]
+    assert (lines[0]["windows"], lines[0]["tokens"]) == (1, [64, 40, 30])
+    assert (lines[0]["ms"]["decode"], lines[0]["ms"]["merge"]) == (1, 200)
+    assert lines[0]["ms"]["total"] > 0
+    assert set(lines[1]) == {"request_id", "code", "error", "ms"}
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from handlers.codec import encode_npy
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
+from handlers.tracing import RequestSpan
 
 pytest_plugins = ("tiny_server",)
 
@@ -149,10 +150,13 @@ class ObedientEngine:
         self.later: dict[bytes, Future[SegmentReply]] = {}
         self.closed = False
 
-    def refuse(self, error: ServingError, request_id: str) -> None:
+    def warm_up(self, pictures: Iterable[bytes]) -> None:
+        """Nothing here is cold."""
+
+    def refuse(self, error: ServingError, request_id: str, span: RequestSpan) -> None:
         self.refused.append(str(error))
 
-    def submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
+    def submit(self, data: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
         self.seen.append((data, options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
@@ -164,7 +168,7 @@ class ObedientEngine:
         elif data == b"refuse":
             answer.set_exception(ServingError(ErrorKind.TOO_LARGE, "too large"))
         elif data == b"unreadable":
-            answer.set_result(SegmentReply(b"junk", options.media_type, (1,), {}))
+            answer.set_result(SegmentReply(b"junk", options.media_type, (1,), {}, 1))
         else:
             answer.set_result(reply_to(options))
         return answer
@@ -175,7 +179,7 @@ class ObedientEngine:
 
 def reply_to(options: RequestOptions) -> SegmentReply:
     also = {media_type: BODIES[media_type] for media_type in options.also}
-    return SegmentReply(BODIES[options.media_type], options.media_type, (4, 2), {}, also)
+    return SegmentReply(BODIES[options.media_type], options.media_type, (4, 2), {}, 1, also)
 
 
 @pytest.fixture
@@ -291,7 +295,7 @@ class TestEveryPathAnswersOnce:
         canceller.start()
         for answer in list(model._engine.later.values()):
             if answer.set_running_or_notify_cancel():
-                answer.set_result(SegmentReply(b"png", "image/png", (1,), {}))
+                answer.set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
             time.sleep(0.0005)
         canceller.join()
         for request in requests:
@@ -308,10 +312,10 @@ class TestOrderAndRoom:
         model.execute([first, second])
         model.execute([third])
         third.response()
-        model._engine.later[b"later 2"].set_result(SegmentReply(b"png", "image/png", (1,), {}))
+        model._engine.later[b"later 2"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
         second.response()
         assert not first.answered.is_set()
-        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}))
+        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
         first.response()
 
     def test_execute_blocks_while_the_engine_is_full(self, start: Callable[..., Any]) -> None:
@@ -325,7 +329,7 @@ class TestOrderAndRoom:
         assert blocked.is_alive()
         assert not more.answered.is_set()
         assert b"x" not in {data for data, _ in model._engine.seen}
-        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}))
+        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
         blocked.join(WAIT_SECONDS)
         more.response()
 
@@ -398,7 +402,7 @@ class TestOutputs:
         model = start()
         request = Request(b"later 1", b"x", outputs=("MASK",))
         model.execute([request])
-        other = SegmentReply(encode_npy(np.zeros((5, 4), np.uint8)), "application/x-npy", (1,), {})
+        other = SegmentReply(encode_npy(np.zeros((5, 4), np.uint8)), "application/x-npy", (1,), {}, 1)
         model._engine.later[b"later 1"].set_result(other)
         code, message = request.error()
         assert code == "invalid"
