@@ -116,11 +116,16 @@ class Segmenter(nn.Module):
         tokens, key_bias = batch.tokens, None
         if padded and not tokens.is_uniform:
             tokens, key_bias = tokens.padded()
-        for i in stage.blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
+        tokens = self.run_tokens(tokens, stage.blocks, key_bias)
         if key_bias is not None:
             tokens = tokens.unpadded(batch.tokens.lengths)
         return WindowBatch(tokens, batch.merge_maps)
+
+    def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
+        """Run some encoder blocks; see `block_forward`."""
+        for i in blocks:
+            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
+        return tokens
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
