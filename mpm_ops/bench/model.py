@@ -27,7 +27,8 @@ from mpm_ops.merge import reconstruct
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import environment, read_images
-from .contestants import Injected, Steps, Way, by_key, contestants
+from .contestants import Steps, Way, by_key, contestants
+from .injected import Injected
 from .labels import WEAK_MEAN, plain_way
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
