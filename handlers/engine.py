@@ -26,6 +26,7 @@ from mpm_ops.classes import Classes
 from mpm_ops.labels import label_map
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.transfers import stack, upload, use_own_stream
 from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
@@ -73,6 +74,7 @@ class _Window:
     lengths: list[int]  # image tokens at the start and after each merge
     logits: Tensor | None = None  # [K, Gh, Gw] in the end
     merge_map: Tensor | None = None  # [N] in the end
+    is_finite: bool = True  # the logits
 
 
 class Engine:
@@ -111,8 +113,15 @@ class Engine:
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
         self._runtime = make_runtime(
-            model, config.runtime, config.precision, schedules=sorted(schedules), padded=config.padded
+            model,
+            config.runtime,
+            config.precision,
+            schedules=sorted(schedules),
+            padded=config.padded,
+            graph_bytes=config.graph_mib * 2**20,
         )
+        device = self._device_of_model = model.encoder.pos_embed.device
+        self._clock = DeviceClock(device)
         self._stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
@@ -131,8 +140,6 @@ class Engine:
         )
         self._lock = threading.Lock()
         self._inflight: dict[Future[Any], _Request] = {}  # by answer; guarded by the lock
-        device = model.encoder.pos_embed.device
-        self._clock = DeviceClock(device)
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: len(self._inflight))
         port = config.metrics_port
@@ -141,8 +148,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[list[Waiting[_Window]] | None] = queue.SimpleQueue()
         self._draining = False
         self._group_started: float | None = None
-        self._decoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="decode")
-        self._encoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="encode")
+        own_stream: dict[str, Any] = {"initializer": use_own_stream, "initargs": (device,)}
+        self._decoders = ThreadPoolExecutor(config.codec_threads, "decode", **own_stream)
+        self._encoders = ThreadPoolExecutor(config.codec_threads, "encode", **own_stream)
         self._stopped = threading.Event()
         self._device = threading.Thread(target=self._serve_device, name="device", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -227,7 +235,7 @@ class Engine:
 
     def _enqueue(self, request: _Request, image: np.ndarray, plan: WindowPlan) -> None:
         """Cut a picture into windows that wait for the first stage."""
-        pixels = cut_windows(image, plan, self._model.inference)
+        pixels = upload(cut_windows(image, plan, self._model.inference), self._device_of_model)
         request.image, request.plan = image, plan
         request.windows = [_Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
         request.ready_at = monotonic()
@@ -290,7 +298,7 @@ class Engine:
         model, clock = self._model, self._clock
         start = clock.mark()
         if stage.index == 0:
-            batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
+            batch = model.embed(stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
         batch = self._runtime.run_blocks(stage, batch)
@@ -299,10 +307,12 @@ class Engine:
             batch = model.merge(batch)
         else:
             logits = self._runtime.decode(batch)
+            finite = logits.isfinite().flatten(1).all(dim=1)
             maps = batch.merge_maps or (None,) * len(windows)
-            for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
-                window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
-            return clock.seconds(start, clock.mark()), None
+            done = clock.mark()
+            for window, window_logits, merge_map, ok in zip(windows, logits, maps, finite.tolist(), strict=True):
+                window.state, window.logits, window.merge_map, window.is_finite = None, window_logits.T, merge_map, ok
+            return clock.seconds(start, done), None
         done = clock.mark()
         for window, state in zip(windows, batch.split(), strict=True):
             window.state = state
@@ -323,7 +333,7 @@ class Engine:
             return
         for request in _requests_of(windows):
             logits = [window.logits for window in request.windows if window.logits is not None]
-            if not all(found.isfinite().all() for found in logits):
+            if not all(window.is_finite for window in request.windows):
                 logger.error("request %s: the network gave non-finite logits", request.options.request_id)
                 _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the network found no finite answer"))
             elif len(logits) == len(request.windows):
@@ -368,18 +378,20 @@ class Engine:
     @torch.inference_mode()
     def _measure_cost(self) -> GroupCost:
         """What one encoder block costs a padded group; the ratio between shapes is what matters to the planner."""
-        model, width = self._model, self._model.config.d_model
+        model, width, clock = self._model, self._model.config.d_model, self._clock
         block = Stage(index=1, blocks=range(1), merges=True)
         longest = self._tokens_of_window
         samples = []
         for num_windows in (1, max(2, self._config.max_group_windows)):
             for length in (max(1, longest // 2), longest):
-                batch = WindowBatch(PackedTokens.from_batch(torch.zeros(num_windows, length, width)))
+                batch = WindowBatch(
+                    PackedTokens.from_batch(torch.zeros(num_windows, length, width, device=self._device_of_model))
+                )
                 seconds = []
                 for _ in range(4):
-                    start = monotonic()
+                    start = clock.mark()
                     model.run_blocks(block, batch)
-                    seconds.append(monotonic() - start)
+                    seconds.append(clock.seconds(start, clock.mark()))
                 samples.append((num_windows, length, min(seconds[1:])))
         return GroupCost.fit(samples)
 

@@ -32,8 +32,23 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     model = load_segmenter(
         folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
     )
+    model = model.to(find_device(config.device))
     classes = load_classes(folder / "classes.csv", model.config.n_cls)
     return Engine(model, classes, config, **options)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a configuration's name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of the {torch.cuda.device_count()} GPUs that torch sees, got {name}")
+    return device
 
 
 def warm_up(engine: Engine, pictures: Iterable[bytes]) -> None:

@@ -73,7 +73,11 @@ def _sections(device: torch.device, scale: Scale, *, full: bool, more: Sequence[
 
     first, *others = scale.networks
     widths = [width for width, *_ in scale.networks.values()]
-    sections = [merge(scale.patches, widths[0]), network(first, "bf16"), ("labels", "", partial(time_labels, scale, device))]
+    sections = [
+        merge(scale.patches, widths[0]),
+        network(first, "bf16"),
+        ("labels", "", partial(time_labels, scale, device)),
+    ]
     sections += [network(name, "bf16") for name in others] + [groups(first, "bf16"), *more]
     sections += [merge(4 * scale.patches, widths[0])] + [merge(scale.patches, width) for width in widths[1:]]
     sections += [network(name, "fp32") for name in scale.networks if full or name not in ("B", "L")]
@@ -106,9 +110,7 @@ def run_command(arguments: argparse.Namespace, more: Sequence[Section] = ()) -> 
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     scale = TINY if arguments.tiny else PAPER
     try:
-        report = bench_gpu(
-            device, scale, full=arguments.full, seconds=arguments.seconds, out=arguments.out, more=more
-        )
+        report = bench_gpu(device, scale, full=arguments.full, seconds=arguments.seconds, out=arguments.out, more=more)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -128,13 +130,18 @@ def summary(row: dict[str, Any]) -> str:
         lines = [
             f"    {way:<14} {found['network_ms']:9.3f} ms  {found['images_per_second']:8.1f} images/s "
             f"({found['images_per_second_with_labels']:8.1f} with labels)  {found['speedup']:5.2f}x plain  "
-            f"{found.get('of_gemm', float('nan')):5.2f} of a GEMM  {found.get('of_paper', float('nan')):5.2f} of the paper's"
+            f"{found.get('of_gemm', float('nan')):5.2f} of a GEMM  "
+            f"{found.get('of_paper', float('nan')):5.2f} of the paper's"
             for way, found in row["ways"].items()
         ]
         return "\n".join([title, *lines])
     if "groups" in row:
-        return "\n".join([title, *(f"    {group['windows']} windows: {group['median_ms']}" for group in row["groups"])])
-    return f"{title}: {row.get('median_ms', {key: value for key, value in row.items() if key not in ('kind', 'name')})}"
+        return "\n".join(
+            [title, *(f"    {group['windows']} windows: {group['median_ms']}" for group in row["groups"])]
+        )
+    return (
+        f"{title}: {row.get('median_ms', {key: value for key, value in row.items() if key not in ('kind', 'name')})}"
+    )
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whole networks on the device at hand: every way to compute a batch, step by step, and how much of the device it uses.
+"""Whole networks on the device at hand: every way to compute a batch, step by step, and its share of the roof.
 
 Weights are random, which gives tokens no meaning and merging no typical length: so lengths after each merge are
 imposed (see `Injected`), and the pairs that are found are only timed.
@@ -99,7 +99,9 @@ def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ..
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.02 if parameter.shape[0] == 1 else parameter.shape[-1] ** -0.5, generator=generator)
+                parameter.normal_(
+                    std=0.02 if parameter.shape[0] == 1 else parameter.shape[-1] ** -0.5, generator=generator
+                )
     return model.to(device)
 
 
@@ -130,9 +132,7 @@ def time_network(scale: Scale, name: str, precision: str, device: torch.device) 
         for way, reference in (("unmerged", "plain"), ("MPM", "MPM grouped"), ("MPM padded", "MPM grouped"))
     }
     injected = {way: scale.injected() for way in ways}
-    labelled = {
-        way: _labelled(run, injected[way], scale, plain=way == "plain") for way, run in ways.items()
-    }
+    labelled = {way: _labelled(run, injected[way], scale, plain=way == "plain") for way, run in ways.items()}
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
     config = build(scale, name, torch.device("cpu")).config
@@ -176,9 +176,7 @@ def network_ways(
     }
 
 
-def ours(
-    model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]
-) -> Way:
+def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
     """Our stages; merging is computed, and then the lengths imposed."""
 
     def run(laps: Laps, injected: Injected) -> Tensor:
@@ -273,7 +271,9 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
                 raise RuntimeError("graphs: no CUDA device to capture them on")
             ways[way] = ours(network, make_packed(network, precision), windows, 1, [])
             ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
-        parity = {way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision) for way in ("MPM", "unmerged")}
+        parity = {
+            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision) for way in ("MPM", "unmerged")
+        }
         injected = {way: scale.injected() for way in ways}
         works = {way: _once(run, injected[way]) for way, run in ways.items()}
         times = in_turn(works, timer, repeats=4 * scale.repeats, warm_ups=8)
@@ -341,5 +341,3 @@ def gemm_tflops(scale: Scale, precision: str, device: torch.device) -> float:
     a, b = (torch.randn(scale.gemm, scale.gemm, device=device).to(DTYPES[precision]) for _ in range(2))
     times = in_turn({"gemm": lambda laps: torch.mm(a, b)}, Timer(device), repeats=5)
     return round(2 * scale.gemm**3 / times["gemm"]["total"] / 1e9, 2)
-
-

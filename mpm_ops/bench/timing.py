@@ -56,7 +56,9 @@ class Laps:
 Work = Callable[[Laps], object]
 
 
-def in_turn(works: Mapping[str, Work], timer: Timer, *, repeats: int, warm_ups: int = 2) -> dict[str, dict[str, float]]:
+def in_turn(
+    works: Mapping[str, Work], timer: Timer, *, repeats: int, warm_ups: int = 2
+) -> dict[str, dict[str, float]]:
     """Median milliseconds of every lap of every work, measured one after the other, round by round."""
     for work in works.values():
         for _ in range(warm_ups):

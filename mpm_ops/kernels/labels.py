@@ -33,10 +33,10 @@ def _label_pixels(
         for first in range(0, num_classes, classes):
             k = first + tl.arange(0, classes)
             value = tl.zeros([block, classes], tl.float32)
-            for c in range(0, num_columns):
+            for c in range(num_columns):
                 column = tl.load(p_column_tokens + tl.program_id(0) * most_columns + c)
                 mixed = tl.zeros([classes], tl.float32)
-                for r in range(0, num_rows):
+                for r in range(num_rows):
                     row = tl.load(p_row_tokens + cell * most_rows + r)
                     p_logits = p_tokens + (row * tokens_across + column).to(tl.int64) * num_classes
                     logits = tl.load(p_logits + k, mask=k < num_classes, other=0.0)

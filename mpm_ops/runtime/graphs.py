@@ -230,7 +230,9 @@ class GraphRuntime(TorchRuntime):
         gone = self.policy.captured(shape, num_bytes)
         for victim in gone:
             del self._graphs[victim]
-        _log.info("captured %s, %.1f MiB; %d evicted; %s", shape, num_bytes / 2**20, len(gone), dict(self.policy.counts))
+        _log.info(
+            "captured %s, %.1f MiB; %d evicted; %s", shape, num_bytes / 2**20, len(gone), dict(self.policy.counts)
+        )
         return graph  # even one that must go runs this group
 
 

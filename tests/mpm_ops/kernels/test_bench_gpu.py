@@ -64,9 +64,7 @@ def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the bounds, windows decoded together, and graphs that run their function again."""
 
     def graphs(model: Segmenter, precision: str) -> GraphRuntime:
-        return GraphRuntime(
-            model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0
-        )
+        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
 
     monkeypatch.setitem(__import__("mpm_ops.attention").attention._PACKED, "flash", attend_by_bounds)
     monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)

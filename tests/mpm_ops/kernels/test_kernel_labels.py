@@ -36,7 +36,7 @@ def plan_of(height: int, width: int, *, side: int = 64, stride: int = 48) -> Win
 
 def panorama(height: int, width: int) -> WindowPlan:
     """Overlapping windows in a frame as wide as the picture, which is squashed to the few rows that a test can do."""
-    lefts = tuple([*range(0, width - 64, 48), width - 64])
+    lefts = (*range(0, width - 64, 48), width - 64)
     return WindowPlan((height, width), (64, width), (64, width), 64, (0,), lefts)
 
 

@@ -1,0 +1,114 @@
+"""The GPU's code path without a GPU: tensors that have a shape, a type and a device but no numbers.
+
+They find what meets on two devices or in two types, and shapes that don't fit. Whatever asks for a number gets one
+that fits: lengths after a merge, and zeros for labels.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from mpm_ops import Segmenter
+from mpm_ops.kernels import has_triton
+from mpm_ops.labels import label_map
+from mpm_ops.packed import bounds_of
+from mpm_ops.runtime import PRECISIONS, Runtime, make_runtime
+from mpm_ops.runtime.graphs import Captured, GraphRuntime
+from mpm_ops.windows import WindowPlan
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install -e '.[kernels]'"),
+]
+MERGED = 12  # tokens that a merge leaves of any window
+
+
+class Answers(TorchFunctionMode):
+    """What a build for CPUs can't do with tensors of another device, and numbers that aren't there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.to and _target(args, kwargs).startswith("cuda"):
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
+        if func is Tensor.tolist:
+            return [0, *accumulate([MERGED] * (len(args[0]) - 1))]
+        if func is Tensor.numpy:
+            return np.zeros(args[0].shape, np.uint8)
+        return func(*args, **kwargs)
+
+
+def _target(args: Any, kwargs: Any) -> str:
+    return str(kwargs.get("device", args[1] if len(args) > 1 and isinstance(args[1], str | torch.device) else ""))
+
+
+@pytest.fixture
+def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    caches = (bounds_of, __import__("mpm_ops.labels").labels._axes_on)
+    for cache in caches:
+        cache.cache_clear()
+    with FakeTensorMode(), Answers():
+        yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def on_cuda(model: Segmenter) -> Segmenter:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    return model
+
+
+def rerun(function: Callable[[], Tensor]) -> Captured:
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+def graphs(model: Segmenter, precision: str) -> Runtime:
+    return GraphRuntime(model, precision, budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
+
+
+def plain(model: Segmenter, precision: str) -> Runtime:
+    return make_runtime(model, "auto", precision)
+
+
+def padded(model: Segmenter, precision: str) -> Runtime:
+    return make_runtime(model, "torch", precision, padded=True)
+
+
+@pytest.mark.usefixtures("_fake_gpu")
+@pytest.mark.parametrize("make", [plain, padded, graphs])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("fields", [{}, {"distilled": True}, {"decoder": "linear"}, {"schedule": ()}], ids=str)
+@torch.inference_mode()
+def test_devices_and_types_agree(
+    fields: dict[str, Any], precision: str, make: Callable[..., Runtime], tiny_model: Callable[..., Segmenter]
+) -> None:
+    model = on_cuda(tiny_model(**{"schedule": (1, 2), **fields}))
+    model.runtime = make(model, precision)
+    assert (model.runtime.name, model.runtime.precision) == ("torch", precision)
+    for _ in range(4):
+        logits = model.window_logits(torch.empty(3, 3, 64, 64, device="cuda"))
+        assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (3, 5, 4, 4))
+    if isinstance(model.runtime, GraphRuntime):
+        assert model.runtime.policy.counts["replay"] > 0
+    plan = WindowPlan((70, 100), (64, 92), (64, 92), 64, (0,), (0, 14, 28))
+    assert label_map(logits, plan, 16).labels.shape == (70, 100)
+
+
+@pytest.mark.usefixtures("_fake_gpu")
+def test_what_meets_on_two_devices_is_found(tiny_model: Callable[..., Segmenter]) -> None:
+    model = on_cuda(tiny_model(schedule=(1, 2)))
+    model.runtime = plain(model, "fp32")
+    with pytest.raises(Exception, match=r"two devices|same device"):
+        model.window_logits(torch.empty(3, 3, 64, 64))
