@@ -102,6 +102,8 @@ class ServingConfig:
         for name in ("padded", "deterministic", "jpeg_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if self.graph_mib and (self.padded or self.deterministic):
+            raise ValueError(f"graph_mib: expected 0 with padded or deterministic, got {self.graph_mib}")
         _check_schedule("schedule", self.schedule)
         if not isinstance(self.allowed_schedules, tuple):
             raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")

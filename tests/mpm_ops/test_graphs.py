@@ -218,3 +218,27 @@ def test_windows_of_another_size_run_eagerly(tiny_model: Make) -> None:
 def test_graphs_are_refused_where_they_cannot_be_captured(tiny_model: Make) -> None:
     with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU and without padding"):
         make_runtime(tiny_model(), "torch", graph_bytes=2**20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("schedule", [(), (1, 2)])
+@torch.inference_mode()
+def test_captured_graphs_give_what_operators_give(
+    schedule: tuple[int, ...], precision: str, tiny_model: Make
+) -> None:
+    model = tiny_model(schedule=schedule).cuda()
+    plain = make_runtime(model, "torch", precision)
+    graphs = make_runtime(model, "torch", precision, graph_bytes=2**30)
+    assert isinstance(graphs, GraphRuntime)
+    tolerance = 1e-4 if precision == "fp32" else 0.2  # logits are standardised over the classes
+    for windows in 4 * window_groups([1, 2, 3, 2, 1]):
+        model.runtime = plain
+        expected = model(windows.cuda())
+        model.runtime = graphs
+        found = model(windows.cuda())
+        same = (found - expected).abs().mean() < tolerance  # a near-tie may pair others
+        assert same, graphs.policy.counts
+    assert graphs.policy.counts["replay"] > 10
+    assert graphs.policy.counts["capture"] > 3
