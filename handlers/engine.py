@@ -247,6 +247,8 @@ class Engine:
     # The device thread: take what came, choose a group, run it, route its windows
 
     def _serve_device(self) -> None:
+        if self._device_of_model.type == "cuda":
+            torch.cuda.set_device(self._device_of_model)  # events and kernels of this thread are the current device's
         while self._take_work():
             self.metrics.waiting(self._scheduler.remove(lambda window: window.request.answer.done()), -1)
             group = self._scheduler.next_group(monotonic())

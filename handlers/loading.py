@@ -29,10 +29,11 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     """
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
-    model = load_segmenter(
-        folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
-    )
-    model = model.to(find_device(config.device))
+    device = find_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = load_segmenter(folder / "checkpoint.pth", config.schedule, config.align, inference=config.inference)
+    model = model.to(device)
     classes = load_classes(folder / "classes.csv", model.config.n_cls)
     return Engine(model, classes, config, **options)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,9 +10,9 @@ from torch import Tensor
 from mpm_ops.axes import axes
 from mpm_ops.labels import label_map
 from mpm_ops.labels import label_tiles as tiles
-from mpm_ops.windows import InferenceConfig, WindowPlan, plan_windows
+from mpm_ops.windows import WindowPlan, plan_windows
 
-from .gpu_networks import Scale
+from .gpu_networks import Scale, whole_windows
 from .timing import Timer, Work, in_turn
 
 LEAST_AGREEMENT = 0.9999
@@ -48,15 +49,11 @@ def time_labels(scale: Scale, device: torch.device) -> dict[str, Any]:
 
 def plan_of(scale: Scale, width: int) -> WindowPlan:
     """A picture as high as a window."""
-    side = scale.side
-    inference = InferenceConfig(im_size=side, max_ratio=4, window_size=side, window_stride=side, normalization="vit")
-    return plan_windows(side, width, inference)
+    return plan_windows(scale.side, width, whole_windows(scale))
 
 
 def label_tiles(logits: Tensor, plan: WindowPlan, patch_size: int) -> Any:
     """Labels as they were made without a kernel of our own."""
-    import numpy as np
-
     rows, columns = axes(plan, (logits.shape[2], logits.shape[3]), patch_size)
     windows = logits.unflatten(0, (len(plan.tops), len(plan.lefts)))
     tokens = windows.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)

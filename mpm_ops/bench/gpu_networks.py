@@ -31,7 +31,7 @@ PAPER_MERGED = {
     "fp32": {"Ti": 831, "S": 431, "B": 177, "L": 74},
     "bf16": {"Ti": 1260, "S": 1100, "B": 781, "L": 456},
 }
-MOST_DIFFERENT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}  # mean deviation of logits over their spread
+MOST_DIFFERENT = {"fp32": 0.02, "bf16": 0.3, "fp16": 0.1}  # mean deviation of logits over their spread; chance is 1.1
 GRAPH_BYTES = 2 << 30
 
 # Logits of a way, whose steps are laps.
@@ -84,25 +84,34 @@ TINY = Scale(
 )  # fmt: skip
 
 
+def config_of(scale: Scale, name: str) -> SegmenterConfig:
+    width, heads, blocks, _ = scale.networks[name]
+    return SegmenterConfig(
+        image_size=(scale.side, scale.side),
+        patch_size=scale.patch,
+        d_model=width,
+        n_heads=heads,
+        n_layers=blocks,
+        n_cls=scale.classes,
+    )
+
+
+def whole_windows(scale: Scale) -> InferenceConfig:
+    side = scale.side
+    return InferenceConfig(im_size=side, max_ratio=4, window_size=side, window_stride=side, normalization="vit")
+
+
 def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ...] = (2, 5)) -> Segmenter:
     """A network with seeded random weights."""
-    width, heads, blocks, _ = scale.networks[name]
-    config = SegmenterConfig(
-        image_size=(scale.side, scale.side), patch_size=scale.patch, d_model=width, n_heads=heads, n_layers=blocks,
-        n_cls=scale.classes,
-    )  # fmt: skip
-    inference = InferenceConfig(
-        im_size=scale.side, max_ratio=4, window_size=scale.side, window_stride=scale.side, normalization="vit"
-    )
-    model = Segmenter(config, inference, schedule=schedule).eval()
-    generator = torch.Generator().manual_seed(0)
+    with device:
+        model = Segmenter(config_of(scale, name), whole_windows(scale), schedule=schedule).eval()
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(
-                    std=0.02 if parameter.shape[0] == 1 else parameter.shape[-1] ** -0.5, generator=generator
-                )
-    return model.to(device)
+                std = 0.02 if parameter.shape[0] == 1 else parameter.shape[-1] ** -0.5
+                parameter.normal_(std=std, generator=generator)
+    return model
 
 
 def make_graphs(model: Segmenter, precision: str) -> Runtime | None:
@@ -135,7 +144,7 @@ def time_network(scale: Scale, name: str, precision: str, device: torch.device) 
     labelled = {way: _labelled(run, injected[way], scale, plain=way == "plain") for way, run in ways.items()}
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
-    config = build(scale, name, torch.device("cpu")).config
+    config = config_of(scale, name)
     found = {way: _summary(scale, times[way], config, lengths.get(way), peak) for way in ways}
     result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "gemm_tflops": peak, "parity": parity}
     result["ways"] = found
@@ -215,7 +224,7 @@ def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
 
 def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Callable[[Laps], object]:
     """A way and then the labels of every window, on the host; plainly, by upsampling all classes."""
-    plan = plan_windows(scale.side, scale.side, _whole(scale))
+    plan = plan_windows(scale.side, scale.side, whole_windows(scale))
     grid = scale.side // scale.patch
 
     def run(laps: Laps) -> list[Any]:
@@ -232,11 +241,6 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
         return found
 
     return run
-
-
-def _whole(scale: Scale) -> InferenceConfig:
-    side = scale.side
-    return InferenceConfig(im_size=side, max_ratio=4, window_size=side, window_stride=side, normalization="vit")
 
 
 def check_same(way: Way, reference: Way, scale: Scale, timer: Timer, precision: str) -> float:
@@ -257,7 +261,7 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
     """Small groups, whose operators take longer to launch than to run: operator by operator, and as graphs.
 
     Raises:
-        RuntimeError: graphs give other logits, or there is no GPU to capture them.
+        RuntimeError: graphs give other logits.
     """
     timer = Timer(device)
     model, unmerged = build(scale, name, device), build(scale, name, device, ())
@@ -267,9 +271,9 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
         ways: dict[str, Way] = {}
         for way, network in (("unmerged", unmerged), ("MPM", model)):
             graphs = make_graphs(network, precision)
-            if graphs is None:
-                raise RuntimeError("graphs: no CUDA device to capture them on")
             ways[way] = ours(network, make_packed(network, precision), windows, 1, [])
+            if graphs is None:
+                continue
             ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
         parity = {
             way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision) for way in ("MPM", "unmerged")

@@ -21,12 +21,12 @@ def _label_pixels(
     block: tl.constexpr, classes: tl.constexpr,
 ):  # fmt: skip
     """The class of the largest logit at each pixel, of equals the lowest."""
-    y = tl.program_id(1)
+    y, j = tl.program_id(0), tl.program_id(1)
     cell = tl.load(p_row_cells + y)
     num_rows = tl.load(p_row_counts + cell)
-    num_columns = tl.load(p_column_counts + tl.program_id(0))
-    right = tl.load(p_starts + tl.program_id(0) + 1)
-    for left in range(tl.load(p_starts + tl.program_id(0)), right, block):
+    num_columns = tl.load(p_column_counts + j)
+    right = tl.load(p_starts + j + 1)
+    for left in range(tl.load(p_starts + j), right, block):
         x = left + tl.arange(0, block)
         best = tl.full([block], float("-inf"), tl.float32)
         label = tl.zeros([block], tl.int32)
@@ -34,7 +34,7 @@ def _label_pixels(
             k = first + tl.arange(0, classes)
             value = tl.zeros([block, classes], tl.float32)
             for c in range(num_columns):
-                column = tl.load(p_column_tokens + tl.program_id(0) * most_columns + c)
+                column = tl.load(p_column_tokens + j * most_columns + c)
                 mixed = tl.zeros([classes], tl.float32)
                 for r in range(num_rows):
                     row = tl.load(p_row_tokens + cell * most_rows + r)
@@ -75,7 +75,7 @@ def label_pixels(tokens: Tensor, rows: list[Tensor], columns: list[Tensor], wide
     labels = _empty_labels(tokens, rows, columns)
     height, width = labels.shape
     block = min(max(triton.next_power_of_2(widest), 4), 64)
-    _label_pixels[(len(columns[2]), height)](
+    _label_pixels[(height, len(columns[2]))](
         tokens, *rows, *columns, labels,
         tokens.shape[2], tokens.shape[1], rows[3].shape[1], columns[3].shape[1], width,
         block=block, classes=min(CLASSES, triton.next_power_of_2(tokens.shape[2])), num_warps=WARPS,

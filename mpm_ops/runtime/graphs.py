@@ -126,9 +126,10 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, current = self._side, torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):  # libraries set themselves up in the first calls, which can't be captured
             function()
@@ -149,7 +150,7 @@ class GraphRuntime(TorchRuntime):
         budget_bytes: see `GraphPolicy`.
         most_tokens: see `GraphPolicy`.
         capture: how a function is captured.
-        reserved: bytes that the device's allocator holds.
+        reserved: bytes that the device's allocator can't give back.
     """
 
     def __init__(
@@ -161,14 +162,14 @@ class GraphRuntime(TorchRuntime):
         budget_bytes: int,
         most_tokens: int = 8192,
         capture: Capture | None = None,
-        reserved: Callable[[], int] = torch.cuda.memory_reserved,
+        reserved: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(model, precision, attention=attention)
         grid = -(-model.inference.window_size // model.config.patch_size)
         self._special = model.encoder.num_special
         self._longest = grid**2 + self._special
         self._capture = capture or CudaCapture()
-        self._reserved = reserved
+        self._reserved = reserved or _bytes_in_use
         self.policy = GraphPolicy(budget_bytes, most_tokens=most_tokens, longest=self._longest)
         self._graphs: dict[Shape, StaticCall] = {}
 
@@ -225,7 +226,7 @@ class GraphRuntime(TorchRuntime):
             end = torch.tensor([shape.num_tokens], dtype=torch.int32, device=values.device)
             buffers = (values, torch.cat([tokens.cu_seqlens, end]), *(row.clone() for row in rows))
             graph = StaticCall(function, buffers, self._capture)
-        num_bytes = graph.num_bytes + max(0, self._reserved() - before)
+        num_bytes = max(graph.num_bytes, self._reserved() - before)
         self._graphs[shape] = graph
         gone = self.policy.captured(shape, num_bytes)
         for victim in gone:
@@ -243,6 +244,11 @@ def _some_lengths(shape: Shape, longest: int, num_special: int) -> Iterator[int]
     rest = shape.num_tokens - longest
     for i in range(shape.num_windows):
         yield rest * (i + 1) // shape.num_windows - rest * i // shape.num_windows
+
+
+def _bytes_in_use() -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 _log = logging.getLogger(__name__)

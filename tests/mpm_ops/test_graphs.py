@@ -225,9 +225,7 @@ def test_graphs_are_refused_where_they_cannot_be_captured(tiny_model: Make) -> N
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("schedule", [(), (1, 2)])
 @torch.inference_mode()
-def test_captured_graphs_give_what_operators_give(
-    schedule: tuple[int, ...], precision: str, tiny_model: Make
-) -> None:
+def test_captured_graphs_give_what_operators_give(schedule: tuple[int, ...], precision: str, tiny_model: Make) -> None:
     model = tiny_model(schedule=schedule).cuda()
     plain = make_runtime(model, "torch", precision)
     graphs = make_runtime(model, "torch", precision, graph_bytes=2**30)
