@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .baselines import Algm, RivalSegmenter, ToMe
@@ -115,9 +116,11 @@ def main() -> int:
     parser.add_argument("--rivals", action="store_true", help="ToMe and ALGM too, as `mpm_ops.baselines` has them")
     parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="write the scores as JSON too")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU, expected cpu")
     dataset = DATASETS[arguments.dataset]
     results = []
     try:
