@@ -276,7 +276,9 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
                 continue
             ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
         parity = {
-            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision) for way in ("MPM", "unmerged")
+            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision)
+            for way in ("MPM", "unmerged")
+            if f"{way}, graphs" in ways
         }
         injected = {way: scale.injected() for way in ways}
         works = {way: _once(run, injected[way]) for way, run in ways.items()}
