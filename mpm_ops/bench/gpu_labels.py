@@ -1,5 +1,7 @@
 """Labels on the device at hand: our kernel, tiles of matrix products, and upsampling every class."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,17 +33,17 @@ def time_labels(scale: Scale, device: torch.device) -> dict[str, Any]:
         grid = scale.side // scale.patch
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(plan.num_windows, scale.classes, grid, grid, generator=generator).to(device)
-        works: dict[str, Work] = {
-            "ours": lambda laps, plan=plan, logits=logits: label_map(logits, plan, scale.patch).labels,
-            "tiles": lambda laps, plan=plan, logits=logits: label_tiles(logits, plan, scale.patch),
+        ways: dict[str, Callable[[], Any]] = {
+            "ours": partial(label_by_us, logits, plan, scale.patch),
+            "tiles": partial(label_tiles, logits, plan, scale.patch),
         }
         if plan.num_windows == 1:
-            works["plain"] = lambda laps, logits=logits: label_plainly(logits, scale.side)
-        found = {name: torch.as_tensor(work(None)) for name, work in works.items()}  # type: ignore[arg-type]
+            ways["plain"] = partial(label_plainly, logits, scale.side)
+        found = {name: torch.as_tensor(way()) for name, way in ways.items()}
         agreement = {name: float((found["ours"] == labels).float().mean()) for name, labels in found.items()}
         if min(agreement.values()) < LEAST_AGREEMENT:
             raise RuntimeError(f"parity: labels agree by {agreement}; no figures are reported")
-        times = in_turn(works, timer, repeats=scale.repeats)
+        times = in_turn({name: _work(way) for name, way in ways.items()}, timer, repeats=scale.repeats)
         ms = {name: laps["total"] for name, laps in times.items()}
         rows.append({"windows": plan.num_windows, "pixels": list(plan.original_size), "median_ms": ms})
     return {"classes": scale.classes, "pictures": rows}
@@ -50,6 +52,14 @@ def time_labels(scale: Scale, device: torch.device) -> dict[str, Any]:
 def plan_of(scale: Scale, width: int) -> WindowPlan:
     """A picture as high as a window."""
     return plan_windows(scale.side, width, whole_windows(scale))
+
+
+def _work(way: Callable[[], Any]) -> Work:
+    return lambda laps: way()
+
+
+def label_by_us(logits: Tensor, plan: WindowPlan, patch_size: int) -> np.ndarray:
+    return label_map(logits, plan, patch_size).labels
 
 
 def label_tiles(logits: Tensor, plan: WindowPlan, patch_size: int) -> Any:
