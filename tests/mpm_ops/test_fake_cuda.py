@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from mpm_ops import Segmenter
+from mpm_ops import Segmenter, labels
 from mpm_ops.kernels import has_triton
-from mpm_ops.labels import label_map
 from mpm_ops.packed import bounds_of
 from mpm_ops.runtime import PRECISIONS, Runtime, make_runtime
 from mpm_ops.runtime.graphs import Captured, GraphRuntime
@@ -52,7 +51,7 @@ def _target(args: Any, kwargs: Any) -> str:
 def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    caches = (bounds_of, __import__("mpm_ops.labels").labels._axes_on)
+    caches = (bounds_of, labels._axes_on)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -103,7 +102,7 @@ def test_devices_and_types_agree(
         if isinstance(model.runtime, GraphRuntime):
             assert model.runtime.policy.counts["replay"] > 0
         plan = WindowPlan((70, 100), (64, 92), (64, 92), 64, (0,), (0, 14, 28))
-        assert label_map(logits, plan, 16).labels.shape == (70, 100)
+        assert labels.label_map(logits, plan, 16).labels.shape == (70, 100)
 
 
 @pytest.mark.usefixtures("_fake_gpu")

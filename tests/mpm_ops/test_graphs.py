@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpm_ops import Segmenter
+from mpm_ops import Segmenter, attention
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
@@ -115,7 +115,7 @@ def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does, on the CPU: attention by the bounds, all windows decoded at once."""
-    monkeypatch.setitem(__import__("mpm_ops.attention").attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
     monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
     for module in ("decoders", "segmenter"):
         monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
-from mpm_ops import Segmenter
+from mpm_ops import Segmenter, attention
 from mpm_ops.bench import __main__ as bench
 from mpm_ops.bench import gpu as bench_gpu
 from mpm_ops.bench import gpu_networks
@@ -66,7 +66,7 @@ def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def graphs(model: Segmenter, precision: str) -> GraphRuntime:
         return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
 
-    monkeypatch.setitem(__import__("mpm_ops.attention").attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
     monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
     monkeypatch.setattr("mpm_ops.decoders.decodes_together", lambda values: True)
     monkeypatch.setattr("mpm_ops.segmenter.decodes_together", lambda values: True)
