@@ -62,7 +62,9 @@ class MaskTransformer(nn.Module):
         log_sizes = None
         if sizes is not None:
             log_sizes = sizes.to(torch.promote_types(projected.dtype, torch.float32)).log()
-        layout = _Together.of(tokens, self.n_cls) if decodes_together(projected) else _OneByOne(tokens, self.n_cls)
+        layout: _Together | _OneByOne = _OneByOne(tokens, self.n_cls)
+        if decodes_together(projected):
+            layout = _Together.of(tokens, self.n_cls)
         x = layout.append(projected, self.cls_emb[0])
         key_bias = None
         if log_sizes is not None:

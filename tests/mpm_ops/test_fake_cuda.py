@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from mpm_ops import Segmenter, labels
@@ -34,13 +34,40 @@ class Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.tensor:
+            kwargs.pop("pin_memory", None)
         if func is Tensor.to and _target(args, kwargs).startswith("cuda"):
             return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
-        if func is Tensor.tolist:
-            return [0, *accumulate([MERGED] * (len(args[0]) - 1))]
+        if func is Tensor.__deepcopy__:  # torch's own copies the mode, too
+            return nn.Parameter(torch.empty_like(args[0]), requires_grad=False)
+        if func is Tensor.__getitem__ and args[0].is_cuda:
+            return _index(*args)
+        if func is Tensor.__setitem__ and args[0].is_cuda:
+            _index(*args[:2])
+            assert not isinstance(args[2], Tensor) or args[2].device == args[0].device, "set from another device"
+            return None
+        if func is Tensor.copy_ and args[0].is_cuda:
+            assert args[1].device == args[0].device, "copied from another device"
+            assert args[1].shape == args[0].shape, (args[1].shape, args[0].shape)
+            return args[0]
         if func is Tensor.numpy:
             return np.zeros(args[0].shape, np.uint8)
         return func(*args, **kwargs)
+
+
+def some_bounds(bounds: Tensor) -> list[int]:
+    """Where sequences start after a merge."""
+    return [0, *accumulate([MERGED] * (len(bounds) - 1))]
+
+
+def _index(x: Tensor, index: Any) -> Tensor:
+    """Index a tensor of the same shape on the CPU, whose build indexes no others."""
+    parts = index if isinstance(index, tuple) else (index,)
+    assert all(part.device == x.device for part in parts if isinstance(part, Tensor)), "indices on another device"
+    there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    at = tuple(torch.empty(part.shape, dtype=part.dtype) if isinstance(part, Tensor) else part for part in parts)
+    found = there[at]
+    return torch.empty_strided(found.shape, found.stride(), dtype=x.dtype, device=x.device)
 
 
 def _target(args: Any, kwargs: Any) -> str:
@@ -51,6 +78,8 @@ def _target(args: Any, kwargs: Any) -> str:
 def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(FakeTensor, "tolist", some_bounds)
+    monkeypatch.setattr(nn.Module, "_apply", replace_parameters)
     caches = (bounds_of, labels._axes_on)
     for cache in caches:
         cache.cache_clear()
@@ -59,11 +88,16 @@ def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cache.cache_clear()
 
 
+def replace_parameters(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """As `nn.Module._apply` does with tensors that have numbers."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(change(parameter), requires_grad=False))
+    return module
+
+
 def on_cuda(model: Segmenter) -> Segmenter:
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    replace_parameters(model, lambda p: torch.empty(p.shape, dtype=p.dtype, device="cuda"))
     return model
 
 
