@@ -1,5 +1,6 @@
 """Configuration of a served model."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +21,8 @@ class ServingConfig:
         align: token counts after a merge are multiples of this; 1 merges all pairs.
         runtime: what the network runs on, "auto" or one of `mpm_ops.runtime.RUNTIMES`.
         precision: "auto", or one of `mpm_ops.runtime.PRECISIONS`.
+        device: "auto" for a GPU where there is one, or torch's name of a device, such as cpu or cuda:1.
+        graph_mib: memory for captured graphs of small groups on a GPU, see `mpm_ops.runtime.graphs`; 0 captures none.
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
         max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
@@ -47,6 +50,8 @@ class ServingConfig:
     align: int = 1
     runtime: str = "auto"
     precision: str = "auto"
+    device: str = "auto"
+    graph_mib: int = 0
     inference: Mapping[str, Any] = field(default_factory=dict)
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
@@ -79,7 +84,7 @@ class ServingConfig:
             "codec_threads",
         ):
             _check_integer(name, getattr(self, name), minimum=1)
-        for name in ("torch_threads", "metrics_port"):
+        for name in ("torch_threads", "metrics_port", "graph_mib"):
             _check_integer(name, getattr(self, name), minimum=0)
         if self.metrics_port > _MAX_PORT:
             raise ValueError(f"metrics_port: expected at most {_MAX_PORT}, got {self.metrics_port}")
@@ -92,9 +97,13 @@ class ServingConfig:
         for name, known in (("runtime", RUNTIMES), ("precision", PRECISIONS)):
             if getattr(self, name) not in ("auto", *known):
                 raise ValueError(f"{name}: expected one of auto, {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda or one such as cuda:1, got {self.device!r}")
         for name in ("padded", "deterministic", "jpeg_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if self.graph_mib and (self.padded or self.deterministic):
+            raise ValueError(f"graph_mib: expected 0 with padded or deterministic, got {self.graph_mib}")
         _check_schedule("schedule", self.schedule)
         if not isinstance(self.allowed_schedules, tuple):
             raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")

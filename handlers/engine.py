@@ -23,6 +23,7 @@ import torch
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.transfers import stack, upload, use_own_stream
 from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
@@ -82,8 +83,15 @@ class Engine:
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
         self._runtime = make_runtime(
-            model, config.runtime, config.precision, schedules=sorted(schedules), padded=config.padded
+            model,
+            config.runtime,
+            config.precision,
+            schedules=sorted(schedules),
+            padded=config.padded,
+            graph_bytes=config.graph_mib * 2**20,
         )
+        device = self._device_of_model = model.encoder.pos_embed.device
+        self._clock = DeviceClock(device)
         self._stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
@@ -101,8 +109,6 @@ class Engine:
         self._admission = Admission(config.max_inflight_tokens)
         self._lock = threading.Lock()
         self._inflight: dict[Future[Any], Request] = {}  # by answer; guarded by the lock
-        device = model.encoder.pos_embed.device
-        self._clock = DeviceClock(device)
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: len(self._inflight))
         self.metrics.expect(Lane(stage.index, model.schedule) for stage in self._stages[model.schedule])
@@ -118,8 +124,9 @@ class Engine:
         self._draining = False
         self._group_numbers = itertools.count(1)
         self._group_started: float | None = None
-        self._decoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="decode")
-        self._encoders = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="encode")
+        own_stream: dict[str, Any] = {"initializer": use_own_stream, "initargs": (device,)}
+        self._decoders = ThreadPoolExecutor(config.codec_threads, "decode", **own_stream)
+        self._encoders = ThreadPoolExecutor(config.codec_threads, "encode", **own_stream)
         self._stopped = threading.Event()
         self._device = threading.Thread(target=self._serve_device, name="device", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -223,7 +230,7 @@ class Engine:
 
     def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:
         """Cut a picture into windows that wait for the first stage."""
-        pixels = cut_windows(image, plan, self._model.inference)
+        pixels = upload(cut_windows(image, plan, self._model.inference), self._device_of_model)
         request.image, request.plan = image, plan
         request.windows = [Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
         request.ready_at = monotonic()
@@ -236,6 +243,8 @@ class Engine:
     # The device thread: take what came, choose a group, run it, route its windows
 
     def _serve_device(self) -> None:
+        if self._device_of_model.type == "cuda":
+            torch.cuda.set_device(self._device_of_model)  # events and kernels of this thread are the current device's
         while self._take_work():
             self.metrics.waiting(self._scheduler.remove(lambda window: window.request.answer.done()), -1)
             group = self._scheduler.next_group(monotonic())
@@ -284,7 +293,7 @@ class Engine:
         model, clock = self._model, self._clock
         start = clock.mark()
         if stage.index == 0:
-            batch = model.embed(torch.stack([window.state for window in windows]))  # type: ignore[misc]
+            batch = model.embed(stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
         batch = self._runtime.run_blocks(stage, batch)
@@ -297,10 +306,12 @@ class Engine:
                 window.lengths.append(len(state.tokens.values) - self._special)
             return clock.seconds(start, done), clock.seconds(before_merge, done)
         logits = self._runtime.decode(batch)
+        finite = logits.isfinite().flatten(1).all(dim=1)
         maps = batch.merge_maps or (None,) * len(windows)
-        for window, window_logits, merge_map in zip(windows, logits, maps, strict=True):
-            window.state, window.logits, window.merge_map = None, window_logits.T, merge_map
-        return clock.seconds(start, clock.mark()), None
+        done = clock.mark()
+        for window, window_logits, merge_map, ok in zip(windows, logits, maps, finite.tolist(), strict=True):
+            window.state, window.logits, window.merge_map, window.is_finite = None, window_logits.T, merge_map, ok
+        return clock.seconds(start, done), None
 
     def _account(self, lane: Lane, windows: Sequence[Window], seconds: float, merge_seconds: float | None) -> None:
         """Tell every request of a group what the group took; those that share it took it together."""
@@ -322,7 +333,7 @@ class Engine:
             return
         for request in by_request(windows):
             logits = [window.logits for window in request.windows if window.logits is not None]
-            if not all(found.isfinite().all() for found in logits):
+            if not all(window.is_finite for window in request.windows):
                 logger.error("request %s: the network gave non-finite logits", request.options.request_id)
                 _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the network found no finite answer"))
             elif len(logits) == len(request.windows):

@@ -27,11 +27,27 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     """
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
-    model = load_segmenter(
-        folder / "checkpoint.pth", schedule=config.schedule, align=config.align, inference=config.inference
-    )
+    device = find_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = load_segmenter(folder / "checkpoint.pth", config.schedule, config.align, inference=config.inference)
+    model = model.to(device)
     classes = load_classes(folder / "classes.csv", model.config.n_cls)
     return Engine(model, classes, config, **options)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a configuration's name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of the {torch.cuda.device_count()} GPUs that torch sees, got {name}")
+    return device
 
 
 def warm_up_picture() -> bytes:

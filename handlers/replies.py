@@ -90,7 +90,7 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
 
 def _tokens_view(found: Segmented, patch_size: int, tokens: Sequence[int]) -> np.ndarray:
     unmerged = torch.arange(found.logits.shape[2] * found.logits.shape[3])
-    maps = [(unmerged if merge_map is None else merge_map).numpy() for merge_map in found.merge_maps]
+    maps = [(unmerged if merge_map is None else merge_map).cpu().numpy() for merge_map in found.merge_maps]
     return views.tokens_view(found.image, found.plan, maps, patch_size, tokens)
 
 

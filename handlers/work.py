@@ -42,6 +42,7 @@ class Window:
     lengths: list[int]  # image tokens at the start and after each merge
     logits: Tensor | None = None  # [K, Gh, Gw] in the end
     merge_map: Tensor | None = None  # [N] in the end
+    is_finite: bool = True  # the logits
 
 
 def by_request(windows: Sequence[Window]) -> dict[Request, list[Window]]:

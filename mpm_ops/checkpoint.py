@@ -32,6 +32,7 @@ def load_segmenter(
     inference: Mapping[str, Any] | None = None,
     runtime: str = "torch",
     precision: str = "fp32",
+    device: str | torch.device = "cpu",
 ) -> Segmenter:
     """Load an official Segmenter checkpoint, with Mutual Pair Merging at the blocks of a schedule.
 
@@ -43,9 +44,10 @@ def load_segmenter(
         align: see `merge_tokens`.
         inference: fields of `InferenceConfig` that override the checkpoint's.
         runtime, precision: what blocks and decoder run on, see `make_runtime`.
+        device: where the model goes.
 
     Returns:
-        A float32 Segmenter in evaluation mode on the CPU.
+        A float32 Segmenter in evaluation mode.
 
     Raises:
         FileNotFoundError: either file is missing.
@@ -59,8 +61,8 @@ def load_segmenter(
     config = _segmenter_config(variant)
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
     _load_strictly(model, _read_weights(path), path)
-    model.eval()
-    if (runtime, precision) != ("torch", "fp32"):
+    model.eval().to(device)
+    if (runtime, precision) != ("torch", "fp32") or model.encoder.pos_embed.is_cuda:
         model.runtime = make_runtime(model, runtime, precision)
     return model
 

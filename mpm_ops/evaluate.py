@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .baselines import Algm, RivalSegmenter, ToMe
@@ -115,8 +116,11 @@ def main() -> int:
     parser.add_argument("--rivals", action="store_true", help="ToMe and ALGM too, as `mpm_ops.baselines` has them")
     parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="write the scores as JSON too")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU, expected cpu")
     dataset = DATASETS[arguments.dataset]
     results = []
     try:
@@ -128,6 +132,7 @@ def main() -> int:
                 arguments.align,
                 runtime=arguments.runtime,
                 precision=arguments.precision,
+                device=arguments.device,
             )
             runtime = f"{model.runtime.name} {model.runtime.precision}"
             told = {"schedule": list(schedule), "align": arguments.align, "runtime": runtime}
@@ -135,7 +140,8 @@ def main() -> int:
         for rival in (ToMe, Algm) if arguments.rivals else ():
             name = rival.__name__
             results.append(
-                {"method": name} | _told(rival(load_segmenter(arguments.checkpoint)), name, arguments, pairs)
+                {"method": name}
+                | _told(rival(load_segmenter(arguments.checkpoint, device=arguments.device)), name, arguments, pairs)
             )
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -1,17 +1,19 @@
 """From window logits to a label map, without class x height x width in memory.
 
 Every pixel is a weighted mean of a few tokens (see `axes`). On the CPU only the classes that can win in a cell
-of pixels are compared; elsewhere, and where the probability is asked for too, the logits of a tile of pixels
-are two small matrix products.
+of pixels are compared; on a GPU one kernel compares all in registers. Where there is no triton, and where the
+probability is asked for too, the logits of a tile of pixels are two small matrix products.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .axes import Axis, axes
+from .kernels import has_triton
 from .windows import WindowPlan
 
 TILE = 128  # pixels; a tile's logits for 150 classes take 10 MB
@@ -49,9 +51,12 @@ def label_map(logits: Tensor, plan: WindowPlan, patch_size: int, *, confidence: 
     rows, columns = axes(plan, (grid_height, grid_width), patch_size)
     windows = logits.float().unflatten(0, (len(plan.tops), len(plan.lefts)))
     labels = np.empty(plan.original_size, np.uint8 if num_classes <= 256 else np.uint16)
+    if can_label_on_gpu(logits) and not confidence:
+        tokens = windows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [tokens down, tokens across, K]
+        return LabelMap(_label_on_gpu(tokens, plan, (grid_height, grid_width), patch_size), None)
     if confidence or logits.device.type != "cpu":
         tokens = windows.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)  # [K, tokens down, tokens across]
-        return _label_tiles(tokens, rows, columns, labels, confidence=confidence)
+        return label_tiles(tokens, rows, columns, labels, confidence=confidence)
 
     from ._label_cells import label_cells  # the compiler takes a moment to import; devices do without
 
@@ -60,7 +65,38 @@ def label_map(logits: Tensor, plan: WindowPlan, patch_size: int, *, confidence: 
     return LabelMap(labels, None)
 
 
-def _label_tiles(tokens: Tensor, rows: Axis, columns: Axis, labels: np.ndarray, *, confidence: bool) -> LabelMap:
+def can_label_on_gpu(logits: Tensor) -> bool:
+    """Whether the kernel labels these."""
+    return logits.is_cuda and has_triton()
+
+
+def _label_on_gpu(tokens: Tensor, plan: WindowPlan, grid: tuple[int, int], patch_size: int) -> np.ndarray:
+    from .kernels.labels import label_pixels
+
+    found = label_pixels(tokens.contiguous(), *_axes_on(plan, grid, patch_size, tokens.device)).cpu().numpy()
+    return found if found.dtype == np.uint8 else found.view(np.uint16)
+
+
+@lru_cache(maxsize=128)  # some 100 kB each
+def _axes_on(
+    plan: WindowPlan, grid: tuple[int, int], patch_size: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """The axes as `label_pixels` wants them."""
+    rows, columns = axes(plan, grid, patch_size)
+    cells = np.searchsorted(rows.starts, np.arange(len(rows.weights)), side="right") - 1
+    with torch.inference_mode(False):
+        placed = [
+            [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+            for arrays in (
+                (np.int32(cells), np.int32(rows.tokens), np.int32(rows.counts), rows.weights),
+                (np.int32(columns.starts), np.int32(columns.tokens), np.int32(columns.counts), columns.weights),
+            )
+        ]
+    return placed[0], placed[1], int(np.diff(columns.starts).max())
+
+
+def label_tiles(tokens: Tensor, rows: Axis, columns: Axis, labels: np.ndarray, *, confidence: bool) -> LabelMap:
+    """Fill in labels tile by tile, from [K, tokens down, tokens across]: what the kernel is held against."""
     height, width = labels.shape
     probability = np.empty((height, width), np.float32) if confidence else None
     for top in range(0, height, TILE):

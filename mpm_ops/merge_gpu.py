@@ -43,7 +43,7 @@ def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1)
     merged, merge_map, bounds = merge_packed(values, tokens.cu_seqlens, tokens.max_seqlen, num_special, align)
     starts = bounds.tolist()
     lengths = tuple(stop - start for start, stop in pairwise(starts))
-    return PackedTokens(merged[: starts[-1]], lengths), merge_map
+    return PackedTokens(merged[: starts[-1]], lengths, bounds), merge_map
 
 
 def packed_rows(maps: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ._timm import VisionTransformer
 from .merge import compose_maps, merge_tokens
+from .merge_gpu import can_merge_on_gpu, merge_windows_gpu
+from .packed import PackedTokens
 from .stages import cut_stages
 
 
@@ -129,6 +131,15 @@ class _Walk:
 
     def _merge(self) -> None:
         special = self.blocks.num_special
+        if can_merge_on_gpu(self.sequences[0]):
+            tokens = PackedTokens.pack(self.sequences)
+            merged, merge_map = merge_windows_gpu(tokens, num_special=special, align=self.blocks.align)
+            found = [part[special:] for part in merge_map.split(tokens.lengths)]
+            before, self.sequences = self.maps, list(merged.split())
+            self.maps = (
+                found if before is None else [second[first] for first, second in zip(before, found, strict=True)]
+            )
+            return
         maps = []
         for i, sequence in enumerate(self.sequences):
             image, merge_map = merge_tokens(sequence[special:], align=self.blocks.align)

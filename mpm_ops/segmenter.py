@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import block_forward
-from .decoders import DecoderLinear, MaskTransformer
+from .decoders import DecoderLinear, MaskTransformer, decodes_together
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
 from .merge_gpu import packed_rows
@@ -116,11 +116,16 @@ class Segmenter(nn.Module):
         tokens, key_bias = batch.tokens, None
         if padded and not tokens.is_uniform:
             tokens, key_bias = tokens.padded()
-        for i in stage.blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
+        tokens = self.run_tokens(tokens, stage.blocks, key_bias)
         if key_bias is not None:
             tokens = tokens.unpadded(batch.tokens.lengths)
         return WindowBatch(tokens, batch.merge_maps)
+
+    def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
+        """Run some encoder blocks; see `block_forward`."""
+        for i in blocks:
+            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
+        return tokens
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
@@ -128,14 +133,32 @@ class Segmenter(nn.Module):
 
     def decode(self, batch: WindowBatch) -> Tensor:
         """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""
+        rows = None
+        if batch.merge_maps is not None:
+            rows = packed_rows(batch.merge_maps, [n - self.encoder.num_special for n in batch.tokens.lengths])
+        return self.decode_rows(batch.tokens, rows).unflatten(0, (len(batch.tokens.lengths), -1))
+
+    def decode_rows(self, tokens: PackedTokens, rows: Tensor | None) -> Tensor:
+        """Logits of every image token, or of those that rows point to.
+
+        Args:
+            tokens: packed tokens, special tokens first.
+            rows: int64, for each patch its row among all image tokens, see `packed_rows`; None where nothing merged.
+
+        Returns:
+            [T - B * special, K], or [len(rows), K].
+        """
         special = self.encoder.num_special
-        normed = batch.tokens.with_values(self.encoder.norm(batch.tokens.values))
-        image = PackedTokens.pack([sequence[special:] for sequence in normed.split()])
-        if batch.merge_maps is None:
-            return self.decoder(image).unflatten(0, (len(image.lengths), -1))
-        rows = packed_rows(batch.merge_maps, image.lengths)
-        sizes = rows.new_zeros(len(image.values)).scatter_add_(0, rows, torch.ones_like(rows))
-        return self.decoder(image, sizes)[rows].unflatten(0, (len(image.lengths), -1))
+        normed = tokens.with_values(self.encoder.norm(tokens.values))
+        if decodes_together(normed.values):
+            image = normed.without_first(special)
+        else:
+            image = PackedTokens.pack([sequence[special:] for sequence in normed.split()])
+        if rows is None:
+            return self.decoder(image)
+        # Nothing points to tokens that only fill a shape up; log(0) would be a bias of minus infinity.
+        sizes = rows.new_zeros(len(image.values)).scatter_add_(0, rows, torch.ones_like(rows)).clamp_(min=1)
+        return self.decoder(image, sizes)[rows]
 
     def forward(self, windows: Tensor) -> Tensor:
         """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""

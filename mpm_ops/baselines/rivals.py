@@ -97,7 +97,8 @@ class RivalSegmenter(ABC):
         """Label every pixel of a picture, as `Segmenter.segment`; all its windows are one batch."""
         inference = self.model.inference
         plan = plan_windows(image.shape[0], image.shape[1], inference)
-        logits = self.window_logits(cut_windows(image, plan, inference))
+        windows = cut_windows(image, plan, inference).to(self.model.encoder.pos_embed.device)
+        logits = self.window_logits(windows)
         return label_map(logits, plan, self.model.config.patch_size).labels
 
     def encode(self, windows: Tensor, grid: tuple[int, int]) -> MergedWindows:

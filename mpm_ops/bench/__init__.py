@@ -46,7 +46,10 @@ def answer(program: str, description: str, questions: Sequence[Any]) -> int:
 def environment() -> dict[str, Any]:
     """What a figure depends on beside the code: device, versions, threads, commit."""
     root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    except OSError:  # no git
+        commit = ""
     return {
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -54,7 +57,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
     }
 
 

@@ -5,25 +5,21 @@ A way takes a normalised window to the logits of its patches and says how long i
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpm_ops import Segmenter
 from mpm_ops.baselines import Algm, RivalSegmenter, ToMe
 from mpm_ops.baselines.rivals import MergedWindows
-from mpm_ops.merge import compose_maps
-from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
-from mpm_ops.runtime.openvino import Piece, compile_graph
-from mpm_ops.runtime.openvino_graphs import decoder_graph, segment_graph, whole_graph
-from mpm_ops.stages import WindowBatch
+
+from .injected import Injected
 
 Steps = dict[str, float]  # seconds: network, merge
 
@@ -48,25 +44,6 @@ class Way:
     run: Callable[[Tensor], tuple[Tensor, Steps]]
     reference: tuple[str, str] | None = None
     plain_labels: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Injected:
-    """Lengths after each merge that stand in for those of trained weights, drawn anew for each window."""
-
-    means: tuple[int, ...] = (765, 604)
-    spread: int = 20
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    def apply(self, batch: WindowBatch, before: WindowBatch, merge: int, align: int) -> WindowBatch:
-        """Keep as many tokens as are drawn, whatever was merged, spread evenly over the patches."""
-        length = self.means[merge] + int(self.random.integers(-self.spread, self.spread + 1))
-        length = -(-length // align) * align
-        special, num_tokens = 1, before.tokens.lengths[0] - 1
-        merge_map = torch.arange(num_tokens) * length // num_tokens
-        values = before.tokens.values[: special + length]
-        maps = merge_map if before.merge_maps is None else compose_maps(before.merge_maps[0], merge_map)
-        return WindowBatch(PackedTokens(values, (len(values),)), (maps,))
 
 
 def contestants(model: Segmenter, precision: str, injected: Injected | None) -> list[Way]:
@@ -128,6 +105,9 @@ def _segmenter(model: Segmenter, runtime: str, precision: str, injected: Injecte
 
 
 def _whole(model: Segmenter, precision: str) -> Any:
+    from mpm_ops.runtime.openvino import compile_graph  # not everywhere: a GPU's machine may do without
+    from mpm_ops.runtime.openvino_graphs import whole_graph
+
     side = model.inference.window_size
     network = compile_graph(whole_graph(model, (side, side)), precision)
 
@@ -188,8 +168,11 @@ class _CompiledSegment:
     """A rival's segment on OpenVINO."""
 
     def __init__(self, segment: Any, biased: bool, precision: str) -> None:
+        from mpm_ops.runtime.openvino import compile_graph
+        from mpm_ops.runtime.openvino_graphs import segment_graph
+
         self.attention = segment.attention
-        self._piece: Piece = compile_graph(segment_graph(segment, biased=biased), precision)
+        self._piece = compile_graph(segment_graph(segment, biased=biased), precision)
         self._biased = biased
 
     def __call__(self, x: Tensor, log_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,6 +183,9 @@ class _CompiledSegment:
 
 
 def _move_to_openvino(rival: RivalSegmenter, precision: str) -> None:
+    from mpm_ops.runtime.openvino import compile_graph
+    from mpm_ops.runtime.openvino_graphs import decoder_graph
+
     model, special = rival.model, rival.model.encoder.num_special
     rival.segments = [
         _CompiledSegment(segment, rival.proportional and i > 0, precision)  # type: ignore[misc]

@@ -2,20 +2,17 @@
 
     python -m mpm_ops.bench gpu [--out result.json] [--seconds 420] [--full]
 
-First the kernels must agree with their specification on this GPU; no figure is reported otherwise. Networks have
-random weights, which give tokens no meaning and merging no typical length: so the lengths after each merge are set,
-to the paper's means for 512 x 512 and a spread as measured on natural pictures, and the pairs found are only timed.
+First the kernels must agree with their specification on this GPU; no figure of what they merge is reported otherwise.
+Each section is written down when it is over, and one that fails leaves its error. `--device cpu --tiny` runs the same
+code anywhere, at sizes that say nothing. The engine, pictures and all, has a command of its own: `handlers.bench.gpu`.
 """
 
 import argparse
-import json
-import statistics
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,84 +22,135 @@ from mpm_ops.kernels import has_triton
 from mpm_ops.merge import full_precision, merge_tokens
 from mpm_ops.merge_gpu import merge_windows_gpu
 from mpm_ops.packed import PackedTokens
-from mpm_ops.runtime import make_runtime
-from mpm_ops.segmenter import Segmenter, SegmenterConfig
-from mpm_ops.stages import WindowBatch
-from mpm_ops.windows import InferenceConfig
 
-from . import environment
+from .gpu_labels import time_labels
+from .gpu_networks import PAPER, TINY, Scale, time_groups, time_network
+from .timing import Report, Timer, Work, in_turn
 
-Timed = Callable[[], object]
+Section = tuple[str, str, Callable[[], dict[str, Any]]]  # kind, name and what measures it
 
-BATCH = 32
 PAPER_MERGE_MS = {1024: 0.99, 4096: 4.5}  # H100, B = 32; fp32 and bf16
-PAPER_BF16_IMAGES_PER_SECOND = {"Ti": 1260, "S": 1100, "B": 781, "L": 456}
-NETWORKS = {"Ti": (192, 3, 12), "S": (384, 6, 12), "B": (768, 12, 12), "L": (1024, 16, 24)}  # D, nH, blocks
-LENGTHS = (765, 604)  # image tokens after the first and the second merge
-SPREAD = 16
+SHAPES = ((1000, 384, torch.float32), (1024, 192, torch.bfloat16), (63, 768, torch.float16))  # N, D
+TINY_SHAPES = ((130, 64, torch.float32), (63, 32, torch.float16))
 
 
-def bench_gpu(*, full: bool = False, seconds: float = 420) -> dict[str, Any]:
-    """Check parity, then time merging alone and whole networks; sections that do not fit the time are named.
+def bench_gpu(
+    device: torch.device, scale: Scale, *, full: bool = False, seconds: float = 420, out: Path | None = None,
+    more: Sequence[Section] = (),
+) -> Report:  # fmt: skip
+    """Check parity, then time merging alone, whole networks, small groups and labels, what matters most first.
 
     Args:
-        full: also 16,384 tokens, and every network in fp32.
+        full: also 16,384 tokens, every network in fp32, and fp16.
         seconds: start nothing new after these.
+        out: written after every section.
+        more: further sections, after the first networks.
 
     Raises:
-        RuntimeError: there is no CUDA device, triton is missing, or the kernels disagree with their specification.
+        RuntimeError: the device is missing, or triton.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("gpu: no CUDA device is visible to torch; run this on a machine with one")
     if not has_triton():
         raise RuntimeError("gpu: triton is not installed; install the project's extra `kernels`")
-    stop = perf_counter() + seconds
-    report: dict[str, Any] = {"device": device_facts(), "batch": BATCH, "parity": check_parity(), "left_out": []}
-    merges = [(n, d) for n in (1024, 4096) for d in (384, 192, 768, 1024)] + [(16384, 384)] * full
-    sections: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
-        ("merge", f"N={n} D={d}", partial(time_merge, n, d)) for n, d in merges
-    ]
-    precisions = {"L": ("bf16",), "B": ("bf16",), "S": ("bf16", "fp32"), "Ti": ("bf16", "fp32")}
-    for name in NETWORKS:
-        for precision in ("bf16", "fp32") if full else precisions[name]:
-            sections.append(("network", f"{name} {precision}", partial(time_network, name, precision)))
-    for kind, name, measure in sections:
-        if perf_counter() > stop:
-            report["left_out"].append(f"{kind} {name}")
-            continue
-        report.setdefault(kind, []).append(measure())
-        torch.cuda.empty_cache()
+    report = Report({"device": device_facts(device), "scale": repr(scale)}, out, seconds)
+    tiny = scale is not PAPER
+    if report.section("parity", "merge", partial(check_parity, device, TINY_SHAPES if tiny else SHAPES)):
+        for section in _sections(device, scale, full=full, more=more):
+            report.section(*section)
     return report
+
+
+def _sections(device: torch.device, scale: Scale, *, full: bool, more: Sequence[Section]) -> list[Section]:
+    def merge(num_tokens: int, width: int) -> Section:
+        return "merge", f"N={num_tokens} D={width}", partial(time_merge, scale, num_tokens, width, device)
+
+    def network(name: str, precision: str) -> Section:
+        return "network", f"{name} {precision}", partial(time_network, scale, name, precision, device)
+
+    def groups(name: str, precision: str) -> Section:
+        return "groups", f"{name} {precision}", partial(time_groups, scale, name, precision, device)
+
+    first, *others = scale.networks
+    widths = [width for width, *_ in scale.networks.values()]
+    sections: list[Section] = [
+        merge(scale.patches, widths[0]),
+        network(first, "bf16"),
+        ("labels", "", partial(time_labels, scale, device)),
+    ]
+    sections += [network(name, "bf16") for name in others] + [groups(first, "bf16"), *more]
+    sections += [merge(4 * scale.patches, widths[0])] + [merge(scale.patches, width) for width in widths[1:]]
+    sections += [network(name, "fp32") for name in scale.networks if full or name not in ("B", "L")]
+    sections += [network(first, "fp16")] + [groups(name, "bf16") for name in others[:1]]
+    if full:
+        sections += [merge(4 * scale.patches, width) for width in widths[1:]] + [merge(16 * scale.patches, widths[0])]
+        sections += [network(name, "fp16") for name in others]
+    return sections
 
 
 def add_command(commands: Any) -> None:
     """Add `gpu` to the benchmark's commands."""
     gpu = commands.add_parser("gpu", help="merging and whole networks on the GPU at hand, after a check of parity")
-    gpu.add_argument("--full", action="store_true", help="also 16,384 tokens, and every network in fp32")
-    gpu.add_argument("--seconds", type=float, default=420, help="start nothing new after these")
-    gpu.add_argument("--out", type=Path, help="write the figures as JSON")
+    add_arguments(gpu)
     gpu.set_defaults(run=run_command)
 
 
-def run_command(arguments: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="also 16,384 tokens, every network in fp32 and in fp16")
+    parser.add_argument("--seconds", type=float, default=420, help="start nothing new after these (420)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code (cuda)")
+    parser.add_argument("--tiny", action="store_true", help="sizes that any machine runs and that say nothing")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, section by section")
+
+
+def run_command(arguments: argparse.Namespace, more: Sequence[Section] = ()) -> int:
     """Run the command."""
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    scale = TINY if arguments.tiny else PAPER
     try:
-        report = bench_gpu(full=arguments.full, seconds=arguments.seconds)
+        report = bench_gpu(device, scale, full=arguments.full, seconds=arguments.seconds, out=arguments.out, more=more)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    text = json.dumps({"environment": environment(), **report}, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    return 0
+    for row in report.content["sections"]:
+        print(summary(row))
+    failed = [row for row in report.content["sections"] if "error" in row]
+    print(f"{len(report.content['sections'])} sections, {len(failed)} failed, left out: {report.content['left_out']}")
+    return 1 if failed else 0
 
 
-def device_facts() -> dict[str, Any]:
+def summary(row: dict[str, Any]) -> str:
+    """One section for people."""
+    title = f"{row['kind']} {row['name']} ({row['seconds']} s)"
+    if "error" in row:
+        return f"{title}: {row['error']}"
+    if "ways" in row:
+        lines = [
+            f"    {way:<14} {found['network_ms']:9.3f} ms  {found['images_per_second']:8.1f} images/s "
+            f"({found['images_per_second_with_labels']:8.1f} with labels)  {found['speedup']:5.2f}x plain  "
+            f"{found.get('of_gemm', float('nan')):5.2f} of a GEMM  "
+            f"{found.get('of_paper', float('nan')):5.2f} of the paper's"
+            for way, found in row["ways"].items()
+        ]
+        return "\n".join([title, *lines])
+    if "groups" in row:
+        return "\n".join(
+            [title, *(f"    {group['windows']} windows: {group['median_ms']}" for group in row["groups"])]
+        )
+    return (
+        f"{title}: {row.get('median_ms', {key: value for key, value in row.items() if key not in ('kind', 'name')})}"
+    )
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
     """The GPU and the software that figures depend on."""
     import triton
 
-    properties = torch.cuda.get_device_properties(0)
+    if device.type != "cuda":
+        return {"name": str(device), "torch": torch.__version__, "triton": triton.__version__}
+    properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -114,18 +162,14 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def check_parity(device: str = "cuda") -> dict[str, float]:
+def check_parity(device: torch.device, shapes: Sequence[tuple[int, int, torch.dtype]] = SHAPES) -> dict[str, Any]:
     """Share of tokens whose partner is the specification's, of those with no second best within 1e-6.
 
     Raises:
         RuntimeError: some are not.
     """
-    shares = {}
-    for num_tokens, width, dtype in (
-        (1000, 384, torch.float32),
-        (1024, 192, torch.bfloat16),
-        (63, 768, torch.float16),
-    ):
+    shares: dict[str, Any] = {}
+    for num_tokens, width, dtype in shapes:
         x = random_tokens(2, num_tokens, width, dtype, device)
         merged, merge_map = merge_windows_gpu(PackedTokens.from_batch(x), num_special=0)
         same, total = 0, 0
@@ -146,83 +190,31 @@ def check_parity(device: str = "cuda") -> dict[str, float]:
 
 
 @torch.inference_mode()
-def time_merge(num_tokens: int, width: int) -> dict[str, Any]:
+def time_merge(scale: Scale, num_tokens: int, width: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of one merge of a batch, and of plain torch's product and argmax alone."""
     from mpm_ops.kernels.merging import merge_packed
     from mpm_ops.kernels.nearest import nearest
 
-    x = random_tokens(BATCH, num_tokens, width, torch.bfloat16)
+    x = random_tokens(scale.batch, num_tokens, width, torch.bfloat16, device)
     tokens = PackedTokens.from_batch(x)
     arguments = (tokens.values, tokens.cu_seqlens, num_tokens, 0)
-    rivals: dict[str, Timed] = {
-        "merge": lambda: merge_packed(*arguments, 1),
-        "merge_align_16": lambda: merge_packed(*arguments, 16),
-        "nearest": lambda: nearest(*arguments),
+    works: dict[str, Work] = {
+        "merge": lambda laps: merge_packed(*arguments, 1),
+        "merge and lengths": lambda laps: merge_windows_gpu(tokens, num_special=0),  # waits for the device
+        "merge, aligned": lambda laps: merge_packed(*arguments, scale.align),
+        "nearest": lambda laps: nearest(*arguments),
     }
     if num_tokens <= 4096:
-        rivals["nearest_ieee"] = lambda: nearest(*arguments, "ieee")
-        rivals["torch_fp32"] = lambda: plain_nearest(x)
-    times = interleaved(rivals)
-    flops = 3 * BATCH * num_tokens**2 * width  # three products of 2 N^2 D, of half the matrix
-    result: dict[str, Any] = {"num_tokens": num_tokens, "width": width, "median_ms": times}
-    result["nearest_tflops"] = round(flops / times["nearest"] / 1e9, 1)
-    if num_tokens in PAPER_MERGE_MS:
+        works["nearest, ieee"] = lambda laps: nearest(*arguments, "ieee")
+        works["torch, fp32"] = lambda laps: plain_nearest(x)
+    laps = in_turn(works, Timer(device), repeats=scale.repeats)
+    times = {name: found["total"] for name, found in laps.items()}
+    flops = 3 * scale.batch * num_tokens**2 * width  # three products of 2 N^2 D, of half the matrix
+    result: dict[str, Any] = {"num_tokens": num_tokens, "width": width, "batch": scale.batch, "median_ms": times}
+    result["nearest_tflops"] = round(flops / times["nearest"] / 1e9, 3)
+    if num_tokens in PAPER_MERGE_MS and scale is PAPER:
         result["paper_ms"] = PAPER_MERGE_MS[num_tokens]
     return result
-
-
-@torch.inference_mode()
-def time_network(name: str, precision: str) -> dict[str, Any]:
-    """Images a second of one network without and with merging, in every way that windows can be grouped."""
-    width, heads, layers = NETWORKS[name]
-    config = SegmenterConfig(
-        image_size=(512, 512), patch_size=16, d_model=width, n_heads=heads, n_layers=layers, n_cls=150
-    )
-    inference = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
-    windows = torch.randn(BATCH, 3, 512, 512, device="cuda")
-    model = Segmenter(config, inference, schedule=(2, 5)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model = model.cuda()
-    ways: dict[str, Timed] = {}
-    for way, padded, align in (("packed", False, 1), ("padded", True, 1), ("aligned_16", False, 16)):
-        runtime = make_runtime(model, "torch", precision, padded=padded)
-        ways[way] = partial(run, model, runtime, windows, align)
-    runtime = make_runtime(model, "torch", precision)
-    ways["unmerged"] = partial(run, model, runtime, windows, None)
-    times = interleaved(ways, repeats=15)
-    result: dict[str, Any] = {
-        "network": name,
-        "precision": precision,
-        "median_ms": times,
-        "images_per_second": {way: round(1000 * BATCH / ms, 1) for way, ms in times.items()},
-        "speedup": {way: round(times["unmerged"] / ms, 3) for way, ms in times.items()},
-    }
-    if precision == "bf16":
-        result["paper_images_per_second"] = PAPER_BF16_IMAGES_PER_SECOND[name]
-    return result
-
-
-def run(model: Segmenter, runtime: Any, windows: Tensor, align: int | None) -> Tensor:
-    """Logits of windows; merges are computed, and then the set lengths imposed. None for align: no merging."""
-    batch = model.embed(windows)
-    generator = torch.Generator().manual_seed(0)
-    for stage in model.stages:
-        batch = runtime.run_blocks(stage, batch)
-        if stage.merges and align is not None:
-            batch.merged(num_special=1, align=align)
-            spread = SPREAD * torch.randn(len(batch.tokens.lengths), generator=generator)
-            wanted = (LENGTHS[stage.index] + spread).int().tolist()
-            batch = shortened(batch, [1 + -(-length // align) * align for length in wanted])
-    return runtime.decode(batch)
-
-
-def shortened(batch: WindowBatch, lengths: Sequence[int]) -> WindowBatch:
-    """The first rows of every window, and maps that spread its patches over them."""
-    num_patches = len(batch.merge_maps[0]) if batch.merge_maps else batch.tokens.lengths[0] - 1
-    patches = torch.arange(num_patches, device=batch.tokens.values.device)
-    tokens = PackedTokens.pack([s[:n] for s, n in zip(batch.tokens.split(), lengths, strict=True)])
-    return WindowBatch(tokens, tuple(patches % (length - 1) for length in lengths))
 
 
 def plain_nearest(x: Tensor) -> Tensor:
@@ -232,32 +224,7 @@ def plain_nearest(x: Tensor) -> Tensor:
         return torch.stack([(u @ u.T).fill_diagonal_(-torch.inf).argmax(dim=1) for u in unit])
 
 
-def interleaved(rivals: dict[str, Timed], repeats: int = 20) -> dict[str, float]:
-    """Median milliseconds of each, measured in turn, after two calls to warm up."""
-    for rival in rivals.values():
-        rival()
-        rival()
-    torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(repeats):
-        for name, rival in rivals.items():
-            with _events(times[name]):
-                rival()
-    return {name: round(statistics.median(each), 4) for name, each in times.items()}
-
-
-@contextmanager
-def _events(times: list[float]) -> Iterator[None]:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    yield
-    stop.record()
-    torch.cuda.synchronize()
-    times.append(start.elapsed_time(stop))
-
-
-def random_tokens(num_images: int, num_tokens: int, width: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
+def random_tokens(num_images: int, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[B, N, D] tokens around a common direction, like those of a ViT."""
     generator = torch.Generator(device).manual_seed(0)
     common = torch.randn(width, device=device, generator=generator)

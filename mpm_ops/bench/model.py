@@ -24,7 +24,8 @@ from mpm_ops.merge import reconstruct
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import model_shapes, percentile_ms, read_images, time_in_turn, write_report
-from .contestants import Injected, Steps, Way, contestants
+from .contestants import Steps, Way, contestants
+from .injected import Injected
 from .labels import WEAK_MEAN, plain_way
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpm_ops.segmenter import Segmenter
 
 RUNTIMES = ("torch", "openvino")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class Runtime(Protocol):
@@ -41,6 +41,7 @@ def make_runtime(
     *,
     schedules: Sequence[Sequence[int]] = (),
     padded: bool = False,
+    graph_bytes: int = 0,
 ) -> Runtime:
     """Build a runtime for a model's weights as they are now.
 
@@ -52,6 +53,7 @@ def make_runtime(
         precision: "auto", or one of PRECISIONS. Similarity is computed in float32 all the same.
         schedules: that will be run, beside the model's own.
         padded: see `Segmenter.run_blocks`; only torch pads.
+        graph_bytes: what captured graphs of small groups may take on a GPU, see `GraphRuntime`; 0 captures none.
 
     Raises:
         ValueError: a name is unknown, or what it names can't run here.
@@ -62,10 +64,18 @@ def make_runtime(
     on_cpu = model.encoder.pos_embed.device.type == "cpu"
     if name == "auto":
         name = "openvino" if on_cpu and not padded and importlib.util.find_spec("openvino") else "torch"
+    if graph_bytes and (on_cpu or padded):
+        raise ValueError("graph_bytes: graphs are captured on a GPU and without padding, expected 0 here")
     if name == "torch":
         from .eager import TorchRuntime
+        from .graphs import GraphRuntime
 
-        return TorchRuntime(model, _torch_precision(precision, on_cpu=on_cpu), padded=padded)
+        precision = _torch_precision(precision, on_cpu=on_cpu)
+        if graph_bytes:
+            return GraphRuntime(model, precision, budget_bytes=graph_bytes)
+        if on_cpu:
+            return TorchRuntime(model, precision, padded=padded)
+        return TorchRuntime(model, precision, padded=padded, attention="grouped" if padded else "auto")
     if not on_cpu or padded:
         raise ValueError(
             "runtime: openvino runs on the CPU, window by window; expected a model on the CPU and no padding"

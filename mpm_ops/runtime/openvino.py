@@ -26,8 +26,10 @@ def resolve_precision(precision: str) -> str:
     """bf16 for "auto" where the chip multiplies it natively.
 
     Raises:
-        ValueError: bf16 is asked for where it isn't; OpenVINO would silently run fp32.
+        ValueError: bf16 is asked for where it isn't, or fp16; OpenVINO would silently run fp32.
     """
+    if precision == "fp16":
+        raise ValueError("precision: openvino runs fp32 or bf16, got fp16")
     native = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and not native:
         raise ValueError("precision: this CPU has no native bf16, expected fp32 or auto")

@@ -58,6 +58,26 @@ def test_torch_threads(value: Any) -> None:
         ServingConfig.from_mapping({"torch_threads": value})
 
 
+@pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices(value: str) -> None:
+    assert ServingConfig.from_mapping({"device": value}).device == value
+
+
+@pytest.mark.parametrize("value", ["gpu", "cuda:", "cuda:one", "cpu:0x", "", None, 0])
+def test_no_devices(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^device: expected auto, cpu, cuda or one such as cuda:1, got"):
+        ServingConfig.from_mapping({"device": value})
+
+
+def test_graphs_leave_shapes_and_bits_open() -> None:
+    assert ServingConfig.from_mapping({"graph_mib": 512}).graph_mib == 512
+    for name in ("padded", "deterministic"):
+        with pytest.raises(ValueError, match=r"^graph_mib: expected 0 with padded or deterministic, got 512$"):
+            ServingConfig.from_mapping({"graph_mib": 512, name: True})
+    with pytest.raises(ValueError, match=r"^graph_mib: expected an integer >= 0, got 1.5$"):
+        ServingConfig.from_mapping({"graph_mib": 1.5})
+
+
 @pytest.mark.parametrize("value", ["2,5", 2, None, {2: 5}, {2, 5}, ["2", "5"], [2, None], [2.0], [-1], [[2]], [True]])
 def test_schedule(value: Any) -> None:
     with pytest.raises(ValueError, match="schedule: expected"):

@@ -7,7 +7,8 @@ import torch
 
 from mpm_ops import Segmenter
 from mpm_ops.bench import model as bench_model
-from mpm_ops.bench.contestants import Injected, contestants
+from mpm_ops.bench.contestants import contestants
+from mpm_ops.bench.injected import Injected
 from mpm_ops.bench.model import check_parity, print_table
 from mpm_ops.bench.plots import plot_models
 

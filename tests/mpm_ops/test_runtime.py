@@ -108,7 +108,7 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_for_padding(tiny_model: Make) ->
 def test_what_is_unknown_or_cannot_run_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="runtime: expected one of auto, torch, openvino, got 'tpu'"):
         make_runtime(tiny_model(schedule=(1, 2)), "tpu")
-    with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, got 'fp64'"):
+    with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, fp16, got 'fp64'"):
         make_runtime(tiny_model(schedule=(1, 2)), "torch", "fp64")
     with pytest.raises(ValueError, match="no padding"):
         make_runtime(tiny_model(schedule=(1, 2)), "openvino", padded=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from mpm_ops.kernels import merging, nearest
+from mpm_ops.kernels import labels, merging, nearest
 
 capability = int(sys.argv[1])
 depth, stages = nearest.tiling(capability, int(sys.argv[2]))
@@ -25,6 +25,7 @@ tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pointers = {
     "p_x": "*bf16", "p_merged": "*bf16", "p_high": "*fp16", "p_low": "*fp16", "p_usable": "*i8",
     "p_best": "*i64", "p_map": "*i64", "scale": "fp32", "inverse_square": "fp32",
+    "p_tokens": "*fp32", "p_row_weights": "*fp32", "p_column_weights": "*fp32", "p_labels": "*u8",
 }
 cases = [
     (nearest._units, {"split": True, "block": 8, "block_width": 512}, {}),
@@ -34,6 +35,8 @@ cases = [
     (merging._partners, {"is_aligned": False, "block": merging.BLOCK}, {}),
     (merging._positions, {"chunk": merging.CHUNK}, {}),
     (merging._average, {"block": 8, "block_width": 512}, {}),
+    (labels._label_pixels, {"block": 16, "classes": labels.CLASSES}, {"num_warps": labels.WARPS}),
+    (labels._label_pixels, {"block": 64, "classes": labels.CLASSES}, {"num_warps": labels.WARPS}),
 ]
 for kernel, constants, options in cases:
     types = {}
@@ -71,7 +74,7 @@ def test_compiles(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
-    assert len(kernels) >= 6
+    assert len(kernels) >= 8
     for name, shared, stack, wgmma in kernels:
         assert int(shared) <= limit, name
         assert stack == "0", f"{name} spills {stack} bytes"

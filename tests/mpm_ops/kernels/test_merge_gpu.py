@@ -9,7 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
-from mpm_ops import Segmenter
+from mpm_ops import Segmenter, patch_timm
+from mpm_ops._timm import VisionTransformer
 from mpm_ops.merge_gpu import can_merge_on_gpu, merge_windows_gpu, packed_rows
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import WindowBatch
@@ -49,6 +50,17 @@ def test_a_network_gives_the_same_logits(
     expected = model.window_logits(windows)
     monkeypatch.setattr("mpm_ops.stages.can_merge_on_gpu", everywhere)
     torch.testing.assert_close(model.window_logits(windows), expected, rtol=0, atol=1e-5)
+
+
+def test_a_patched_vit_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=1, num_classes=3).eval()
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    images[0, :, :40] = images[0, :, :1, :1]
+    patch_timm(vit, schedule=(1, 2))
+    with torch.inference_mode():
+        expected = vit.forward_features(images)
+        monkeypatch.setattr("mpm_ops.patch.can_merge_on_gpu", everywhere)
+        torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=1e-5)
 
 
 def test_rows_of_packed_maps() -> None:

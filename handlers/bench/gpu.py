@@ -1,0 +1,141 @@
+"""The engine on the device at hand, from bytes to masks, among the sections of `mpm_ops.bench.gpu`.
+
+    python -m handlers.bench.gpu --out gpu.json        # all of it, in one command
+
+The demo model (Ti) on painted noise, or on your pictures: JPEGs, and frames that need no decoding; merged and not, in
+turn, on one engine that always has enough to do.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mpm_ops.bench import gpu, read_images
+from mpm_ops.bench.model import DEMO
+
+WINDOWS = 32  # of a group
+INFLIGHT = 4 * WINDOWS  # pictures
+GRAPH_MIB = 2048
+
+
+def time_engine(
+    folder: Path, images: Sequence[np.ndarray], device: str, seconds: float, *, graph_mib: int = 0
+) -> dict[str, Any]:
+    """Pictures a second with many in flight, and milliseconds of one alone.
+
+    Raises:
+        ServingError: a picture was not answered.
+    """
+    from handlers import codec  # these need packages that a machine for kernels alone may lack
+    from handlers.config import ServingConfig
+    from handlers.loading import load_engine
+    from handlers.options import RequestOptions
+
+    config = ServingConfig(
+        device=device,
+        max_group_windows=WINDOWS,
+        max_batch_tokens=WINDOWS * 1025,
+        max_inflight_tokens=16 * INFLIGHT * 1025,
+        codec_threads=max(2, (os.cpu_count() or 2) // 2),
+        agreement_fraction=0,
+        agreement_min_fraction=0,
+        graph_mib=graph_mib,
+    )
+    sources = {
+        "jpeg": [codec.encode_picture(image, "image/jpeg") for image in images],
+        "frame": [codec.encode_npy(image) for image in images],
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    with closing(load_engine(folder, config)) as engine:
+        options = {
+            name: RequestOptions(request_id="bench", schedule=schedule)
+            for name, schedule in (("merged", (2, 5)), ("unmerged", ()))
+        }
+        ways = [(source, name) for source in sources for name in options]
+        parity = {}
+        for source, name in ways:  # warms up, too
+            alone = [engine.submit(data, options[name]).result().body for data in sources[source]]
+            many = [engine.submit(data, options[name]) for data in sources[source] * 4]
+            same = [answer.result().body == alone[i % len(alone)] for i, answer in enumerate(many)]
+            parity[f"{source}, {name}"] = sum(same) / len(same)
+        rates: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+        lone: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+        for _ in range(3):
+            for source, name in ways:
+                rates[source, name].append(_saturate(engine, sources[source], options[name], seconds))
+                lone[source, name] += _alone(engine, sources[source], options[name])
+    for source, name in ways:
+        rows[f"{source}, {name}"] = {
+            "pictures_per_second": round(statistics.median(rates[source, name]), 2),
+            "alone_ms_p50": round(1000 * statistics.median(lone[source, name]), 3),
+        }
+    return {
+        "engine": rows,
+        "pictures": [list(image.shape[:2]) for image in images],
+        "same_bytes_among_others": parity,
+        "graph_mib": graph_mib,
+    }
+
+
+def _saturate(engine: Any, data: Sequence[bytes], options: Any, seconds: float) -> float:
+    """Pictures answered per second while so many are in flight."""
+    flying: deque[Any] = deque()
+    answered, sent, start = 0, 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        while len(flying) < INFLIGHT:
+            flying.append(engine.submit(data[sent % len(data)], options))
+            sent += 1
+        flying.popleft().result()
+        answered += 1
+    rate = answered / (time.monotonic() - start)
+    for answer in flying:
+        answer.result()
+    return rate
+
+
+def _alone(engine: Any, data: Sequence[bytes], options: Any, number: int = 10) -> list[float]:
+    seconds = []
+    for i in range(number):
+        start = time.monotonic()
+        engine.submit(data[i % len(data)], options).result()
+        seconds.append(time.monotonic() - start)
+    return seconds
+
+
+def soft_pictures(number: int, side: int) -> list[np.ndarray]:
+    """Soft noise: JPEGs of it are about as large as those of photos."""
+    random = np.random.default_rng(0)
+    return [
+        cv2.resize(random.integers(0, 256, (16, 16, 3), dtype=np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+        for _ in range(number)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m handlers.bench.gpu", description=__doc__.split("\n")[0])
+    gpu.add_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="of the engine's model (the demo model)")
+    parser.add_argument("--images", type=Path, help="a picture or a folder of pictures (soft noise, 512 x 512)")
+    parser.add_argument("--loop", type=float, default=2, help="seconds of each loop of the engine (2)")
+    arguments = parser.parse_args()
+    images = read_images(arguments.images)[:16] if arguments.images else soft_pictures(16, 512)
+    engine = partial(time_engine, arguments.checkpoint.parent, images, arguments.device, arguments.loop)
+    more: list[gpu.Section] = [("engine", "", engine)]
+    if arguments.device != "cpu":
+        more.append(("engine", "graphs", partial(engine, graph_mib=GRAPH_MIB)))
+    return gpu.run_command(arguments, more)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Whole networks on the device at hand: every way to compute a batch, step by step, and its share of the roof.
+
+Weights are random, which gives tokens no meaning and merging no typical length: so lengths after each merge are
+imposed (see `Injected`), and the pairs that are found are only timed.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpm_ops.baselines import ToMe
+from mpm_ops.labels import label_map
+from mpm_ops.runtime import Runtime
+from mpm_ops.runtime.eager import DTYPES, TorchRuntime
+from mpm_ops.runtime.graphs import GraphRuntime
+from mpm_ops.segmenter import Segmenter, SegmenterConfig
+from mpm_ops.stages import cut_stages
+from mpm_ops.windows import InferenceConfig, plan_windows
+
+from .injected import Injected
+from .timing import Laps, Timer, in_turn
+
+PAPER_UNMERGED = {"fp32": {"Ti": 660, "S": 333, "B": 133, "L": 47}, "bf16": {"B": 735, "L": 375}}
+PAPER_MERGED = {
+    "fp32": {"Ti": 831, "S": 431, "B": 177, "L": 74},
+    "bf16": {"Ti": 1260, "S": 1100, "B": 781, "L": 456},
+}
+MOST_DIFFERENT = {"fp32": 0.02, "bf16": 0.3, "fp16": 0.1}  # mean deviation of logits over their spread; chance is 1.1
+GRAPH_BYTES = 2 << 30
+
+# Logits of a way, whose steps are laps.
+Way = Callable[[Laps, Injected], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        batch: windows computed together.
+        side, patch: pixels.
+        classes: K.
+        networks: D, heads, blocks and what ToMe removes in each of them, by name.
+        means, spread: see `Injected`.
+        align: of the aligned ways.
+        groups: numbers of windows in the comparison of small groups.
+        repeats: of everything that is timed.
+        gemm: side of the matrices whose product tells what the device can do.
+    """
+
+    batch: int = 32
+    side: int = 512
+    patch: int = 16
+    classes: int = 150
+    networks: Mapping[str, tuple[int, int, int, int]]
+    means: tuple[int, int] = (765, 604)
+    spread: int = 20
+    align: int = 16
+    groups: tuple[int, ...] = (1, 2, 4, 8)
+    repeats: int = 15
+    gemm: int = 8192
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    def injected(self) -> Injected:
+        """The same lengths for every way."""
+        return Injected(self.means, self.spread, np.random.default_rng(0))
+
+
+PAPER = Scale(
+    networks={"S": (384, 6, 12, 30), "Ti": (192, 3, 12, 30), "B": (768, 12, 12, 30), "L": (1024, 16, 24, 15)}
+)
+TINY = Scale(
+    batch=2, side=64, patch=8, classes=5, networks={"Ti": (64, 1, 6, 2)}, means=(45, 33), spread=3, align=4,
+    groups=(1, 2), repeats=2, gemm=64,
+)  # fmt: skip
+
+
+def config_of(scale: Scale, name: str) -> SegmenterConfig:
+    width, heads, blocks, _ = scale.networks[name]
+    return SegmenterConfig(
+        image_size=(scale.side, scale.side),
+        patch_size=scale.patch,
+        d_model=width,
+        n_heads=heads,
+        n_layers=blocks,
+        n_cls=scale.classes,
+    )
+
+
+def whole_windows(scale: Scale) -> InferenceConfig:
+    side = scale.side
+    return InferenceConfig(im_size=side, max_ratio=4, window_size=side, window_stride=side, normalization="vit")
+
+
+def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ...] = (2, 5)) -> Segmenter:
+    """A network with seeded random weights."""
+    with device:
+        model = Segmenter(config_of(scale, name), whole_windows(scale), schedule=schedule).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                std = 0.02 if parameter.shape[0] == 1 else parameter.shape[-1] ** -0.5
+                parameter.normal_(std=std, generator=generator)
+    return model
+
+
+def make_graphs(model: Segmenter, precision: str) -> Runtime | None:
+    """The runtime whose small groups are captured graphs; None where there is no GPU to capture them."""
+    if not model.encoder.pos_embed.is_cuda:
+        return None
+    return GraphRuntime(model, precision, budget_bytes=GRAPH_BYTES)
+
+
+def make_packed(model: Segmenter, precision: str) -> Runtime:
+    return TorchRuntime(model, precision, attention="auto")
+
+
+@torch.inference_mode()
+def time_network(scale: Scale, name: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """Every way to compute one batch.
+
+    Raises:
+        RuntimeError: two ways to compute the same differ.
+    """
+    timer = Timer(device)
+    windows = torch.randn(scale.batch, 3, scale.side, scale.side, device=device)
+    lengths: dict[str, list[tuple[int, ...]]] = {}
+    ways = network_ways(scale, name, precision, windows, lengths)
+    parity = {
+        f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision)
+        for way, reference in (("unmerged", "plain"), ("MPM", "MPM grouped"), ("MPM padded", "MPM grouped"))
+    }
+    injected = {way: scale.injected() for way in ways}
+    labelled = {way: _labelled(run, injected[way], scale, plain=way == "plain") for way, run in ways.items()}
+    times = in_turn(labelled, timer, repeats=scale.repeats)
+    peak = gemm_tflops(scale, precision, device)
+    config = config_of(scale, name)
+    found = {way: _summary(scale, times[way], config, lengths.get(way), peak) for way in ways}
+    result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "gemm_tflops": peak, "parity": parity}
+    result["ways"] = found
+    plain = found["plain"]
+    for row in found.values():
+        row["speedup"] = round(plain["network_ms"] / row["network_ms"], 3)
+        row["speedup_with_labels"] = round(plain["with_labels_ms"] / row["with_labels_ms"], 3)
+    if scale is PAPER:
+        paper = {"unmerged": PAPER_UNMERGED, "MPM": PAPER_MERGED}
+        for way, published in paper.items():
+            if images := published.get(precision, {}).get(name):
+                found[way]["paper_images_per_second"] = images
+                found[way]["of_paper"] = round(found[way]["images_per_second"] / images, 3)
+    return result
+
+
+def network_ways(
+    scale: Scale, name: str, precision: str, windows: Tensor, lengths: dict[str, list[tuple[int, ...]]]
+) -> dict[str, Way]:
+    """Ways by name; each notes the lengths of its stages, special tokens included.
+
+    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed, padded to the
+    longest, or attended window by window.
+    """
+    model, unmerged = build(scale, name, windows.device), build(scale, name, windows.device, ())
+    dense = TorchRuntime(unmerged, precision, attention="grouped")
+    packed = make_packed(model, precision)
+    padded = TorchRuntime(model, precision, padded=True, attention="grouped")
+    grouped = TorchRuntime(model, precision, attention="grouped")
+    return {
+        "plain": ours(unmerged, dense, windows, 1, lengths.setdefault("plain", [])),
+        "unmerged": ours(unmerged, make_packed(unmerged, precision), windows, 1, lengths.setdefault("unmerged", [])),
+        "MPM": ours(model, packed, windows, 1, lengths.setdefault("MPM", [])),
+        "MPM aligned": ours(model, packed, windows, scale.align, lengths.setdefault("MPM aligned", [])),
+        "MPM padded": ours(model, padded, windows, 1, lengths.setdefault("MPM padded", [])),
+        "MPM grouped": ours(model, grouped, windows, 1, lengths.setdefault("MPM grouped", [])),
+        "ToMe": tome(unmerged, precision, windows, scale.networks[name][3]),
+    }
+
+
+def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
+    """Our stages; merging is computed, and then the lengths imposed."""
+
+    def run(laps: Laps, injected: Injected) -> Tensor:
+        lengths.clear()
+        batch = model.embed(windows)
+        laps.lap("embed")
+        for stage in model.stages:
+            lengths.append(batch.tokens.lengths)
+            batch = runtime.run_blocks(stage, batch)
+            laps.lap(f"stage {stage.index}")
+            if stage.merges:
+                merged = batch.merged(num_special=model.encoder.num_special, align=align)
+                laps.lap(f"merge {stage.index}")
+                batch = injected.apply(merged, batch, stage.index, align)
+                laps.lap("imposing lengths")
+        logits = runtime.decode(batch)
+        laps.lap("decode")
+        return logits
+
+    return run
+
+
+def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
+    """ToMe on the same weights, dense; attention is proportional, as it needs to be without training."""
+    halved = model if precision == "fp32" else copy.deepcopy(model, {id(model.runtime): None}).to(DTYPES[precision])
+    rival, windows = ToMe(halved, r=r), windows.to(DTYPES[precision])
+    grid = (windows.shape[2] // model.config.patch_size, windows.shape[3] // model.config.patch_size)
+
+    def run(laps: Laps, injected: Injected) -> Tensor:
+        logits = rival.decode(rival.encode(windows, grid)).float()
+        laps.lap("network")
+        return logits
+
+    return run
+
+
+def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Callable[[Laps], object]:
+    """A way and then the labels of every window, on the host; plainly, by upsampling all classes."""
+    plan = plan_windows(scale.side, scale.side, whole_windows(scale))
+    grid = scale.side // scale.patch
+
+    def run(laps: Laps) -> list[Any]:
+        logits = way(laps, injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
+        if plain:
+            size = (scale.side, scale.side)
+            found: list[Any] = [
+                F.interpolate(one[None], size, mode="bilinear", align_corners=False)[0].argmax(0).byte().cpu()
+                for one in logits
+            ]
+        else:
+            found = [label_map(one[None], plan, scale.patch).labels for one in logits]
+        laps.lap("labels")
+        return found
+
+    return run
+
+
+def check_same(way: Way, reference: Way, scale: Scale, timer: Timer, precision: str) -> float:
+    """Mean deviation of two ways' logits over their spread.
+
+    Raises:
+        RuntimeError: it is too large; figures would compare different work.
+    """
+    found, wanted = way(Laps(timer), scale.injected()), reference(Laps(timer), scale.injected())
+    deviation = float((found - wanted).abs().mean() / wanted.std())
+    if not deviation <= MOST_DIFFERENT[precision]:
+        raise RuntimeError(f"parity: logits deviate by {deviation:.1e} of their spread; no figures are reported")
+    return deviation
+
+
+@torch.inference_mode()
+def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """Small groups, whose operators take longer to launch than to run: operator by operator, and as graphs.
+
+    Raises:
+        RuntimeError: graphs give other logits.
+    """
+    timer = Timer(device)
+    model, unmerged = build(scale, name, device), build(scale, name, device, ())
+    rows = []
+    for number in scale.groups:
+        windows = torch.randn(number, 3, scale.side, scale.side, device=device)
+        ways: dict[str, Way] = {}
+        for way, network in (("unmerged", unmerged), ("MPM", model)):
+            graphs = make_graphs(network, precision)
+            ways[way] = ours(network, make_packed(network, precision), windows, 1, [])
+            if graphs is None:
+                continue
+            ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
+        parity = {
+            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision)
+            for way in ("MPM", "unmerged")
+            if f"{way}, graphs" in ways
+        }
+        injected = {way: scale.injected() for way in ways}
+        works = {way: _once(run, injected[way]) for way, run in ways.items()}
+        times = in_turn(works, timer, repeats=4 * scale.repeats, warm_ups=8)
+        ms = {way: round(network_ms(laps), 4) for way, laps in times.items()}
+        rows.append({"windows": number, "median_ms": ms, "parity": parity})
+    return {"precision": precision, "groups": rows}
+
+
+def _once(way: Way, injected: Injected) -> Callable[[Laps], object]:
+    return lambda laps: way(laps, injected)
+
+
+def network_ms(laps: Mapping[str, float]) -> float:
+    """Milliseconds from windows to logits; imposing lengths stands in for nothing."""
+    return sum(ms for lap, ms in laps.items() if lap not in ("total", "labels", "rest", "imposing lengths"))
+
+
+def _summary(
+    scale: Scale,
+    laps: dict[str, float],
+    config: SegmenterConfig,
+    lengths: Sequence[tuple[int, ...]] | None,
+    peak: float,
+) -> dict[str, Any]:
+    network = network_ms(laps)
+    with_labels = network + laps["labels"]
+    row: dict[str, Any] = {
+        "network_ms": round(network, 4),
+        "with_labels_ms": round(with_labels, 4),
+        "images_per_second": round(1000 * scale.batch / network, 1),
+        "images_per_second_with_labels": round(1000 * scale.batch / with_labels, 1),
+        "median_ms": laps,
+    }
+    if lengths:
+        tflops = flops(config, scale.patches, lengths) / network / 1e9
+        row |= {"mean_lengths": [round(sum(n) / len(n), 1) for n in lengths]}
+        row |= {"tflops": round(tflops, 2), "of_gemm": round(tflops / peak, 3)}
+    return row
+
+
+def flops(config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]]) -> float:
+    """Operations of embedding, blocks and decoder at these lengths of each stage; two for a multiplication and a sum.
+
+    Args:
+        lengths: per stage, tokens of every window, special ones included.
+    """
+    width, classes = config.d_model, config.n_cls
+    stages = cut_stages(config.n_layers, (2, 5)[: len(lengths) - 1])
+    total = len(lengths[0]) * 2.0 * num_patches * width * 3 * config.patch_size**2
+    for stage, of_windows in zip(stages, lengths, strict=True):
+        total += len(stage.blocks) * sum(_block_flops(length, width) for length in of_windows)
+    for length in lengths[-1]:
+        total += config.decoder_layers * _block_flops(length - 1 + classes, width)
+        total += 2.0 * width * (width * (2 * (length - 1) + classes) + classes * (length - 1))
+    return total
+
+
+def _block_flops(length: int, width: int) -> float:
+    return 24.0 * length * width**2 + 4.0 * length**2 * width
+
+
+@torch.inference_mode()
+def gemm_tflops(scale: Scale, precision: str, device: torch.device) -> float:
+    """What a large matrix product reaches on this device in this precision: the roof."""
+    a, b = (torch.randn(scale.gemm, scale.gemm, device=device).to(DTYPES[precision]) for _ in range(2))
+    times = in_turn({"gemm": lambda laps: torch.mm(a, b)}, Timer(device), repeats=5)
+    return round(2 * scale.gemm**3 / times["gemm"]["total"] / 1e9, 2)

@@ -1,0 +1,35 @@
+"""To the device and back beside its computing: every thread that copies has a stream of its own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def use_own_stream(device: torch.device) -> None:
+    """Let what this thread does on a GPU from now on run beside what others do there; nothing elsewhere.
+
+    What another thread computed must be complete before this one reads it.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device, complete when this returns; only this thread waits.
+
+    Through pinned memory, because the driver copies from other memory in pieces and holds up everybody.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    there = x.pin_memory().to(device, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return there
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Join what other threads uploaded; their memory is not used again before this thread's stream has read it."""
+    for part in parts:
+        if part.is_cuda:
+            part.record_stream(torch.cuda.current_stream(part.device))
+    return torch.stack(list(parts))

@@ -1,0 +1,40 @@
+"""The engine's section of the GPU's benchmark, on whatever runs the tests."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlers.bench import gpu as bench_gpu
+from mpm_ops.bench import gpu
+from mpm_ops.bench.model import DEMO
+
+
+def test_the_engine_is_timed_from_bytes_and_from_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "INFLIGHT", 2)
+    monkeypatch.setattr(bench_gpu, "_alone", lambda engine, data, options: [0.25, 0.5, 1.0])
+    found = bench_gpu.time_engine(DEMO.parent, bench_gpu.soft_pictures(1, 256), "cpu", seconds=0.1)
+    assert set(found["engine"]) == {"jpeg, merged", "jpeg, unmerged", "frame, merged", "frame, unmerged"}
+    for row in found["engine"].values():
+        assert row["pictures_per_second"] > 0
+        assert row["alone_ms_p50"] == 500
+    assert set(found["same_bytes_among_others"].values()) == {1.0}
+
+
+def test_it_is_one_of_the_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*arguments: Any, **options: Any) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'simplejpeg'")
+
+    monkeypatch.setattr(bench_gpu, "time_engine", broken)
+    monkeypatch.setattr(gpu, "_sections", lambda *_, more, **__: [*more, ("merge", "", lambda: {"median_ms": {}})])
+    monkeypatch.setattr(gpu, "check_parity", lambda *_: {})
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--out", str(out)])
+    pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
+    assert bench_gpu.main() == 1
+    sections = json.loads(out.read_text())["sections"]
+    assert [section["kind"] for section in sections] == ["parity", "engine", "merge"]
+    assert sections[1]["error"] == "ModuleNotFoundError: No module named 'simplejpeg'"
+    assert "error" not in sections[2]

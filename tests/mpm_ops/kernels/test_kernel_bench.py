@@ -1,0 +1,178 @@
+"""The GPU's benchmark on whatever runs the tests: its checks, the work that it times, and its report."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
+
+from mpm_ops import Segmenter, attention
+from mpm_ops.bench import __main__ as bench
+from mpm_ops.bench import gpu as bench_gpu
+from mpm_ops.bench import gpu_networks
+from mpm_ops.bench.gpu_networks import TINY, flops
+from mpm_ops.bench.timing import Laps, Report, Timer, in_turn
+from mpm_ops.packed import PackedTokens
+from mpm_ops.runtime.graphs import Captured, GraphRuntime
+from mpm_ops.segmenter import SegmenterConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_explains_itself_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "gpu"])
+    assert bench.main() == 1
+    assert capsys.readouterr().err == "gpu: no CUDA device is visible to torch; run this on a machine with one\n"
+
+
+def test_parity_holds() -> None:
+    assert set(bench_gpu.check_parity(CPU, bench_gpu.TINY_SHAPES).values()) == {1.0}
+
+
+def test_no_figure_where_parity_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unmerged(tokens: PackedTokens, *, num_special: int) -> tuple[PackedTokens, Tensor]:
+        return tokens, torch.cat([torch.arange(n) for n in tokens.lengths])
+
+    monkeypatch.setattr(bench_gpu, "merge_windows_gpu", unmerged)
+    report = bench_gpu.bench_gpu(CPU, TINY, out=tmp_path / "gpu.json")
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert len(sections) == len(report.content["sections"]) == 1
+    assert sections[0]["error"].startswith("RuntimeError: parity: ")
+    assert "tokens merge otherwise at N=130 D=64 float32; no figures reported" in sections[0]["error"]
+
+
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
+    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
+    return torch.cat([o.transpose(0, 1) for o in out])
+
+
+def rerun(function: Callable[[], Tensor]) -> Captured:
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+@pytest.fixture
+def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by the bounds, windows decoded together, and graphs that run their function again."""
+
+    def graphs(model: Segmenter, precision: str) -> GraphRuntime:
+        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
+
+    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
+    monkeypatch.setattr("mpm_ops.decoders.decodes_together", lambda values: True)
+    monkeypatch.setattr("mpm_ops.segmenter.decodes_together", lambda values: True)
+    monkeypatch.setattr(gpu_networks, "make_graphs", graphs)
+
+
+@pytest.mark.usefixtures("_like_a_gpu")
+def test_the_whole_command_at_a_tiny_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["bench", "gpu", "--device", "cpu", "--tiny", "--out", str(out)])
+    code = bench.main()
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert [section["error"] for section in report["sections"] if "error" in section] == []
+    assert code == 0
+    assert report["left_out"] == []
+    kinds = [section["kind"] for section in report["sections"]]
+    assert kinds[0] == "parity"
+    assert set(kinds) == {"parity", "merge", "network", "labels", "groups"}
+    network = next(section for section in report["sections"] if section["kind"] == "network")
+    ways = network["ways"]
+    assert {"plain", "unmerged", "MPM", "MPM aligned", "MPM padded", "MPM grouped", "ToMe"} == set(ways)
+    assert set(ways["MPM"]["median_ms"]) >= {"embed", "stage 0", "merge 0", "stage 1", "merge 1", "stage 2", "decode"}
+    assert ways["MPM"]["mean_lengths"][0] == 65.0
+    assert 40 <= ways["MPM"]["mean_lengths"][1] <= 49
+    assert {length % 4 for length in ways["MPM aligned"]["mean_lengths"][1:]} <= {1.0, 3.0}  # of two windows
+    assert ways["MPM"]["network_ms"] < ways["MPM"]["with_labels_ms"]
+    assert ways["MPM"]["of_gemm"] > 0
+    groups = next(section for section in report["sections"] if section["kind"] == "groups")["groups"]
+    assert [row["windows"] for row in groups] == [1, 2]
+    assert set(groups[0]["median_ms"]) == {"unmerged", "unmerged, graphs", "MPM", "MPM, graphs"}
+    assert printed.count("\n") > len(kinds)
+
+
+@torch.inference_mode()
+def test_ways_that_differ_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Segmenter.decode
+
+    def wrong(self: Segmenter, batch: Any) -> Tensor:
+        logits = plain(self, batch)
+        return logits if batch.merge_maps is None or batch.tokens.is_uniform else logits.flip(2)
+
+    monkeypatch.setattr(Segmenter, "decode", wrong)
+    windows = torch.randn(2, 3, 64, 64)
+    ways = gpu_networks.network_ways(TINY, "Ti", "fp32", windows, {})
+    with pytest.raises(RuntimeError, match=r"^parity: logits deviate by .* of their spread; no figures are reported$"):
+        gpu_networks.check_same(ways["MPM"], ways["unmerged"], TINY, Timer(CPU), "fp32")
+
+
+def test_operations_are_those_of_a_plain_count() -> None:
+    shape = {"image_size": (64, 64), "patch_size": 16, "d_model": 64, "n_heads": 1, "n_layers": 3, "n_cls": 5}
+    config = SegmenterConfig(**shape, decoder_layers=1)  # type: ignore[arg-type]
+
+    def linear(rows: int, columns_in: int, columns_out: int) -> int:
+        return 2 * rows * columns_in * columns_out
+
+    def block(rows: int) -> int:
+        mlp = linear(rows, 64, 256) + linear(rows, 256, 64)
+        attention = linear(rows, 64, 192) + linear(rows, 64, 64) + 2 * linear(rows, rows, 64)
+        return mlp + attention
+
+    expected = linear(16, 3 * 16 * 16, 64) + 2 * block(17) + block(12)
+    expected += linear(11, 64, 64) + block(16) + linear(11, 64, 64) + linear(5, 64, 64) + linear(11, 64, 5)
+    assert flops(config, 16, [[17], [12]]) == expected
+
+
+def test_a_report_keeps_what_was_measured(tmp_path: Path) -> None:
+    def broken() -> dict[str, Any]:
+        raise ValueError("out of luck")
+
+    out = tmp_path / "report.json"
+    report = Report({"device": "x"}, out, seconds=60)
+    assert report.section("first", "a", lambda: {"ms": 3})
+    assert json.loads(out.read_text())["sections"][0]["ms"] == 3
+    assert not report.section("second", "b", broken)
+    assert report.section("third", "c", lambda: {"ms": 4})
+    late = Report({}, None, seconds=-1)
+    assert not late.section("fourth", "d", broken)
+    assert late.content["left_out"] == ["fourth d"]
+    first, second, third = json.loads(out.read_text())["sections"]
+    assert second["error"] == "ValueError: out of luck"
+    assert (first["ms"], third["ms"]) == (3, 4)
+
+
+def test_laps_add_up_and_works_take_turns() -> None:
+    order: list[str] = []
+
+    def work(name: str) -> Callable[[Laps], object]:
+        def run(laps: Laps) -> None:
+            order.append(name)
+            torch.randn(200, 200) @ torch.randn(200, 200)
+            laps.lap("one")
+            laps.lap("two")
+            laps.lap("one")
+
+        return run
+
+    found = in_turn({"a": work("a"), "b": work("b")}, Timer(CPU), repeats=1, warm_ups=1)
+    assert order == ["a", "b", "a", "b"]
+    laps = found["a"]
+    assert laps["total"] == pytest.approx(laps["one"] + laps["two"] + laps["rest"], abs=1e-3)
+    assert laps["one"] > laps["two"]
+
+
+def test_plain_torch_finds_the_nearest() -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]]])
+    assert bench_gpu.plain_nearest(x).tolist() == [[1, 2, 1]]

@@ -1,0 +1,242 @@
+"""Graphs: what is captured and dropped, and that buffers of fixed size give what packed execution gives.
+
+The graphs here run the captured function again on its buffers, which is all that a real one does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpm_ops import Segmenter, attention
+from mpm_ops.packed import PackedTokens
+from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.eager import TorchRuntime
+from mpm_ops.runtime.graphs import Captured, GraphPolicy, GraphRuntime, Shape, StaticCall
+from mpm_ops.stages import WindowBatch
+
+Make = Callable[..., Segmenter]
+
+
+def shape(num_tokens: int, num_windows: int = 1) -> Shape:
+    return Shape("blocks", range(2), num_windows, num_tokens)
+
+
+def policy(budget: int = 100, *, most_tokens: int = 1000, longest: int = 197, patience: int = 2) -> GraphPolicy:
+    return GraphPolicy(budget, most_tokens=most_tokens, longest=longest, patience=patience)
+
+
+def rerun(function: Callable[[], Tensor]) -> Captured:
+    """A graph that runs the function again; its result keeps its place."""
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 14, 15, 17, 63, 197, 606, 1025, 8191, 30000])
+def test_buffers_hold_the_group_and_one_more_sequence(num_tokens: int) -> None:
+    sizes = policy(longest=1025)
+    bucket = sizes.bucket(num_tokens)
+    assert num_tokens + 2 <= bucket <= 1.07 * (num_tokens + 2) + 1
+    assert bucket - num_tokens <= 1025
+    assert sizes.bucket(bucket - 2) == bucket
+
+
+def test_buffers_come_in_few_sizes() -> None:
+    sizes = policy(longest=1025)
+    assert len({sizes.bucket(n) for n in range(4096, 8191)}) <= 17
+
+
+def test_captures_what_is_asked_for_often() -> None:
+    graphs = policy(patience=3)
+    assert [graphs.choose(shape(64)) for _ in range(3)] == ["eager", "eager", "capture"]
+    assert graphs.captured(shape(64), 10) == []
+    assert graphs.choose(shape(64)) == "replay"
+    assert graphs.choose(shape(80)) == "eager"
+    assert graphs.choose(shape(64, 2)) == "eager"
+    assert graphs.counts == {"eager": 4, "capture": 1, "replay": 1, "evicted": 0}
+
+
+def test_large_groups_need_no_graph() -> None:
+    graphs = policy(most_tokens=64)
+    assert {graphs.choose(shape(65)) for _ in range(9)} == {"eager"}
+
+
+def test_what_was_not_used_for_longest_makes_room() -> None:
+    graphs = policy(budget=100, patience=1)
+    for size in (10, 20, 30):
+        assert graphs.choose(shape(size)) == "capture"
+        assert graphs.captured(shape(size), 30) == []
+    assert graphs.choose(shape(10)) == "replay"
+    assert graphs.choose(shape(40)) == "capture"
+    assert graphs.captured(shape(40), 60) == [shape(20), shape(30)]
+    assert graphs.choose(shape(10)) == "replay"
+    assert graphs.choose(shape(20)) == "capture"  # as often as is asked for it from now on
+    assert graphs.counts["evicted"] == 2
+
+
+def test_what_exceeds_the_budget_alone_stays_eager_and_costs_nobody_else() -> None:
+    graphs = policy(budget=100, patience=1)
+    graphs.choose(shape(10))
+    graphs.captured(shape(10), 30)
+    assert graphs.choose(shape(50)) == "capture"
+    assert graphs.captured(shape(50), 101) == [shape(50)]
+    assert {graphs.choose(shape(50)) for _ in range(9)} == {"eager"}
+    assert graphs.choose(shape(10)) == "replay"
+
+
+def test_a_call_copies_its_arguments_into_place_and_runs_on_them() -> None:
+    calls = []
+
+    def double(x: Tensor, y: Tensor) -> Tensor:
+        calls.append(x)
+        return 2 * x + y
+
+    buffers = (torch.zeros(4), torch.ones(4))
+    call = StaticCall(double, buffers, rerun)
+    assert call(torch.tensor([1.0, 2.0]), torch.zeros(4)).tolist() == [2, 4, 0, 0]
+    result = call(torch.tensor([5.0]), torch.ones(2))
+    assert result.tolist() == [11, 5, 0, 0]
+    assert call(torch.zeros(4), torch.zeros(4)) is result
+    assert all(x is buffers[0] for x in calls)
+    assert call.num_bytes == 3 * 16
+
+
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    """A kernel over ragged sequences that knows nothing but the bounds on its device."""
+    assert bounds[-1] == len(q)
+    assert int(bounds.diff().max()) <= longest
+    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
+    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
+    return torch.cat([o.transpose(0, 1) for o in out])
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on the CPU: attention by the bounds, all windows decoded at once."""
+    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
+    for module in ("decoders", "segmenter"):
+        monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)
+
+
+def graph_runtime(model: Segmenter, budget: int = 2**30, most_tokens: int = 8192) -> GraphRuntime:
+    return GraphRuntime(
+        model, attention="flash", budget_bytes=budget, most_tokens=most_tokens, capture=rerun, reserved=lambda: 0
+    )
+
+
+def window_groups(sizes: Sequence[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    groups = [torch.randn(number, 3, 64, 64, generator=generator) for number in sizes]
+    for i, group in enumerate(groups):
+        group[0, :, : 16 * (i % 4)] = group[0, :, :1, :1]  # blank parts merge more, so lengths differ
+    return groups
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize(
+    "fields",
+    [{"schedule": (1, 2)}, {"schedule": (2,), "distilled": True}, {"schedule": ()}, {"decoder": "linear"}],
+    ids=str,
+)
+@torch.inference_mode()
+def test_graphs_give_what_packed_execution_gives(fields: dict[str, Any], tiny_model: Make) -> None:
+    model = tiny_model(**fields)
+    plain, graphs = TorchRuntime(model, attention="flash"), graph_runtime(model)
+    graphs.policy._patience = 1
+    for windows in window_groups([1, 2, 3, 2, 1, 1, 2, 3, 1, 2]):
+        model.runtime = plain
+        expected = model(windows)
+        model.runtime = graphs
+        torch.testing.assert_close(model(windows), expected, rtol=0, atol=2e-5)
+    assert graphs.policy.counts["replay"] > 3
+    assert graphs.policy.counts["eager"] == 0
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
+def test_results_stay_when_the_graph_runs_again(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1,))
+    model.runtime = graph_runtime(model)
+    first, second = window_groups([2, 2])
+    for _ in range(4):
+        model(first)
+    kept = model(first)
+    before = kept.clone()
+    assert not torch.equal(model(second), before)
+    assert torch.equal(kept, before)
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
+def test_a_broken_window_leaves_no_trace_in_the_buffers(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1,))
+    model.runtime = graphs = graph_runtime(model)
+    graphs.policy._patience = 1
+    good = WindowBatch(PackedTokens(torch.randn(20, 64), (12, 8)))
+    bad = WindowBatch(PackedTokens(torch.full((22, 64), torch.nan), (12, 10)))
+    stage = model.stages[0]
+    assert graphs.policy.bucket(20) == graphs.policy.bucket(21) - 1
+    expected = TorchRuntime(model, attention="flash").run_blocks(stage, good).tokens.values
+    found = []
+    for batch in (good, bad, good):
+        graphs.policy.bucket = lambda num_tokens: 24  # type: ignore[method-assign]
+        found.append(graphs.run_blocks(stage, batch).tokens.values)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=2e-5)
+    assert found[1].isnan().all()
+    assert torch.equal(found[2], found[0])
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
+def test_without_room_everything_runs_eagerly(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = graphs = graph_runtime(model, budget=0)
+    plain = TorchRuntime(model, attention="flash")
+    windows = window_groups([2])[0]
+    found = [model(windows) for _ in range(6)]
+    model.runtime = plain
+    assert all(torch.allclose(logits, model(windows), atol=2e-5) for logits in found)
+    assert graphs.policy.counts["replay"] == 0
+    assert not graphs._graphs
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
+def test_windows_of_another_size_run_eagerly(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1,))
+    model.runtime = graphs = graph_runtime(model)
+    for side in (96, 48):
+        for _ in range(4):
+            logits = model(torch.randn(1, 3, side, side))
+        assert logits.shape[2:] == (side // 16, side // 16)
+    assert all(shape.work == "blocks" for shape in graphs._graphs)  # smaller windows still fit the blocks' buffers
+
+
+def test_graphs_are_refused_where_they_cannot_be_captured(tiny_model: Make) -> None:
+    with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU and without padding"):
+        make_runtime(tiny_model(), "torch", graph_bytes=2**20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("schedule", [(), (1, 2)])
+@torch.inference_mode()
+def test_captured_graphs_give_what_operators_give(schedule: tuple[int, ...], precision: str, tiny_model: Make) -> None:
+    model = tiny_model(schedule=schedule).cuda()
+    plain = make_runtime(model, "torch", precision)
+    graphs = make_runtime(model, "torch", precision, graph_bytes=2**30)
+    assert isinstance(graphs, GraphRuntime)
+    tolerance = 1e-4 if precision == "fp32" else 0.2  # logits are standardised over the classes
+    for windows in 4 * window_groups([1, 2, 3, 2, 1]):
+        model.runtime = plain
+        expected = model(windows.cuda())
+        model.runtime = graphs
+        found = model(windows.cuda())
+        same = (found - expected).abs().mean() < tolerance  # a near-tie may pair others
+        assert same, graphs.policy.counts
+    assert graphs.policy.counts["replay"] > 10
+    assert graphs.policy.counts["capture"] > 3
