@@ -9,137 +9,21 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import promql_parser as promql
-import yaml
 
-from handlers.config import ServingConfig
 from mpm_ops.stages import parse_schedule
 
-Manifest = Mapping[str, Any]
+from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
 
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
 FILL_TOKENS = 1025  # of the smallest picture on a network of 512 x 512 pixels: one window
 
-_QUANTITY = re.compile(r"[+-]?(\d+|\d+\.\d*|\.\d+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?")
-_SUFFIXES = {s: Decimal(10) ** e for s, e in zip(("n", "u", "m", "", "k", "M", "G", "T"), range(-9, 15, 3), strict=True)}
-_SUFFIXES |= {f"{s}i": Decimal(2) ** (10 * e) for e, s in enumerate("KMGT", 1)}
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Manifests:
-    """What one overlay renders to."""
-
-    documents: tuple[Manifest, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> "Manifests":
-        """From YAML; documents without a kind or a name are refused.
-
-        Raises:
-            ValueError: the text isn't YAML, or holds something else than manifests.
-        """
-        try:
-            documents = tuple(document for document in yaml.safe_load_all(text) if document)
-        except yaml.YAMLError as error:
-            raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
-        for document in documents:
-            if not isinstance(document, dict) or "kind" not in document or "name" not in document.get("metadata", {}):
-                raise ValueError(f"expected manifests with kind and metadata.name, got {str(document)[:80]!r}")
-        if not documents:
-            raise ValueError("expected manifests, got nothing")
-        return cls(documents)
-
-    def of(self, *kinds: str) -> list[Manifest]:
-        return [document for document in self.documents if document["kind"] in kinds]
-
-    def names(self, kind: str) -> set[str]:
-        return {document["metadata"]["name"] for document in self.of(kind)}
-
-    @property
-    def workloads(self) -> list[Manifest]:
-        return self.of("Deployment", "StatefulSet", "Job")
-
-    @property
-    def servers(self) -> list[Manifest]:
-        """The Deployments that segment."""
-        return [w for w in self.of("Deployment") if any(c["name"] == "server" for c in pod_of(w)["containers"])]
-
-    def selected_by(self, selector: Mapping[str, Any]) -> list[Manifest]:
-        """Workloads whose pods a label selector matches."""
-        return [w for w in self.workloads if matches(selector, labels_of(w))]
-
-    def serving(self, server: Manifest) -> ServingConfig | None:
-        """How a Deployment's model is served, if its ConfigMap is among the manifests.
-
-        Raises:
-            ValueError: a field of serving.yml is unknown or wrong.
-        """
-        for volume in pod_of(server).get("volumes", []):
-            for config in self.of("ConfigMap"):
-                if config["metadata"]["name"] == volume.get("configMap", {}).get("name"):
-                    text = config.get("data", {}).get("serving.yml")
-                    if text is not None:
-                        return ServingConfig.from_mapping(yaml.safe_load(text) or {})
-        return None
-
-
-def pod_of(workload: Manifest) -> Mapping[str, Any]:
-    pod: Mapping[str, Any] = workload["spec"]["template"]["spec"]
-    return pod
-
-
-def labels_of(workload: Manifest) -> Mapping[str, str]:
-    labels: Mapping[str, str] = workload["spec"]["template"]["metadata"].get("labels", {})
-    return labels
-
-
-def containers_of(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*pod.get("initContainers", []), *pod["containers"]]
-
-
-def server_of(workload: Manifest) -> Mapping[str, Any]:
-    return next(container for container in pod_of(workload)["containers"] if container["name"] == "server")
-
-
-def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    for key, value in selector.get("matchLabels", {}).items():
-        if labels.get(key) != value:
-            return False
-    for expression in selector.get("matchExpressions", []):
-        found = labels.get(expression["key"])
-        holds = {
-            "In": found in expression.get("values", []),
-            "NotIn": found not in expression.get("values", []),
-            "Exists": found is not None,
-            "DoesNotExist": found is None,
-        }
-        if not holds[expression["operator"]]:
-            return False
-    return True
-
-
-def quantity(value: object) -> Decimal:
-    """A Kubernetes quantity as a number.
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = _QUANTITY.fullmatch(str(value))
-    if not found:
-        raise ValueError(f"expected a quantity such as 500m, 2 or 16Gi, got {value!r}")
-    number, suffix = found[1], found[2] or ""
-    return Decimal(number) * _SUFFIXES[suffix] if suffix in _SUFFIXES else Decimal(f"{number}{suffix}")
-
-
-def name_of(manifest: Manifest) -> str:
-    return f"{manifest['kind']}/{manifest['metadata']['name']}"
 
 
 # Checks: each takes manifests and yields a sentence per problem
@@ -158,7 +42,7 @@ def selectors(manifests: Manifests) -> Iterator[str]:
             if not matches(spread["labelSelector"], labels_of(workload)):
                 yield f"{name_of(workload)}: topologySpreadConstraints: expected labels of its own pods"
             if "pod-template-hash" not in spread.get("matchLabelKeys", []):
-                yield f"{name_of(workload)}: topologySpreadConstraints: without matchLabelKeys a rollout counts old pods"
+                yield f"{name_of(workload)}: topologySpreadConstraints: expected matchLabelKeys, or old pods count"
     for service in manifests.of("Service"):
         found = manifests.selected_by({"matchLabels": service["spec"]["selector"]})
         if len(found) != 1:
@@ -354,7 +238,7 @@ def disruptions(manifests: Manifests) -> Iterator[str]:
             replicas = fewest.get(workload["metadata"]["name"], workload["spec"].get("replicas", 1))
             away = budget["spec"].get("maxUnavailable")
             if not isinstance(away, int) or away < 1:
-                yield f"{name_of(budget)}: maxUnavailable: expected a number >= 1, or nodes can't be drained, got {away}"
+                yield f"{name_of(budget)}: maxUnavailable: expected >= 1, or nodes can't be drained, got {away}"
             elif away >= replicas:
                 yield f"{name_of(budget)}: maxUnavailable: expected below {replicas} replicas, got {away}"
 
@@ -395,7 +279,7 @@ def _trigger(trigger: Mapping[str, Any]) -> Iterator[str]:
     if trigger["type"] != "prometheus":
         return
     if metadata.get("ignoreNullValues") != "false":
-        yield "ignoreNullValues: expected \"false\", or no answer counts as no work"
+        yield 'ignoreNullValues: expected "false", or no answer counts as no work'
     try:
         if not float(metadata.get("threshold", "nan")) > 0:
             raise ValueError
@@ -417,7 +301,9 @@ def is_single_series(expression: Any) -> bool:
     if isinstance(expression, promql.ParenExpr | promql.UnaryExpr):
         return is_single_series(expression.expr)
     if isinstance(expression, promql.AggregateExpr):
-        kept = expression.modifier is not None and (expression.modifier.labels or "without" in str(expression.modifier))
+        kept = expression.modifier is not None and (
+            expression.modifier.labels or "without" in str(expression.modifier)
+        )
         return not kept and str(expression.op) not in ("topk", "bottomk", "count_values", "limitk")
     if isinstance(expression, promql.BinaryExpr):
         return is_single_series(expression.lhs) and is_single_series(expression.rhs)
@@ -499,7 +385,9 @@ def volumes(manifests: Manifests) -> Iterator[str]:
             if field in pod and pod[field] not in manifests.names(kind):
                 yield f"{where}: {field}: no {kind} {pod[field]!r}"
     for server in manifests.servers:
-        memory = {v["name"] for v in pod_of(server).get("volumes", []) if (v.get("emptyDir") or {}).get("medium") == "Memory"}
+        memory = {
+            v["name"] for v in pod_of(server).get("volumes", []) if (v.get("emptyDir") or {}).get("medium") == "Memory"
+        }
         mounts = {mount["mountPath"]: mount["name"] for mount in server_of(server).get("volumeMounts", [])}
         if mounts.get("/dev/shm") not in memory:
             yield f"{name_of(server)}: /dev/shm: expected an emptyDir in memory"
