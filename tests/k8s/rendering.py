@@ -19,8 +19,8 @@ OVERLAYS = sorted(
     for path in (K8S / "overlays").rglob("kustomization.yaml")
     if "kind: Kustomization" in path.read_text()
 )
-COMPONENTS = sorted(path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml"))
-_REPLACED = {"hpa": ("keda",), "model-download": (), "model-image": (), "model-pvc": ()}  # what goes for what comes
+COMPONENTS = sorted({path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"production"})
+_REPLACED = {"hpa": "keda"}  # what goes where the other comes
 
 
 def kubectl(*arguments: str, config: str = os.devnull, stdin: str = "") -> "subprocess.CompletedProcess[str]":
@@ -58,22 +58,23 @@ def render(overlay: str) -> str:
 @functools.cache
 def render_with(component: str, server: str = "torchserve") -> str:
     """The YAML of the H100 overlay with one more component, or with it in the place of what it replaces."""
-    used = [name for name in _components("production") if name not in _REPLACED.get(component, ())]
+    text = (K8S / "components" / "production" / "kustomization.yaml").read_text()
+    used = [line.removeprefix("  - ../") for line in text.splitlines() if line.startswith("  - ../")]
+    used = [name for name in used if name != _REPLACED.get(component)]
     used += [component] if component not in used else []
-    with tempfile.TemporaryDirectory(dir=K8S / "overlays") as folder:  # kustomize takes no absolute paths
+    with tempfile.TemporaryDirectory() as folder:  # a copy, because kustomize takes no absolute paths
+        copy = Path(folder) / "k8s"
+        shutil.copytree(K8S, copy, ignore=shutil.ignore_patterns("__pycache__"))
         lines = ["kind: Kustomization", "namespace: segmenter", "resources:", "- ../../base/common"]
         lines += [f"- ../../base/{server}"]
         lines += [f"- ../../base/canary/{server}"] if component in ("canary", "shadow") else []
         lines += ["components:", "- ../h100-sxm/node", *(f"- ../../components/{name}" for name in used)]
-        (Path(folder) / "kustomization.yaml").write_text("\n".join(lines) + "\n")
-        done = kubectl("kustomize", folder)
+        overlay = copy / "overlays" / "mine"
+        overlay.mkdir()
+        (overlay / "kustomization.yaml").write_text("\n".join(lines) + "\n")
+        done = kubectl("kustomize", str(overlay))
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def _components(component: str) -> list[str]:
-    text = (K8S / "components" / component / "kustomization.yaml").read_text()
-    return [line.removeprefix("  - ../") for line in text.splitlines() if line.startswith("  - ../")]
 
 
 def manifests(overlay: str) -> Manifests:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,11 +198,7 @@ def test_whole_manifests_have_no_problem(whole: str) -> None:
     ("check", "edit", "told"), BROKEN, ids=[f"{b[0]}: {b[1][1][-1]} {i}" for i, b in enumerate(BROKEN)]
 )
 def test_a_check_finds_what_is_broken(whole: str, check: str, edit: tuple[str, Path, Any], told: str) -> None:
-    """Taken away, the check takes the finding with it: no other one covers for it."""
     found = problems(change(whole, [edit]))
-    assert any(line.startswith(f"{check}: ") for line in found)
-    import re
-
     assert any(re.search(told, line) for line in found if line.startswith(f"{check}: ")), found
 
 
