@@ -23,6 +23,15 @@ USER = 10001
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
 FILL_TOKENS = 1025  # of the smallest picture on a network of 512 x 512 pixels: one window
 
+CLUSTER_WIDE = (
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Namespace",
+    "PriorityClass",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+)
+
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
 
 
@@ -54,6 +63,15 @@ def selectors(manifests: Manifests) -> Iterator[str]:
         selector = policy["spec"]["podSelector"]
         if selector and not manifests.selected_by(selector):
             yield f"{name_of(policy)}: podSelector: matches no pod"
+
+
+def namespaces(manifests: Manifests) -> Iterator[str]:
+    """Everything lies in the one namespace; kustomize leaves what an overlay forgets in `default`."""
+    names = manifests.names("Namespace")
+    for document in manifests.documents:
+        found = document["metadata"].get("namespace")
+        if document["kind"] not in CLUSTER_WIDE and names != {found}:
+            yield f"{name_of(document)}: namespace: expected that of the manifests, {', '.join(names)}, got {found}"
 
 
 def quantities(manifests: Manifests) -> Iterator[str]:
@@ -438,6 +456,7 @@ def digests(manifests: Manifests) -> Iterator[str]:
 
 CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     selectors,
+    namespaces,
     quantities,
     gpus,
     ports,

@@ -62,16 +62,21 @@ def render_with(component: str, server: str = "torchserve") -> str:
     used = [line.removeprefix("  - ../") for line in text.splitlines() if line.startswith("  - ../")]
     used = [name for name in used if name != _REPLACED.get(component)]
     used += [component] if component not in used else []
+    lines = ["kind: Kustomization", "namespace: segmenter", "resources:", "- ../../base/common"]
+    lines += [f"- ../../base/{server}"]
+    lines += [f"- ../../base/canary/{server}"] if component in ("canary", "shadow") else []
+    lines += ["components:", "- ../h100-sxm/node", *(f"- ../../components/{name}" for name in used)]
+    return render_overlay("\n".join(lines))
+
+
+def render_overlay(text: str) -> str:
+    """The YAML of an overlay that isn't there: its kustomization.yaml, as if it lay in overlays/mine."""
     with tempfile.TemporaryDirectory() as folder:  # a copy, because kustomize takes no absolute paths
         copy = Path(folder) / "k8s"
         shutil.copytree(K8S, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        lines = ["kind: Kustomization", "namespace: segmenter", "resources:", "- ../../base/common"]
-        lines += [f"- ../../base/{server}"]
-        lines += [f"- ../../base/canary/{server}"] if component in ("canary", "shadow") else []
-        lines += ["components:", "- ../h100-sxm/node", *(f"- ../../components/{name}" for name in used)]
         overlay = copy / "overlays" / "mine"
         overlay.mkdir()
-        (overlay / "kustomization.yaml").write_text("\n".join(lines) + "\n")
+        (overlay / "kustomization.yaml").write_text(text)
         done = kubectl("kustomize", str(overlay))
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -39,11 +39,6 @@ def change(text: str, edits: list[tuple[str, Path, Any]]) -> Manifests:
     return Manifests(documents)
 
 
-def init(name: str) -> int:
-    (deployment, _) = manifests("overlays/h100-sxm/canary").servers
-    return [c["name"] for c in deployment["spec"]["template"]["spec"]["initContainers"]].index(name)
-
-
 # On the H100 overlay with a canary: the check, what is broken, and what it says
 BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     (
@@ -79,6 +74,8 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         (DEPLOYMENT, (*POD, "topologySpreadConstraints", 0, "matchLabelKeys"), GONE),
         "expected matchLabelKeys",
     ),
+    ("namespaces", ("Service/segmenter", ("metadata", "namespace"), GONE), "got None"),
+    ("namespaces", ("ScaledObject/segmenter", ("metadata", "namespace"), "keda"), "got keda"),
     ("quantities", (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "16Gib"), "got '16Gib'"),
     ("quantities", (DEPLOYMENT, (*SERVER, "resources", "requests", "cpu"), "8 cores"), "got '8 cores'"),
     (

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 from prometheus_client import CollectorRegistry
-from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_with
+from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_overlay, render_with
 
 from handlers.metrics import Metrics
 from handlers.monitoring.binaries import MissingToolError, find_tool
@@ -160,6 +160,19 @@ def test_no_server_is_more_than_its_port_from_the_management() -> None:
         for server in manifests(overlay).servers:
             words = " ".join(server_of(server)["args"])
             assert set(re.findall(r"--([\w-]*(?:host|port))=", words)) <= {"host", "port", "grpc-port"}
+
+
+def test_the_example_of_the_readme_renders_and_may_be_released() -> None:
+    text = (K8S / "README.md").read_text()
+    (overlay,) = re.findall(r"<<END\n(.*?)\nEND\n", text, re.DOTALL)
+    (model,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    overlay = overlay.replace("$IMAGE", "registry.example.com/mpm").replace("${DIGEST#*@}", f"sha256:{'0a' * 32}")
+    found = Manifests.parse(render_overlay(f"{overlay}\n{model.replace('2,5', '3,6')}"))
+    assert problems(found, release=True) == []
+    (server,) = found.servers
+    assert [c["name"] for c in pod_of(server)["initContainers"]] == ["cache", "model"]
+    assert "--schedule=3,6" in pod_of(server)["initContainers"][1]["args"]
+    assert any("persistentVolumeClaim" in volume for volume in pod_of(server)["volumes"])
 
 
 # What is made from other files

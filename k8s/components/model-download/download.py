@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,16 @@ def fetch(url: str, sha256: str, path: Path) -> None:
                 while chunk := response.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     file.write(chunk)
+                if file.tell() < int(response.headers.get("Content-Length", 0)):
+                    raise OSError("the connection broke off")
             break
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or attempt == _ATTEMPTS - 1:
+                raise
         except OSError:
             if attempt == _ATTEMPTS - 1:
                 raise
-            time.sleep(2**attempt)
+        time.sleep(2**attempt)
     if digest.hexdigest() != sha256:
         partial.unlink()
         raise ValueError(f"{url}: expected SHA-256 {sha256}, got {digest.hexdigest()}")
