@@ -228,7 +228,10 @@ def probes(manifests: Manifests) -> Iterator[str]:
 def endings(manifests: Manifests) -> Iterator[str]:
     """A pod has the time to leave the balancer, to answer what it accepted, and to end."""
     for server in manifests.servers:
-        config = manifests.serving(server)
+        try:
+            config = manifests.serving(server)
+        except ValueError:  # told by `models`
+            continue
         if config is None:
             continue
         stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)

@@ -31,7 +31,7 @@ def prometheus_rule() -> str:
         "metadata": {"name": "mpm", "labels": {"app.kubernetes.io/name": "segmenter"}},
         "spec": rules,
     }
-    text: str = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=115)
+    text: str = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=100)
     return "# Made from k8s/monitoring/rules.yml by `python -m k8s.generate`.\n" + text
 
 

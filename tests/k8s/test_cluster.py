@@ -1,4 +1,4 @@
-"""Against a real cluster, where TEST_KUBECONFIG names one: dry runs on its API server, and a rollout there and back."""
+"""Against a real cluster, where TEST_KUBECONFIG names one: dry runs on its API server, and a rollout and back."""
 
 import os
 from collections.abc import Iterator

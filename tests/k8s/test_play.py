@@ -99,6 +99,8 @@ def _flatten(server: str, ports: dict[str, int], name: str) -> tuple[str, dict[s
     pod["hostNetwork"] = True
     for field in _UNKNOWN:
         pod.pop(field, None)
+    for container in pod["containers"]:
+        container.pop("ports", None)  # of the machine itself now
     return yaml.safe_dump_all([*found.of("ConfigMap"), deployment]), deployment
 
 
@@ -118,7 +120,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     done = subprocess.run(["podman", "play", "kube", str(manifest)], env=environment, capture_output=True, text=True)
     try:
         assert done.returncode == 0, done.stdout + done.stderr
-        pod = f"{name}-pod"
+        pod = f"{name}-pod-0"
         waiting = Played(deployment, pod, f"{pod}-server", ports, environment, 0.0)
         while (probe := waiting.probe("startupProbe")).returncode:
             logs = waiting.podman("logs", waiting.container)
