@@ -175,11 +175,11 @@ def ports(manifests: Manifests) -> Iterator[str]:
                 if endpoint["port"] not in _offered(workload):
                     yield f"{name_of(monitor)}: port {endpoint['port']!r}: {name_of(workload)} has no such"
     for policy in manifests.of("NetworkPolicy"):
-        for workload in manifests.selected_by(policy["spec"]["podSelector"]):
-            for rule in policy["spec"].get("ingress", []):
-                for port in rule.get("ports", []):
-                    if port["port"] not in _offered(workload):
-                        yield f"{name_of(policy)}: port {port['port']!r}: {name_of(workload)} has no such"
+        offers = [_offered(workload) for workload in manifests.selected_by(policy["spec"]["podSelector"])]
+        for rule in policy["spec"].get("ingress", []):
+            for port in rule.get("ports", []):
+                if not any(port["port"] in offered for offered in offers):
+                    yield f"{name_of(policy)}: port {port['port']!r}: no pod that it selects has such"
     for route in manifests.of("HTTPRoute"):
         for backend in _backends(route):
             services = [s for s in manifests.of("Service") if s["metadata"]["name"] == backend["name"]]
