@@ -6,6 +6,7 @@ podman starts no probes and knows no preStop: the test runs the probes itself.
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,9 +91,7 @@ def _image(server: str) -> None:
 def _flatten(server: str, ports: dict[str, int], name: str) -> tuple[str, dict[str, Any]]:
     """What podman takes of the overlay, on the machine's network and on free ports."""
     found = Manifests.parse(render(f"overlays/dev-cpu/{server}"))
-    text = json.dumps(found.servers[0])
-    for theirs, ours in ports.items():
-        text = text.replace(theirs, str(ours))
+    text = re.sub(rf"\b({'|'.join(ports)})\b", lambda port: str(ports[port[1]]), json.dumps(found.servers[0]))
     deployment: dict[str, Any] = json.loads(text)
     deployment["metadata"]["name"] = name
     pod = deployment["spec"]["template"]["spec"]
