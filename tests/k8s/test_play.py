@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 _PORTS = {"torchserve": ("8080", "8090"), "triton": ("8000", "8001", "8090")}
 _UNKNOWN = ("topologySpreadConstraints", "priorityClassName", "serviceAccountName")  # to podman, or of no use to it
+# Podman removes an init container as soon as it ended, which fails where that is not yet written down.
+_KEPT = {"io.podman.annotations.init.container.type": "always"}
 _CONFIG = """\
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
@@ -94,7 +96,9 @@ def _flatten(server: str, ports: dict[str, int], name: str) -> tuple[str, dict[s
     text = re.sub(rf"\b({'|'.join(ports)})\b", lambda port: str(ports[port[1]]), json.dumps(found.servers[0]))
     deployment: dict[str, Any] = json.loads(text)
     deployment["metadata"]["name"] = name
-    pod = deployment["spec"]["template"]["spec"]
+    template = deployment["spec"]["template"]
+    template["metadata"]["annotations"] = _KEPT
+    pod = template["spec"]
     pod["hostNetwork"] = True
     for field in _UNKNOWN:
         pod.pop(field, None)
