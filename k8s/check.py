@@ -1,0 +1,497 @@
+"""Find what is wrong in rendered manifests and what their schemas let pass.
+
+kubectl kustomize k8s/overlays/h100-sxm/torchserve | python -m k8s.check [--release]
+
+Prints a line per problem and exits with 1 if there is any. With --release every image has to be named by its digest.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import promql_parser as promql
+
+from mpm_ops.stages import parse_schedule
+
+from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
+
+STOP_SECONDS = 10  # that a server has to end, after its last answer
+USER = 10001
+PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
+FILL_TOKENS = 1025  # of the smallest picture on a network of 512 x 512 pixels: one window
+
+CLUSTER_WIDE = (
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Namespace",
+    "PriorityClass",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+)
+
+_DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
+
+
+# Checks: each takes manifests and yields a sentence per problem
+
+
+def selectors(manifests: Manifests) -> Iterator[str]:
+    """Whatever selects pods selects those that it is meant for."""
+    for workload in manifests.workloads:
+        selector = workload["spec"].get("selector")
+        if selector is not None and not matches(selector, labels_of(workload)):
+            yield f"{name_of(workload)}: selector: expected labels of its own pods, got {selector}"
+        for other in manifests.workloads:
+            if other is not workload and selector is not None and matches(selector, labels_of(other)):
+                yield f"{name_of(workload)}: selector: also matches the pods of {name_of(other)}"
+        for spread in pod_of(workload).get("topologySpreadConstraints", []):
+            if not matches(spread["labelSelector"], labels_of(workload)):
+                yield f"{name_of(workload)}: topologySpreadConstraints: expected labels of its own pods"
+            if "pod-template-hash" not in spread.get("matchLabelKeys", []):
+                yield f"{name_of(workload)}: topologySpreadConstraints: expected matchLabelKeys, or old pods count"
+    for service in manifests.of("Service"):
+        found = manifests.selected_by({"matchLabels": service["spec"]["selector"]})
+        if len(found) != 1:
+            yield f"{name_of(service)}: selector: expected the pods of one workload, got those of {len(found)}"
+    for manifest in manifests.of("PodDisruptionBudget", "PodMonitor"):
+        if not manifests.selected_by(manifest["spec"]["selector"]):
+            yield f"{name_of(manifest)}: selector: matches no pod"
+    for policy in manifests.of("NetworkPolicy"):
+        selector = policy["spec"]["podSelector"]
+        if selector and not manifests.selected_by(selector):
+            yield f"{name_of(policy)}: podSelector: matches no pod"
+
+
+def namespaces(manifests: Manifests) -> Iterator[str]:
+    """Everything lies in the one namespace; kustomize leaves what an overlay forgets in `default`."""
+    names = manifests.names("Namespace")
+    for document in manifests.documents:
+        found = document["metadata"].get("namespace")
+        if document["kind"] not in CLUSTER_WIDE and names != {found}:
+            yield f"{name_of(document)}: namespace: expected that of the manifests, {', '.join(names)}, got {found}"
+
+
+def quantities(manifests: Manifests) -> Iterator[str]:
+    """Every amount is one that the API server can read, and no request is above its limit."""
+    for workload in manifests.workloads:
+        for container in containers_of(pod_of(workload)):
+            resources = container.get("resources", {})
+            where = f"{name_of(workload)}: {container['name']}"
+            yield from _unreadable(resources.get("requests", {}), f"{where}: requests")
+            yield from _unreadable(resources.get("limits", {}), f"{where}: limits")
+            for name, request in resources.get("requests", {}).items():
+                limit = resources.get("limits", {}).get(name)
+                readable = limit is not None and not any(_unreadable({0: request, 1: limit}, ""))
+                if readable and quantity(request) > quantity(limit):
+                    yield f"{where}: {name}: requests {request}, which is above its limit of {limit}"
+        for volume in pod_of(workload).get("volumes", []):
+            if "sizeLimit" in (volume.get("emptyDir") or {}):
+                yield from _unreadable({"sizeLimit": volume["emptyDir"]["sizeLimit"]}, name_of(workload))
+    for claim in manifests.of("PersistentVolumeClaim"):
+        yield from _unreadable(claim["spec"]["resources"]["requests"], name_of(claim))
+    for quota in manifests.of("ResourceQuota"):
+        yield from _unreadable(quota["spec"]["hard"], name_of(quota))
+
+
+def _unreadable(amounts: Mapping[Any, Any], where: str) -> Iterator[str]:
+    for name, amount in amounts.items():
+        try:
+            quantity(amount)
+        except ValueError as error:
+            yield f"{where}: {name}: {error}"
+
+
+def gpus(manifests: Manifests) -> Iterator[str]:
+    """A pod has one GPU, as request and as limit, on a node of a named product; its rollout needs no spare one."""
+    for server in manifests.servers:
+        resources = server_of(server).get("resources", {})
+        requests, limits = (
+            {name: amount for name, amount in resources.get(kind, {}).items() if name.startswith("nvidia.com/")}
+            for kind in ("requests", "limits")
+        )
+        if requests != limits:
+            yield f"{name_of(server)}: GPUs: expected the same requests and limits, got {requests} and {limits}"
+        if not limits:
+            continue
+        if len(limits) != 1 or quantity(next(iter(limits.values()))) != 1:
+            yield f"{name_of(server)}: GPUs: expected one per pod, got {limits}"
+        pod = pod_of(server)
+        if not any(toleration.get("key") == "nvidia.com/gpu" for toleration in pod.get("tolerations", [])):
+            yield f"{name_of(server)}: tolerations: expected one for the taint nvidia.com/gpu"
+        rollout = server["spec"].get("strategy", {}).get("rollingUpdate", {})
+        if rollout.get("maxSurge") != 0 or rollout.get("maxUnavailable") in (None, 0):
+            yield f"{name_of(server)}: strategy: expected maxSurge 0 and maxUnavailable 1, got {rollout}"
+        yield from _products(server, shared="nvidia.com/gpu" in limits)
+
+
+def _products(server: Manifest, *, shared: bool) -> Iterator[str]:
+    terms = (
+        pod_of(server)
+        .get("affinity", {})
+        .get("nodeAffinity", {})
+        .get("requiredDuringSchedulingIgnoredDuringExecution", {})
+        .get("nodeSelectorTerms", [])
+    )
+    wanted = [e for term in terms for e in term.get("matchExpressions", []) if e["key"] == "nvidia.com/gpu.product"]
+    if not wanted or wanted[0]["operator"] != "In":
+        yield f"{name_of(server)}: nodeAffinity: expected nvidia.com/gpu.product In [...]"
+        return
+    products = wanted[0]["values"]
+    for product in products if shared else ():
+        if not product.endswith("-SHARED") and f"{product}-SHARED" not in products:
+            yield f"{name_of(server)}: nodeAffinity: {product}: expected {product}-SHARED too"
+
+
+def ports(manifests: Manifests) -> Iterator[str]:
+    """Every port that something refers to exists, and a server offers no other than those of PORTS."""
+    for workload in manifests.workloads:
+        for container in pod_of(workload)["containers"]:
+            offered = {port.get("name"): port["containerPort"] for port in container.get("ports", [])}
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                for action in ("httpGet", "tcpSocket", "grpc"):
+                    port = container.get(probe, {}).get(action, {}).get("port")
+                    if port is not None and port not in offered and port not in offered.values():
+                        yield f"{name_of(workload)}: {container['name']}: {probe}: port {port!r} isn't among {offered}"
+                for url in _urls(container.get(probe, {}).get("exec", {}).get("command", [])):
+                    if url not in offered.values():
+                        yield f"{name_of(workload)}: {container['name']}: {probe}: port {url} isn't among {offered}"
+    for server in manifests.servers:
+        for port in server_of(server).get("ports", []):
+            if port["containerPort"] not in PORTS.get(port.get("name"), ()):
+                yield f"{name_of(server)}: ports: expected http, grpc and metrics as in {PORTS}, got {port}"
+            if "hostPort" in port:
+                yield f"{name_of(server)}: ports: expected no hostPort, got {port}"
+    for service in manifests.of("Service"):
+        for workload in manifests.selected_by({"matchLabels": service["spec"]["selector"]}):
+            for port in service["spec"]["ports"]:
+                if port.get("targetPort", port["port"]) not in _offered(workload):
+                    yield f"{name_of(service)}: targetPort {port.get('targetPort')!r}: {name_of(workload)} has no such"
+    for monitor in manifests.of("PodMonitor"):
+        for workload in manifests.selected_by(monitor["spec"]["selector"]):
+            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                if endpoint["port"] not in _offered(workload):
+                    yield f"{name_of(monitor)}: port {endpoint['port']!r}: {name_of(workload)} has no such"
+    for policy in manifests.of("NetworkPolicy"):
+        offers = [_offered(workload) for workload in manifests.selected_by(policy["spec"]["podSelector"])]
+        for rule in policy["spec"].get("ingress", []):
+            for port in rule.get("ports", []):
+                if not any(port["port"] in offered for offered in offers):
+                    yield f"{name_of(policy)}: port {port['port']!r}: no pod that it selects has such"
+    for route in manifests.of("HTTPRoute"):
+        for backend in _backends(route):
+            services = [s for s in manifests.of("Service") if s["metadata"]["name"] == backend["name"]]
+            if not services:
+                yield f"{name_of(route)}: backend {backend['name']!r}: no such Service"
+            elif backend.get("port") not in [port["port"] for port in services[0]["spec"]["ports"]]:
+                yield f"{name_of(route)}: backend {backend['name']!r}: it has no port {backend.get('port')}"
+
+
+def _urls(command: Sequence[str]) -> list[int]:
+    return [int(found[1]) for word in command if (found := re.match(r"http://127\.0\.0\.1:(\d+)/", word))]
+
+
+def _offered(workload: Manifest) -> set[str | int]:
+    every = [port for container in pod_of(workload)["containers"] for port in container.get("ports", [])]
+    return {port["containerPort"] for port in every} | {port["name"] for port in every if "name" in port}
+
+
+def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
+    for rule in route["spec"]["rules"]:
+        yield from rule.get("backendRefs", [])
+        for route_filter in rule.get("filters", []):
+            if "requestMirror" in route_filter:
+                yield route_filter["requestMirror"]["backendRef"]
+
+
+def probes(manifests: Manifests) -> Iterator[str]:
+    """Start-up has time, readiness notices a dead engine, and liveness asks for a mask."""
+    for server in manifests.servers:
+        container, where = server_of(server), name_of(server)
+        startup = container.get("startupProbe", {})
+        if startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3) < 300:
+            yield f"{where}: startupProbe: expected 300 s or more for a server to start"
+        for probe in ("startupProbe", "livenessProbe"):
+            command = container.get(probe, {}).get("exec", {}).get("command", [])
+            if "handlers.health" not in command:
+                yield f"{where}: {probe}: expected handlers.health, since front ends call a dead model healthy"
+                continue
+            own = [float(word.partition("=")[2]) for word in command if word.startswith("--timeout=")]
+            if not own or own[0] >= container[probe].get("timeoutSeconds", 1):
+                yield f"{where}: {probe}: expected --timeout below timeoutSeconds, for the probe to say what is wrong"
+        if container.get("readinessProbe", {}).get("httpGet", {}).get("port") != "metrics":
+            yield f"{where}: readinessProbe: expected the engine's own port, which is gone when the engine is"
+
+
+def endings(manifests: Manifests) -> Iterator[str]:
+    """A pod has the time to leave the balancer, to answer what it accepted, and to end."""
+    for server in manifests.servers:
+        try:
+            config = manifests.serving(server)
+        except ValueError:  # told by `models`
+            continue
+        if config is None:
+            continue
+        stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        if stop < 10:
+            yield f"{name_of(server)}: preStop: expected to sleep 10 s or more, so that balancers learn of the end"
+        needed = stop + config.deadline_seconds + STOP_SECONDS
+        grace = pod_of(server).get("terminationGracePeriodSeconds", 30)
+        if grace < needed:
+            yield (
+                f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, "
+                f"deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
+            )
+        for route in manifests.of("HTTPRoute"):
+            for rule in route["spec"]["rules"]:
+                seconds = re.fullmatch(r"(\d+)s", rule.get("timeouts", {}).get("request", ""))
+                if not seconds or int(seconds[1]) < config.deadline_seconds:
+                    yield f"{name_of(route)}: timeouts.request: expected deadline_seconds or more, or 504 goes unheard"
+
+
+def disruptions(manifests: Manifests) -> Iterator[str]:
+    """A drained node always leaves a replica, and may always be drained in the end."""
+    fewest = {name: low for name, low, _ in _scaled(manifests)}
+    for budget in manifests.of("PodDisruptionBudget"):
+        for workload in manifests.selected_by(budget["spec"]["selector"]):
+            replicas = fewest.get(workload["metadata"]["name"], workload["spec"].get("replicas", 1))
+            away = budget["spec"].get("maxUnavailable")
+            if not isinstance(away, int) or away < 1:
+                yield f"{name_of(budget)}: maxUnavailable: expected >= 1, or nodes can't be drained, got {away}"
+            elif away >= replicas:
+                yield f"{name_of(budget)}: maxUnavailable: expected below {replicas} replicas, got {away}"
+
+
+def _scaled(manifests: Manifests) -> Iterator[tuple[str, int, int]]:
+    """Deployments that an autoscaler owns: name, fewest and most replicas."""
+    for scaler in manifests.of("ScaledObject"):
+        spec = scaler["spec"]
+        yield spec["scaleTargetRef"]["name"], spec.get("minReplicaCount", 0), spec.get("maxReplicaCount", 100)
+    for scaler in manifests.of("HorizontalPodAutoscaler"):
+        spec = scaler["spec"]
+        yield spec["scaleTargetRef"]["name"], spec.get("minReplicas", 1), spec["maxReplicas"]
+
+
+def scaling(manifests: Manifests) -> Iterator[str]:
+    """One autoscaler owns a Deployment's replicas, within a quota, and reads one series that is never taken for 0."""
+    owned = [name for name, _, _ in _scaled(manifests)]
+    for name in {name for name in owned if owned.count(name) > 1}:
+        yield f"Deployment/{name}: expected one autoscaler, got {owned.count(name)}"
+    deployments = {workload["metadata"]["name"]: workload for workload in manifests.of("Deployment")}
+    for name, low, high in _scaled(manifests):
+        if name not in deployments:
+            yield f"an autoscaler's target: no Deployment {name!r}"
+        elif "replicas" in deployments[name]["spec"]:
+            yield f"Deployment/{name}: replicas: expected none, because an autoscaler owns them"
+        if not 1 <= low <= high:
+            yield f"Deployment/{name}: expected an autoscaler with 1 <= fewest <= most replicas, got {low} and {high}"
+    for scaler in manifests.of("ScaledObject"):
+        if "fallback" not in scaler["spec"]:
+            yield f"{name_of(scaler)}: fallback: expected one for when the metrics are gone"
+        for trigger in scaler["spec"]["triggers"]:
+            yield from (f"{name_of(scaler)}: {problem}" for problem in _trigger(trigger))
+    yield from _quota(manifests)
+
+
+def _trigger(trigger: Mapping[str, Any]) -> Iterator[str]:
+    metadata = trigger["metadata"]
+    if trigger["type"] != "prometheus":
+        return
+    if metadata.get("ignoreNullValues") != "false":
+        yield 'ignoreNullValues: expected "false", or no answer counts as no work'
+    try:
+        if not float(metadata.get("threshold", "nan")) > 0:
+            raise ValueError
+    except ValueError:
+        yield f"threshold: expected a number > 0, got {metadata.get('threshold')!r}"
+    try:
+        expression = promql.parse(metadata["query"])
+    except ValueError as error:
+        yield f"query: {error}"
+        return
+    if not is_single_series(expression):
+        yield "query: expected an aggregate without labels, because only the first of several series is read"
+
+
+def is_single_series(expression: Any) -> bool:
+    """Whether a PromQL expression has one series at most, whatever it is asked about."""
+    if isinstance(expression, promql.NumberLiteral):
+        return True
+    if isinstance(expression, promql.ParenExpr | promql.UnaryExpr):
+        return is_single_series(expression.expr)
+    if isinstance(expression, promql.AggregateExpr):
+        kept = expression.modifier is not None and (
+            expression.modifier.labels or "without" in str(expression.modifier)
+        )
+        return not kept and str(expression.op) not in ("topk", "bottomk", "count_values", "limitk")
+    if isinstance(expression, promql.BinaryExpr):
+        return is_single_series(expression.lhs) and is_single_series(expression.rhs)
+    if isinstance(expression, promql.Call):
+        if expression.func.name in ("vector", "scalar", "time"):
+            return True
+        return bool(expression.args) and all(is_single_series(argument) for argument in expression.args)
+    return False
+
+
+def _quota(manifests: Manifests) -> Iterator[str]:
+    most = {name: high for name, _, high in _scaled(manifests)}
+    needed: dict[str, Decimal] = {}
+    for server in manifests.servers:
+        replicas = most.get(server["metadata"]["name"], server["spec"].get("replicas", 1))
+        for resource, amount in server_of(server).get("resources", {}).get("requests", {}).items():
+            if resource.startswith("nvidia.com/"):
+                needed[resource] = needed.get(resource, Decimal()) + replicas * quantity(amount)
+    for quota in manifests.of("ResourceQuota"):
+        for resource, amount in needed.items():
+            allowed = quota["spec"]["hard"].get(f"requests.{resource}")
+            if allowed is None or quantity(allowed) < amount:
+                yield f"{name_of(quota)}: requests.{resource}: expected {amount} or more, got {allowed}"
+
+
+def confinement(manifests: Manifests) -> Iterator[str]:
+    """Pods run as `restricted` asks, on a root that they can't write, and have nothing to say to the API server."""
+    for namespace in manifests.of("Namespace"):
+        enforced = namespace["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")
+        if enforced != "restricted":
+            yield f"{name_of(namespace)}: pod-security.kubernetes.io/enforce: expected restricted, got {enforced}"
+    for workload in manifests.workloads:
+        pod, where = pod_of(workload), name_of(workload)
+        context = pod.get("securityContext", {})
+        if not context.get("runAsNonRoot") or context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+            yield f"{where}: securityContext: expected runAsNonRoot and seccompProfile RuntimeDefault"
+        if pod.get("automountServiceAccountToken") is not False:
+            yield f"{where}: automountServiceAccountToken: expected false"
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            if pod.get(field):
+                yield f"{where}: {field}: expected false"
+        for container in containers_of(pod):
+            own = container.get("securityContext", {})
+            if (
+                own.get("allowPrivilegeEscalation") is not False
+                or not own.get("readOnlyRootFilesystem")
+                or own.get("capabilities", {}).get("drop") != ["ALL"]
+                or own.get("capabilities", {}).get("add")
+                or own.get("privileged")
+            ):
+                yield f"{where}: {container['name']}: securityContext: expected a read-only root and no privilege"
+    for server in manifests.servers:
+        if pod_of(server).get("securityContext", {}).get("runAsUser") != USER:
+            yield f"{name_of(server)}: runAsUser: expected {USER}"
+
+
+def volumes(manifests: Manifests) -> Iterator[str]:
+    """What is mounted exists, /dev/shm is memory, and a volume is filled before it is read."""
+    for workload in manifests.workloads:
+        pod, where = pod_of(workload), name_of(workload)
+        known = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        filled = {name for name, volume in known.items() if "emptyDir" not in volume}
+        for container in containers_of(pod):
+            mounts = container.get("volumeMounts", [])
+            for mount in mounts:
+                if mount["name"] not in known:
+                    yield f"{where}: {container['name']}: volumeMounts: no volume {mount['name']!r}"
+                elif mount.get("readOnly") and mount["name"] not in filled:
+                    yield f"{where}: {container['name']}: reads the volume {mount['name']!r} before anything fills it"
+            filled |= {mount["name"] for mount in mounts if not mount.get("readOnly")}
+        for volume in known.values():
+            for kind, field, name in (("ConfigMap", "configMap", "name"), ("Secret", "secret", "secretName")):
+                if field in volume and volume[field][name] not in manifests.names(kind):
+                    yield f"{where}: volume {volume['name']}: no {kind} {volume[field][name]!r}"
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            if claim is not None and claim not in manifests.names("PersistentVolumeClaim"):
+                yield f"{where}: volume {volume['name']}: no PersistentVolumeClaim {claim!r}"
+        for kind, field in (("ServiceAccount", "serviceAccountName"), ("PriorityClass", "priorityClassName")):
+            if field in pod and pod[field] not in manifests.names(kind):
+                yield f"{where}: {field}: no {kind} {pod[field]!r}"
+    for server in manifests.servers:
+        memory = {
+            v["name"] for v in pod_of(server).get("volumes", []) if (v.get("emptyDir") or {}).get("medium") == "Memory"
+        }
+        mounts = {mount["mountPath"]: mount["name"] for mount in server_of(server).get("volumeMounts", [])}
+        if mounts.get("/dev/shm") not in memory:
+            yield f"{name_of(server)}: /dev/shm: expected an emptyDir in memory"
+        for path in ("/tmp", "/cache"):
+            if path not in mounts:
+                yield f"{name_of(server)}: {path}: expected a volume, because the root is read-only"
+
+
+def models(manifests: Manifests) -> Iterator[str]:
+    """The model is built as `model_store` takes it, and the engine refuses before the front end's own queue fills."""
+    for server in manifests.servers:
+        where = name_of(server)
+        try:
+            config = manifests.serving(server)
+        except ValueError as error:
+            yield f"{where}: serving.yml: {error}"
+            continue
+        builders = [c for c in pod_of(server).get("initContainers", []) if c["name"] == "model"]
+        if config is None or not builders:
+            yield f"{where}: expected an init container `model` and its serving.yml"
+            continue
+        options = dict(word.removeprefix("--").split("=", 1) for word in builders[0].get("args", []))
+        try:
+            parse_schedule(options.get("schedule", ""))
+        except ValueError as error:
+            yield f"{where}: --schedule: {error}"
+        offered = {port.get("name"): port["containerPort"] for port in server_of(server).get("ports", [])}
+        if config.metrics_host != "0.0.0.0" or options.get("metrics-port") != str(offered.get("metrics")):
+            yield f"{where}: metrics: expected metrics_host 0.0.0.0 and --metrics-port {offered.get('metrics')}"
+        fewest = int(options.get("batch-size", "0")) * FILL_TOKENS
+        if config.max_inflight_tokens > fewest:
+            yield (
+                f"{where}: max_inflight_tokens: expected at most --batch-size x {FILL_TOKENS} = {fewest}, or requests "
+                f"wait in the front end, unseen by autoscalers, got {config.max_inflight_tokens}"
+            )
+
+
+def digests(manifests: Manifests) -> Iterator[str]:
+    """Every image is named by its digest."""
+    for workload in manifests.workloads:
+        pod = pod_of(workload)
+        images = {f"{container['name']}: image": container["image"] for container in containers_of(pod)}
+        images |= {f"{v['name']}: image": v["image"]["reference"] for v in pod.get("volumes", []) if "image" in v}
+        for where, image in images.items():
+            if not _DIGEST.fullmatch(image):
+                yield f"{name_of(workload)}: {where}: expected NAME@sha256:DIGEST, got {image!r}"
+
+
+CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
+    selectors,
+    namespaces,
+    quantities,
+    gpus,
+    ports,
+    probes,
+    endings,
+    disruptions,
+    scaling,
+    confinement,
+    volumes,
+    models,
+)
+
+
+def problems(manifests: Manifests, *, release: bool = False) -> list[str]:
+    """What is wrong, a sentence each; with `release` images without a digest too."""
+    checks = (*CHECKS, digests) if release else CHECKS
+    return [f"{check.__name__}: {problem}" for check in checks for problem in check(manifests)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m k8s.check", description=__doc__.split("\n")[0])
+    parser.add_argument("--release", action="store_true", help="every image has to be named by its digest")
+    arguments = parser.parse_args()
+    try:
+        found = problems(Manifests.parse(sys.stdin.read()), release=arguments.release)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

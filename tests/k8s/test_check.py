@@ -1,0 +1,363 @@
+"""Every check fails on manifests that are broken in its way, and says where."""
+
+import copy
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import promql_parser as promql
+import pytest
+from rendering import ROOT, manifests, render, render_with
+
+from k8s.check import CHECKS, digests, is_single_series, main, problems
+from k8s.manifests import Manifests, matches, quantity
+
+GONE = object()
+SERVER = ("spec", "template", "spec", "containers", 0)
+POD = ("spec", "template", "spec")
+DEPLOYMENT = "Deployment/segmenter"
+TRIGGER = ("spec", "triggers", 0, "metadata")
+Path = tuple[str | int, ...]
+
+
+def change(text: str, edits: list[tuple[str, Path, Any]]) -> Manifests:
+    """Manifests with fields replaced, by kind and name, path and value; GONE removes one."""
+    documents = copy.deepcopy(Manifests.parse(text).documents)
+    for name, path, value in edits:
+        (node,) = [d for d in documents if f"{d['kind']}/{d['metadata']['name']}" == name]
+        target: Any = node
+        for step in path[:-1]:
+            target = target[step]
+        if value is GONE:
+            del target[path[-1]]
+        else:
+            target[path[-1]] = value
+    return Manifests(documents)
+
+
+# On the H100 overlay with a canary: the check, what is broken, and what it says
+BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
+    (
+        "selectors",
+        (DEPLOYMENT, ("spec", "template", "metadata", "labels", "track"), "other"),
+        "selector: expected labels of its own pods",
+    ),
+    (
+        "selectors",
+        (DEPLOYMENT, ("spec", "selector", "matchLabels", "track"), GONE),
+        "also matches the pods of Deployment/segmenter-canary",
+    ),
+    ("selectors", ("Service/segmenter", ("spec", "selector", "track"), GONE), "got those of 2"),
+    ("selectors", ("Service/segmenter", ("spec", "selector", "track"), "old"), "got those of 0"),
+    (
+        "selectors",
+        ("PodDisruptionBudget/segmenter", ("spec", "selector", "matchLabels", "track"), "old"),
+        "matches no pod",
+    ),
+    ("selectors", ("PodMonitor/mpm", ("spec", "selector", "matchLabels", "track"), "old"), "matches no pod"),
+    (
+        "selectors",
+        ("NetworkPolicy/allow-gateway", ("spec", "podSelector", "matchLabels", "track"), "old"),
+        "matches no pod",
+    ),
+    (
+        "selectors",
+        (DEPLOYMENT, (*POD, "topologySpreadConstraints", 1, "labelSelector", "matchLabels", "track"), "old"),
+        "topologySpreadConstraints: expected labels",
+    ),
+    (
+        "selectors",
+        (DEPLOYMENT, (*POD, "topologySpreadConstraints", 0, "matchLabelKeys"), GONE),
+        "expected matchLabelKeys",
+    ),
+    ("namespaces", ("Service/segmenter", ("metadata", "namespace"), GONE), "got None"),
+    ("namespaces", ("ScaledObject/segmenter", ("metadata", "namespace"), "keda"), "got keda"),
+    ("quantities", (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "16Gib"), "got '16Gib'"),
+    ("quantities", (DEPLOYMENT, (*SERVER, "resources", "requests", "cpu"), "8 cores"), "got '8 cores'"),
+    (
+        "quantities",
+        (DEPLOYMENT, (*SERVER, "resources", "requests", "memory"), "17Gi"),
+        "requests 17Gi, which is above its limit of 16Gi",
+    ),
+    ("quantities", (DEPLOYMENT, (*POD, "volumes", 0, "emptyDir", "sizeLimit"), "4GB"), "sizeLimit: expected"),
+    ("quantities", ("ResourceQuota/segmenter", ("spec", "hard", "pods"), "many"), "pods: expected a quantity"),
+    ("gpus", (DEPLOYMENT, (*SERVER, "resources", "limits", "nvidia.com/gpu"), "2"), "expected the same requests"),
+    ("gpus", (DEPLOYMENT, (*SERVER, "resources", "requests", "nvidia.com/gpu"), GONE), "expected the same requests"),
+    ("gpus", (DEPLOYMENT, (*POD, "tolerations"), GONE), "expected one for the taint"),
+    ("gpus", (DEPLOYMENT, (*POD, "affinity"), GONE), "expected nvidia.com/gpu.product In"),
+    ("gpus", (DEPLOYMENT, ("spec", "strategy", "rollingUpdate", "maxSurge"), 1), "expected maxSurge 0"),
+    ("gpus", (DEPLOYMENT, ("spec", "strategy", "rollingUpdate", "maxUnavailable"), 0), "expected maxSurge 0"),
+    ("ports", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "metric"), "readinessProbe: port 'metric'"),
+    (
+        "ports",
+        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 4), "http://127.0.0.1:8000/v2/models/segmenter"),
+        "livenessProbe: port 8000",
+    ),
+    ("ports", (DEPLOYMENT, (*SERVER, "ports", 0, "containerPort"), 8081), "expected http, grpc and metrics"),
+    ("ports", (DEPLOYMENT, (*SERVER, "ports", 0, "hostPort"), 8080), "expected no hostPort"),
+    ("ports", ("Service/segmenter", ("spec", "ports", 0, "targetPort"), "web"), "targetPort 'web'"),
+    ("ports", ("PodMonitor/mpm", ("spec", "podMetricsEndpoints", 0, "port"), "prometheus"), "port 'prometheus'"),
+    (
+        "ports",
+        ("NetworkPolicy/allow-monitoring", ("spec", "ingress", 0, "ports", 0, "port"), "metric"),
+        "port 'metric'",
+    ),
+    (
+        "ports",
+        ("HTTPRoute/segmenter", ("spec", "rules", 0, "backendRefs", 1, "name"), "canary"),
+        "'canary': no such Service",
+    ),
+    ("ports", ("HTTPRoute/segmenter", ("spec", "rules", 0, "backendRefs", 0, "port"), 8080), "it has no port 8080"),
+    ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "failureThreshold"), 3), "expected 300 s"),
+    (
+        "probes",
+        (DEPLOYMENT, (*SERVER, "livenessProbe"), {"httpGet": {"path": "/ping", "port": "http"}}),
+        "livenessProbe: expected handlers.health",
+    ),
+    ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "timeoutSeconds"), 20), "expected --timeout below"),
+    ("probes", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "http"), "expected the engine's own port"),
+    ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, deadline"),
+    ("endings", (DEPLOYMENT, (*SERVER, "lifecycle", "preStop", "sleep", "seconds"), 5), "expected to sleep 10 s"),
+    ("endings", (DEPLOYMENT, (*SERVER, "lifecycle"), GONE), "expected to sleep 10 s"),
+    ("endings", ("HTTPRoute/segmenter", ("spec", "rules", 0, "timeouts", "request"), "30s"), "timeouts.request"),
+    ("disruptions", ("PodDisruptionBudget/segmenter", ("spec", "maxUnavailable"), 2), "expected below 2 replicas"),
+    ("disruptions", ("PodDisruptionBudget/segmenter", ("spec", "maxUnavailable"), 0), "nodes can't be drained"),
+    ("disruptions", ("ScaledObject/segmenter", ("spec", "minReplicaCount"), 1), "expected below 1 replicas"),
+    ("scaling", (DEPLOYMENT, ("spec", "replicas"), 3), "replicas: expected none"),
+    ("scaling", ("ScaledObject/segmenter", ("spec", "scaleTargetRef", "name"), "server"), "no Deployment 'server'"),
+    ("scaling", ("ScaledObject/segmenter", ("spec", "minReplicaCount"), 9), "1 <= fewest <= most"),
+    ("scaling", ("ScaledObject/segmenter", ("spec", "minReplicaCount"), 0), "1 <= fewest <= most"),
+    ("scaling", ("ScaledObject/segmenter", ("spec", "fallback"), GONE), "fallback: expected one"),
+    ("scaling", ("ScaledObject/segmenter", (*TRIGGER, "ignoreNullValues"), GONE), "ignoreNullValues: expected"),
+    ("scaling", ("ScaledObject/segmenter", (*TRIGGER, "threshold"), "0"), "threshold: expected a number > 0"),
+    ("scaling", ("ScaledObject/segmenter", (*TRIGGER, "query"), "mpm_waiting_tokens"), "expected an aggregate"),
+    ("scaling", ("ScaledObject/segmenter", (*TRIGGER, "query"), "sum(mpm_waiting_tokens"), "query: "),
+    (
+        "scaling",
+        ("ResourceQuota/segmenter", ("spec", "hard", "requests.nvidia.com/gpu"), "8"),
+        "expected 9 or more, got 8",
+    ),
+    (
+        "confinement",
+        ("Namespace/segmenter", ("metadata", "labels", "pod-security.kubernetes.io/enforce"), "baseline"),
+        "expected restricted",
+    ),
+    ("confinement", (DEPLOYMENT, (*POD, "securityContext", "runAsNonRoot"), False), "expected runAsNonRoot"),
+    ("confinement", (DEPLOYMENT, (*POD, "securityContext", "seccompProfile"), GONE), "expected runAsNonRoot"),
+    ("confinement", (DEPLOYMENT, (*POD, "securityContext", "runAsUser"), 1000), "expected 10001"),
+    ("confinement", (DEPLOYMENT, (*POD, "automountServiceAccountToken"), True), "automountServiceAccountToken"),
+    ("confinement", (DEPLOYMENT, (*POD, "hostNetwork"), True), "hostNetwork: expected false"),
+    (
+        "confinement",
+        (DEPLOYMENT, (*POD, "initContainers", 0, "securityContext", "readOnlyRootFilesystem"), False),
+        "checkpoint: securityContext",
+    ),
+    ("confinement", (DEPLOYMENT, (*SERVER, "securityContext", "allowPrivilegeEscalation"), GONE), "no privilege"),
+    ("confinement", (DEPLOYMENT, (*SERVER, "securityContext", "capabilities", "drop"), []), "no privilege"),
+    ("confinement", (DEPLOYMENT, (*SERVER, "securityContext", "privileged"), True), "no privilege"),
+    ("volumes", (DEPLOYMENT, (*SERVER, "volumeMounts", 0, "name"), "model"), "no volume 'model'"),
+    ("volumes", (DEPLOYMENT, (*SERVER, "volumeMounts", 3, "name"), "tmp"), "/dev/shm: expected an emptyDir in memory"),
+    ("volumes", (DEPLOYMENT, (*POD, "volumes", 5, "emptyDir", "medium"), ""), "/dev/shm: expected"),
+    ("volumes", (DEPLOYMENT, (*SERVER, "volumeMounts", 1, "mountPath"), "/var/tmp"), "/tmp: expected a volume"),
+    ("volumes", (DEPLOYMENT, (*POD, "volumes", 1, "configMap", "name"), "serving"), "no ConfigMap 'serving'"),
+    ("volumes", (DEPLOYMENT, (*POD, "priorityClassName"), "high"), "no PriorityClass 'high'"),
+    ("volumes", (DEPLOYMENT, (*POD, "serviceAccountName"), "default"), "no ServiceAccount 'default'"),
+    (
+        "volumes",
+        (DEPLOYMENT, (*POD, "initContainers", 0, "volumeMounts"), []),
+        "'checkpoint' before anything fills it",
+    ),
+    ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 3), "--schedule=two"), "--schedule: "),
+    (
+        "models",
+        (DEPLOYMENT, (*POD, "initContainers", 2, "args", 6), "--batch-size=127"),
+        "max_inflight_tokens: expected",
+    ),
+    ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 4), "--metrics-port=9090"), "metrics: expected"),
+    ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "name"), "build"), "expected an init container `model`"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    return render("overlays/h100-sxm/canary")
+
+
+def test_whole_manifests_have_no_problem(whole: str) -> None:
+    assert problems(change(whole, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "edit", "told"), BROKEN, ids=[f"{b[0]}: {b[1][1][-1]} {i}" for i, b in enumerate(BROKEN)]
+)
+def test_a_check_finds_what_is_broken(whole: str, check: str, edit: tuple[str, Path, Any], told: str) -> None:
+    found = problems(change(whole, [edit]))
+    assert any(re.search(told, line) for line in found if line.startswith(f"{check}: ")), found
+
+
+def test_every_check_has_been_seen_to_fail() -> None:
+    assert {broken[0] for broken in BROKEN} == {check.__name__ for check in CHECKS}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("max_batch_tokens: many", "max_batch_tokens: expected an integer"),
+        ("max_batch: 1", "unknown fields max_batch"),
+        ("metrics_host: 127.0.0.1", "metrics: expected metrics_host 0.0.0.0"),
+        ("metrics_host: 0.0.0.0\nmax_inflight_tokens: 131201", "max_inflight_tokens: expected at most"),
+    ],
+)
+def test_serving_yml_is_read_as_the_server_reads_it(text: str, told: str) -> None:
+    broken = render("overlays/dev-cpu/torchserve")
+    (config,) = Manifests.parse(broken).of("ConfigMap")
+    name = f"ConfigMap/{config['metadata']['name']}"
+    found = problems(change(broken, [(name, ("data", "serving.yml"), text)]))
+    assert any(told in line for line in found), found
+
+
+def test_a_deadline_that_the_grace_does_not_cover(whole: str) -> None:
+    (config,) = [c for c in Manifests.parse(whole).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
+    edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), "deadline_seconds: 66")
+    found = problems(change(whole, [edit]))
+    assert any("expected 91" in line for line in found)
+    assert any("timeouts.request" in line for line in found)
+
+
+def test_two_autoscalers() -> None:
+    both = Manifests(
+        (*Manifests.parse(render_with("hpa")).documents, *manifests("overlays/h100-sxm/triton").of("ScaledObject"))
+    )
+    assert "scaling: Deployment/segmenter: expected one autoscaler, got 2" in problems(both)
+
+
+def test_a_claim_that_nobody_made() -> None:
+    text = render_with("model-pvc")
+    edit = ("PersistentVolumeClaim/checkpoint", ("metadata", "name"), "other")
+    assert any("no PersistentVolumeClaim 'checkpoint'" in line for line in problems(change(text, [edit])))
+    storage = ("PersistentVolumeClaim/checkpoint", ("spec", "resources", "requests", "storage"), "5 GB")
+    assert any("PersistentVolumeClaim/checkpoint: storage" in line for line in problems(change(text, [storage])))
+
+
+def test_a_product_without_its_shared_form(whole: str) -> None:
+    where = (*POD, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution", "nodeSelectorTerms")
+    edit = (DEPLOYMENT, (*where, 0, "matchExpressions", 0, "values"), ["NVIDIA-H100-NVL"])
+    assert any("expected NVIDIA-H100-NVL-SHARED too" in line for line in problems(change(whole, [edit])))
+
+
+def test_images_without_a_digest(whole: str) -> None:
+    assert not any(line.startswith("digests") for line in problems(Manifests.parse(whole)))
+    found = list(digests(Manifests.parse(whole)))
+    assert len(found) == 8, "four containers of two Deployments"
+    pinned = whole.replace("image: mpm-segmenter-torchserve", f"image: registry.example.com/mpm@sha256:{'0a' * 32}")
+    assert problems(Manifests.parse(pinned), release=True) == []
+    (image,) = [line for line in digests(Manifests.parse(render_with("model-image"))) if "checkpoint: image" in line]
+    assert "got 'segmenter-checkpoint'" in image
+
+
+@pytest.mark.parametrize(
+    ("expression", "single"),
+    [
+        ("sum(a)", True),
+        ("sum by (model) (a)", False),
+        ("sum without (pod) (a)", False),
+        ("sum without () (a)", False),
+        ("sum by () (a)", True),
+        ("a", False),
+        ("sum(a) / avg(b > 0) or 0 * sum(a)", True),
+        ("sum(a) / b", False),
+        ("(max(a))", True),
+        ("-max(a)", True),
+        ("topk(3, a)", False),
+        ("count_values('x', a)", False),
+        ("ceil(sum(a))", True),
+        ("rate(a[5m])", False),
+        ("vector(1)", True),
+        ("scalar(a)", True),
+        ("time()", True),
+        ("sum(a) or vector(0)", True),
+        ("sum(a) or sum by (b) (c)", False),
+    ],
+)
+def test_single_series(expression: str, single: bool) -> None:
+    assert is_single_series(promql.parse(expression)) is single
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("500m", Decimal("0.5")),
+        ("16Gi", 16 * 2**30),
+        ("1e3", 1000),
+        (2, 2),
+        ("1.5k", 1500),
+        (".5", Decimal("0.5")),
+    ],
+)
+def test_quantities(text: object, value: object) -> None:
+    assert quantity(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "1Gib", "1GB", "Gi", "1 Gi", "--1", "1.2.3", "one", None, True])
+def test_no_quantities(text: object) -> None:
+    with pytest.raises(ValueError, match="expected a quantity"):
+        quantity(text)
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ({"key": "a", "operator": "In", "values": ["1", "2"]}, True),
+        ({"key": "a", "operator": "NotIn", "values": ["1"]}, False),
+        ({"key": "b", "operator": "Exists"}, False),
+        ({"key": "b", "operator": "DoesNotExist"}, True),
+    ],
+)
+def test_selectors_with_expressions(expression: dict[str, Any], found: bool) -> None:
+    assert matches({"matchExpressions": [expression]}, {"a": "1"}) is found
+
+
+@pytest.mark.parametrize(
+    ("stdin", "status", "told"),
+    [
+        (lambda: render("overlays/dev-cpu/torchserve"), 0, ""),
+        (
+            lambda: (
+                render("overlays/dev-cpu/torchserve").replace("maxSurge: 0", "maxSurge: 1").replace("8090", "8091")
+            ),
+            1,
+            "ports: ",
+        ),
+        (lambda: "", 1, "expected manifests, got nothing"),
+        (lambda: "- a", 1, "expected manifests with kind"),
+        (lambda: "{", 1, "not readable as YAML"),
+        (lambda: json.dumps({"kind": "Deployment"}), 1, "expected manifests with kind and metadata.name"),
+    ],
+)
+def test_the_command(
+    stdin: Callable[[], str],
+    status: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin()))
+    assert main() == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+
+
+def test_the_command_as_the_readme_has_it() -> None:
+    command = [sys.executable, "-m", "k8s.check", "--release"]
+    text = render("overlays/dev-cpu/torchserve")
+    done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == done.stderr.count("digests: Deployment/segmenter: ") == 4
