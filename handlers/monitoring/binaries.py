@@ -1,4 +1,4 @@
-"""Prometheus, promtool and Alertmanager: those on the machine, or Debian's packages unpacked into a cache."""
+"""Programs that are not Python's: those on the machine, or Debian's packages unpacked into a cache."""
 
 import os
 import shutil
@@ -10,7 +10,10 @@ _PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
+    "haproxy": "haproxy",
 }
+# Beyond what every Debian has; see `library_path`.
+_LIBRARIES = {"haproxy": ("liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1")}
 _ALSO_KNOWN_AS = {"prometheus-alertmanager": "alertmanager"}
 # Debian's Alertmanager opens its template under an absolute path. In a copy that isn't installed, the same number of
 # bytes say where it is from the folder of the package, which is why it has to be started there.
@@ -24,7 +27,7 @@ class MissingToolError(RuntimeError):
 
 
 def find_tool(name: str, *, cache: Path = _CACHE) -> Path:
-    """Path of "prometheus", "promtool" or "prometheus-alertmanager", to be started in the folder above its `usr`.
+    """Path of "prometheus", "promtool", "prometheus-alertmanager" or "haproxy", to be started above its `usr`.
 
     What is not on the PATH is downloaded with apt, which checks its signature, and unpacked, not installed; neither
     needs rights.
@@ -39,23 +42,31 @@ def find_tool(name: str, *, cache: Path = _CACHE) -> Path:
     unpacked = cache / package
     if not unpacked.is_dir():
         _unpack(package, unpacked)
-    return unpacked / "usr" / "bin" / name
+    (program,) = unpacked.glob(f"usr/*bin/{name}")
+    return program
+
+
+def library_path(tool: Path) -> dict[str, str]:
+    """Environment in which a program that is unpacked, not installed, finds its libraries; no harm to others."""
+    return {"LD_LIBRARY_PATH": os.pathsep.join(map(str, sorted((tool.parents[1] / "lib").glob("*-linux-gnu"))))}
 
 
 def _unpack(package: str, folder: Path) -> None:
+    wanted = (package, *_LIBRARIES.get(package, ()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = Path(scratch_name)
         try:
             try:
-                _run(["apt-get", "download", package], scratch)
+                _run(["apt-get", "download", *wanted], scratch)
             except subprocess.CalledProcessError:  # no package lists yet: fetch them into a place of our own
                 lists = ["-o", f"Dir::State={scratch}/state", "-o", f"Dir::Cache={scratch}/cache"]
                 for needed in ("state/lists/partial", "cache/archives/partial"):
                     (scratch / needed).mkdir(parents=True)
                 _run(["apt-get", *lists, "update"], scratch)
-                _run(["apt-get", *lists, "download", package], scratch)
-            _run(["dpkg-deb", "-x", *map(str, scratch.glob("*.deb")), str(scratch / "unpacked")], scratch)
+                _run(["apt-get", *lists, "download", *wanted], scratch)
+            for archive in scratch.glob("*.deb"):
+                _run(["dpkg-deb", "-x", str(archive), str(scratch / "unpacked")], scratch)
         except FileNotFoundError as error:
             raise MissingToolError(f"{package} is not installed, and there is no {error.filename} to get it") from None
         except subprocess.CalledProcessError as error:

@@ -17,6 +17,7 @@ import yaml
 from handlers import loading, torchserve_handler
 from handlers.codec import encode_picture
 from handlers.config import CONFIG_KEY
+from handlers.drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
@@ -214,7 +215,41 @@ def test_unusable_configuration(checkpoint: Path) -> None:
         SegmenterHandler().initialize(context)
 
 
+@pytest.fixture
+def drain(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The headers of the launcher's request for a drain."""
+    monkeypatch.setenv(DRAIN_SECRET_VARIABLE, "secret")
+    return {DRAIN_HEADER: "secret"}
+
+
+def test_a_drain_ends_with_its_batch(handler: SegmenterHandler, drain: dict[str, str]) -> None:
+    context = batch_of({}, drain, {})
+    replies = handler.handle([body(b"x"), body(b"drain"), body(b"x")], context)
+    assert replies[:2] == [b"ok", b"drained\n"]
+    assert [context.get_response_status(i)[0] for i in range(3)] == [200, 200, 503]
+    assert context.get_response_headers(2)["Retry-After"] == "1"
+
+
 class TestContinuous:
+    def test_a_drain_is_answered_with_the_last_before_it(
+        self, continuous: ContinuousHandler, drain: dict[str, str]
+    ) -> None:
+        engine = engine_of(continuous)
+        data, ids = [body(b"later"), body(b"drain"), body(b"x")], ["a", "b", "c"]
+        context = batch_of({}, drain, {}, ids=ids)
+        replies = continuous.handle(data, context)
+        assert replies[:2] == [None, None]
+        assert context.get_response_status(2)[0] == 503
+        engine.later[b"later"].set_result(OK)
+        assert continuous.handle(data[:2], batch_of({}, drain, ids=ids[:2])) == [b"ok", b"drained\n"]
+
+    def test_a_drain_of_nothing_is_answered_at_once(
+        self, continuous: ContinuousHandler, drain: dict[str, str]
+    ) -> None:
+        start = perf_counter()
+        assert continuous.handle([body(b"drain")], batch_of(drain, ids=["a"])) == [b"drained\n"]
+        assert perf_counter() - start < 5  # and not when the wait of 30 seconds ends
+
     def test_only_what_is_done_is_answered(self, continuous: ContinuousHandler) -> None:
         data = [body(b"later 1"), body(b"x"), body(b"break"), body(b"later 2")]
         context = batch_of({}, {}, {}, {}, ids=["a", "b", "c", "d"])

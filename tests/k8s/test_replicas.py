@@ -1,0 +1,378 @@
+"""Two replicas behind docker/haproxy.cfg, under load from clients that keep their connections and never ask twice.
+
+What a pod's end, a pod's death and a rolling update do to those clients, on both servers.
+"""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import psutil
+import pytest
+
+from handlers.codec import encode_mask_png, encode_picture
+from handlers.launching import free_port
+from handlers.monitoring.binaries import MissingToolError, find_tool, library_path
+from model_store.torchserve import build_archive
+from model_store.triton import build_model
+from mpm_ops import Segmenter
+from mpm_ops.classes import Classes
+
+pytest_plugins = ("tiny_server",)
+
+CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"
+NUM_CLIENTS = 6
+PAUSE_SECONDS = 0.02  # of a client after an answer: two cores also have to start replicas
+LAME_DUCK_SECONDS = 2.0  # the proxy looks every half second
+SECONDS_TO_START = 150
+SECONDS_TO_END = 60
+
+
+@dataclass
+class Replica:
+    """A launcher as its own process, as a container would run it."""
+
+    kind: str
+    store: Path
+    folder: Path
+    port: int = field(default_factory=free_port)
+    ready_port: int = field(default_factory=free_port)
+    starts: int = 0
+
+    def start(self, lame_duck_seconds: float = LAME_DUCK_SECONDS) -> None:
+        self.starts += 1
+        temp = self.folder / f"temp{self.starts}"
+        temp.mkdir(parents=True)
+        where = {
+            "torchserve": ["handlers.torchserve_launcher", "--model-store", str(self.store)],
+            "triton": ["handlers.triton_launcher", "--model-repository", str(self.store), "--grpc-port", "0"],
+        }[self.kind]
+        ending = ["--ready-port", str(self.ready_port), "--lame-duck-seconds", str(lame_duck_seconds)]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *where, "--port", str(self.port), *ending],
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"TMPDIR": str(temp)},
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def path(self) -> str:
+        return {"torchserve": "/predictions/tiny", "triton": "/v2/models/tiny/infer"}[self.kind]
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text(errors="replace")[-2000:]
+        try:
+            return ask_ready(self.ready_port) == 200
+        except OSError:
+            return False
+
+    def wait_ready(self) -> None:
+        wait_for(self.is_ready)
+
+    def terminate(self) -> None:
+        """End it as Kubernetes ends a pod."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait_ended(self) -> None:
+        assert self.process.wait(SECONDS_TO_END) == 0, self.log.read_text(errors="replace")[-2000:]
+
+    def kill(self) -> None:
+        """Kill it and all it started, as an out-of-memory or a lost node does."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+        self.process.wait()
+        psutil.wait_procs(processes, timeout=10)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request and what became of it; `outcome` is a status, or the name of an error."""
+
+    sent: float
+    ended: float
+    outcome: int | str
+    body: bytes
+    replica: str | None
+
+
+class Load:
+    """Clients that each ask over one connection, again soon after an answer; a context manager."""
+
+    def __init__(self, address: str, replica: Replica, picture: bytes) -> None:
+        self.asked: list[Asked] = []
+        self._address = address
+        self._path = replica.path
+        self._picture = picture
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._client) for _ in range(NUM_CLIENTS)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        wait_for(lambda: len(self.asked) > 5 * NUM_CLIENTS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def failed(self) -> list[Asked]:
+        return [asked for asked in self.asked if asked.outcome != 200]
+
+    def answered_by(self, since: float) -> set[str | None]:
+        return {asked.replica for asked in self.asked if asked.sent > since and asked.outcome == 200}
+
+    def _client(self) -> None:
+        connection = http.client.HTTPConnection(self._address, timeout=SECONDS_TO_END)
+        headers = {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG", "Content-Type": "image/png"}
+        while not self._over.is_set():
+            sent, body, replica = time.monotonic(), b"", None
+            outcome: int | str
+            try:
+                connection.request("POST", self._path, self._picture, headers)
+                response = connection.getresponse()
+                outcome, body, replica = response.status, response.read(), response.headers.get("X-Served-By")
+                described = int(response.headers.get("Inference-Header-Content-Length", "-4"))
+                body = body[described + 4 :]
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()  # the next request opens another
+                outcome = type(error).__name__
+            self.asked.append(Asked(sent, time.monotonic(), outcome, body, replica))
+            time.sleep(PAUSE_SECONDS)
+        connection.close()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two running replicas, the proxy's address, and what every client sends and should get."""
+
+    replicas: Sequence[Replica]
+    address: str
+    picture: bytes
+    mask: bytes
+
+    def load(self) -> Load:
+        return Load(self.address, self.replicas[0], self.picture)
+
+
+@pytest.fixture(scope="module")
+def haproxy() -> Path:
+    try:
+        return find_tool("haproxy")
+    except MissingToolError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def pictured(photo: Callable[..., np.ndarray], model: Segmenter, classes: Classes) -> tuple[bytes, bytes]:
+    """A picture and its mask."""
+    image = photo(0)
+    return encode_picture(image, "image/png"), encode_mask_png(model.segment(image), classes)
+
+
+@pytest.fixture(scope="module")
+def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds what a server loads."""
+
+    def build(kind: str) -> Path:
+        out = tmp_path_factory.mktemp(kind)
+        serving = {"schedule": [0, 1]}
+        make = {"torchserve": build_archive, "triton": build_model}[kind]
+        make(checkpoint, name="tiny", out=out, serving=serving)
+        return out
+
+    return build
+
+
+@pytest.fixture(scope="module", params=[pytest.param("torchserve"), pytest.param("triton", marks=pytest.mark.slow)])
+def pair(
+    request: pytest.FixtureRequest,
+    haproxy: Path,
+    build: Callable[[str], Path],
+    pictured: tuple[bytes, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("replicas")
+    store = build(request.param)
+    with ExitStack() as stack:
+        replicas = [Replica(request.param, store, folder / str(i)) for i in (1, 2)]
+        for replica in replicas:
+            replica.start()
+            stack.callback(replica.end)
+        for replica in replicas:
+            replica.wait_ready()
+        yield Pair(replicas, stack.enter_context(proxy(haproxy, replicas, folder / "haproxy.log")), *pictured)
+
+
+@contextmanager
+def proxy(haproxy: Path, replicas: Sequence[Replica], log: Path) -> Iterator[str]:
+    """A running HAProxy; gives its address."""
+    listen = f"127.0.0.1:{free_port()}"
+    environment = {"LISTEN": listen}
+    for i, replica in enumerate(replicas, 1):
+        environment |= {f"REPLICA_{i}": replica.address, f"REPLICA_{i}_READY": str(replica.ready_port)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [haproxy, "-db", "-f", CONFIG],
+            stdout=output,
+            stderr=output,
+            env=os.environ | library_path(haproxy) | environment,
+        )
+    try:
+        wait_for(lambda: accepts(listen))
+        yield listen
+        assert process.poll() is None, log.read_text()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+class TestPair:
+    """In this order: every test leaves both replicas running and taken in."""
+
+    def test_one_is_drained(self, pair: Pair) -> None:
+        """Nothing is lost, and the other answers everything from then on."""
+        first, _ = pair.replicas
+        with pair.load() as load:
+            assert load.answered_by(0) == {"replica-1", "replica-2"}
+            first.terminate()
+            first.wait_ended()
+            alone = time.monotonic()
+            time.sleep(0.5)
+            assert load.answered_by(alone) == {"replica-2"}
+            first.start()
+            wait_for(lambda: load.answered_by(alone) == {"replica-1", "replica-2"})
+        assert not load.failed()
+        assert {asked.body for asked in load.asked} == {pair.mask}
+
+    def test_one_is_killed(self, pair: Pair) -> None:
+        """What is lost was being computed there, at most one request of each client; the rest is answered."""
+        _, second = pair.replicas
+        with pair.load() as load:
+            before = time.monotonic()
+            second.kill()
+            after = time.monotonic()
+            time.sleep(1)
+            assert load.answered_by(after) == {"replica-1"}
+            second.start()
+            wait_for(lambda: load.answered_by(after) == {"replica-1", "replica-2"})
+        assert len(load.failed()) <= NUM_CLIENTS
+        assert all(asked.sent < after and asked.ended > before for asked in load.failed())
+        assert {asked.body for asked in load.asked if asked.outcome == 200} == {pair.mask}
+
+    @pytest.mark.slow
+    def test_rolling_update(self, pair: Pair) -> None:
+        with pair.load() as load:
+            for replica in pair.replicas:
+                replica.terminate()
+                replica.wait_ended()
+                replica.start()
+                ended = time.monotonic()
+                wait_for(lambda ended=ended: load.answered_by(ended) == {"replica-1", "replica-2"})
+        assert not load.failed()
+        assert {asked.body for asked in load.asked} == {pair.mask}
+
+
+@pytest.mark.parametrize("kind", ["torchserve", pytest.param("triton", marks=pytest.mark.slow)])
+def test_alone(kind: str, build: Callable[[str], Path], pictured: tuple[bytes, bytes], tmp_path: Path) -> None:
+    """Without a proxy and from one moment to the next: what was accepted is answered, what comes later is refused."""
+    picture, mask = pictured
+    replica = Replica(kind, build(kind), tmp_path / "replica")
+    replica.start(lame_duck_seconds=0)
+    try:
+        replica.wait_ready()
+        with Load(replica.address, replica, picture) as load:
+            terminated = time.monotonic()
+            replica.terminate()
+            wait_for(lambda: bool(load.failed()))
+            replica.wait_ended()
+        accepted = [asked for asked in load.asked if asked.sent < terminated]
+        assert {asked.outcome for asked in accepted} == {200}
+        assert {asked.body for asked in accepted} == {mask}
+        assert sum(asked.ended > terminated for asked in accepted) > 0
+    finally:
+        replica.end()
+
+
+@pytest.mark.slow
+def test_a_slow_reader(build: Callable[[str], Path], photo: Callable[..., np.ndarray], tmp_path: Path) -> None:
+    """A mask of 9 MB is on its way, most of it still inside the server, when SIGTERM comes."""
+    replica = Replica("torchserve", build("torchserve"), tmp_path / "replica")
+    replica.start(lame_duck_seconds=0)
+    try:
+        replica.wait_ready()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", replica.port))
+            picture = encode_picture(photo(0, 3000, 3000), "image/jpeg")
+            head = (
+                f"POST {replica.path} HTTP/1.1\r\nHost: a\r\nAccept: application/x-npy\r\n"
+                f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+            )
+            client.sendall(head.encode() + picture)
+            begun = client.recv(100)
+            assert begun.startswith(b"HTTP/1.1 200")
+            replica.terminate()
+            time.sleep(2)
+            assert replica.process.poll() is None
+            received = begun
+            while part := client.recv(65_536):
+                received += part
+                if len(received) > 9_000_000 and len(received.partition(b"\r\n\r\n")[2]) >= 9_000_128:
+                    break
+        assert len(received.partition(b"\r\n\r\n")[2]) == 9_000_128  # 3000 x 3000, and the header of an .npy
+        replica.wait_ended()
+    finally:
+        replica.end()
+
+
+def accepts(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def ask_ready(port: int) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
