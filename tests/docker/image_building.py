@@ -48,7 +48,9 @@ def install_programs() -> None:
     if not shutil.which("apt-get"):
         raise CannotBuildError(f"{', '.join(missing)} not installed, and there is no apt-get to get it")
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise CannotBuildError(f"{', '.join(missing)} not installed, and apt-get failed: {last}")
@@ -80,7 +82,17 @@ def build_image(target: str, *options: str) -> str:
     """
     build_base()
     with _pip_as_here() as mounts:
-        command = ["buildah", "bud", "--isolation", "chroot", "--pull-never", "--network", "host", "--format", "docker"]
+        command = [
+            "buildah",
+            "bud",
+            "--isolation",
+            "chroot",
+            "--pull-never",
+            "--network",
+            "host",
+            "--format",
+            "docker",
+        ]
         command += ["--layers", "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "PIP_NO_CACHE_DIR=0"]
         command += [argument for mount in mounts for argument in ("--volume", mount)]
         command += ["--target", target, "--tag", image_name(target), "--file", str(ROOT / "docker" / "Dockerfile")]
@@ -88,7 +100,9 @@ def build_image(target: str, *options: str) -> str:
             _run([*command, *options, str(ROOT)])
         except subprocess.CalledProcessError as error:
             if re.search(r"No matching distribution found for torch==\S+\+cpu", error.output):
-                raise CannotBuildError("pip finds no build of torch for a CPU in the places it is set up for") from None
+                raise CannotBuildError(
+                    "pip finds no build of torch for a CPU in the places it is set up for"
+                ) from None
             raise
     return image_name(target)
 
@@ -96,10 +110,14 @@ def build_image(target: str, *options: str) -> str:
 @contextmanager
 def _pip_as_here() -> Iterator[list[str]]:
     """Mounts that let pip inside the build find what it finds here: its settings, local folders, cache and CAs."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    )
     settings = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE))
     bundle = Path(settings.pop("cert", os.environ.get("SSL_CERT_FILE", _SYSTEM_BUNDLE)))
-    folders = {match for value in settings.values() for match in re.findall(r"(?:file://|(?<!\S))(/[^\s/]+/[^\s/]+)", value)}
+    folders = {
+        match for value in settings.values() for match in re.findall(r"(?:file://|(?<!\S))(/[^\s/]+/[^\s/]+)", value)
+    }
     with tempfile.TemporaryDirectory() as scratch_name:
         config = Path(scratch_name) / "pip.conf"
         config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from dockerfile import METRICS_PORT, TARGETS, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
-from test_dockerfile import METRICS_PORT, TARGETS, command_of, last
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"
@@ -127,7 +127,9 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
         source, target = mount.split(":")[:2]
         config = config.replace(target, str((FOLDER / source).resolve()))
     (tmp_path / "prometheus.yml").write_text(config)
-    done = subprocess.run([promtool, "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True, text=True)
+    done = subprocess.run(
+        [promtool, "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "rules found" in done.stdout
 

@@ -6,47 +6,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
+from dockerfile import DOCKERFILE, FOLDER, INSTRUCTIONS, METRICS_PORT, ROOT, STAGES, TARGETS, command_of, last
 
 from handlers import health, torchserve_launcher, triton_launcher
 from handlers.config import ServingConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "docker"
-DOCKERFILE = FOLDER / "Dockerfile"
-TARGETS = ("torchserve", "triton")
-METRICS_PORT = "8090"
-
-
-def instructions() -> Iterator[tuple[str, str, str]]:
-    """Stage, instruction and its arguments, continued lines joined; the stage before the first FROM is empty."""
-    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
-    stage = ""
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        if not line.strip():
-            continue
-        name, arguments = line.split(maxsplit=1)
-        if name == "FROM":
-            stage = arguments.split(" AS ")[1]
-        yield stage, name, arguments
-
-
-INSTRUCTIONS = list(instructions())
-STAGES = [arguments for _, name, arguments in INSTRUCTIONS if name == "FROM"]
-
-
-def last(stage: str, name: str) -> str:
-    return [arguments for at, instruction, arguments in INSTRUCTIONS if (at, instruction) == (stage, name)][-1]
-
-
-def command_of(stage: str) -> list[str]:
-    command: list[str] = json.loads(last(stage, "CMD"))
-    return command
 
 
 def is_ignored(path: str) -> bool:
@@ -146,7 +114,9 @@ class TestStages:
 
 
 class TestCommands:
-    @pytest.mark.parametrize(("target", "launcher"), [("torchserve", torchserve_launcher), ("triton", triton_launcher)])
+    @pytest.mark.parametrize(
+        ("target", "launcher"), [("torchserve", torchserve_launcher), ("triton", triton_launcher)]
+    )
     def test_launchers_take_them(
         self,
         monkeypatch: pytest.MonkeyPatch,
@@ -213,7 +183,9 @@ class TestPins:
         assert pins["triton"] not in constraints
         assert pins["numpy"] in constraints
 
-    @pytest.mark.parametrize("file", ["tools.txt", "constraints-cpu.txt", "constraints-cuda.txt", "../constraints.txt"])
+    @pytest.mark.parametrize(
+        "file", ["tools.txt", "constraints-cpu.txt", "constraints-cuda.txt", "../constraints.txt"]
+    )
     def test_one_version_each(self, file: str) -> None:
         lines = [line for line in (FOLDER / file).read_text().splitlines() if line and not line.startswith("#")]
         assert all(re.fullmatch(r"[\w.-]+={2,3}[\w.+]+", line) for line in lines)
