@@ -1,6 +1,6 @@
 """Write requirements.txt and pins.txt for pip from pyproject.toml, constraints.txt and what a variant pins otherwise.
 
-python docker/requirements.py --variant cpu|cuda [--extra NAME] --out DIR
+python docker/requirements.py --variant cpu|cuda [--extra NAME] [--only PACKAGE] --out DIR
 """
 
 import argparse
@@ -11,11 +11,11 @@ _HERE = Path(__file__).resolve().parent
 _EXTRAS = {"cpu": [], "cuda": ["kernels"]}  # of every image of the variant
 
 
-def requirements(project: Path, extras: list[str]) -> list[str]:
-    """What the project and some of its extras depend on."""
+def requirements(project: Path, extras: list[str], only: list[str]) -> list[str]:
+    """What the project, or no more than `only` of it, and some of its extras depend on."""
     described = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     optional = described["optional-dependencies"]
-    return sorted({*described["dependencies"], *(one for extra in extras for one in optional[extra])})
+    return sorted({*(only or described["dependencies"]), *(one for extra in extras for one in optional[extra])})
 
 
 def pins(constraints: Path, variant: Path) -> list[str]:
@@ -32,10 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--variant", choices=_EXTRAS, required=True)
     parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml, any number")
+    parser.add_argument("--only", action="append", default=[], help="instead of what the whole project needs")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     root = _HERE.parent
-    wanted = requirements(root / "pyproject.toml", [*arguments.extra, *_EXTRAS[arguments.variant]])
+    wanted = requirements(root / "pyproject.toml", [*arguments.extra, *_EXTRAS[arguments.variant]], arguments.only)
     pinned = pins(root / "constraints.txt", _HERE / f"constraints-{arguments.variant}.txt")
     (arguments.out / "requirements.txt").write_text("\n".join(wanted) + "\n")
     (arguments.out / "pins.txt").write_text("\n".join(pinned) + "\n")

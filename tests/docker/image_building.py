@@ -1,9 +1,8 @@
 """Images for tests, where no base image can be pulled: Debian's packages as the base, pip as this machine has it.
 
-    python tests/docker/image_building.py torchserve triton
+    python tests/docker/image_building.py torchserve triton loadtest
 
-Makes localhost/mpm-segmenter-torchserve:test and localhost/mpm-segmenter-triton:test in the local storage of buildah
-and podman. Programs that are missing are installed with apt where that is allowed.
+Makes localhost/mpm-segmenter-torchserve:test and so on in the local storage of buildah and podman. Programs that are missing are installed with apt where that is allowed.
 """
 
 import os
@@ -15,10 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "localhost/mpm-base:test"
-TARGETS = ("torchserve", "triton")
+TARGETS = ("torchserve", "triton", "loadtest")
 
 _PROGRAMS = ("buildah", "podman", "runc", "mmdebstrap")  # packages of these names bring them
 _RELEASE = "bookworm"
@@ -115,9 +115,9 @@ def _pip_as_here() -> Iterator[list[str]]:
     )
     settings = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE))
     bundle = Path(settings.pop("cert", os.environ.get("SSL_CERT_FILE", _SYSTEM_BUNDLE)))
-    folders = {
-        match for value in settings.values() for match in re.findall(r"(?:file://|(?<!\S))(/[^\s/]+/[^\s/]+)", value)
-    }
+    values = [value for one in settings.values() for value in one.split()]
+    indexes = [Path(urlsplit(value).path).parent for value in values if value.startswith("file:")]  # and files beside
+    folders = {str(folder) for folder in (*indexes, *map(Path, values)) if folder.is_absolute()}
     with tempfile.TemporaryDirectory() as scratch_name:
         config = Path(scratch_name) / "pip.conf"
         config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
