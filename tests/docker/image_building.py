@@ -2,7 +2,8 @@
 
     python tests/docker/image_building.py torchserve triton loadtest
 
-Makes localhost/mpm-segmenter-torchserve:test and so on in the local storage of buildah and podman. Programs that are missing are installed with apt where that is allowed.
+Makes localhost/mpm-segmenter-torchserve:test and so on in the local storage of buildah and podman. Programs that are
+missing are installed with apt where that is allowed.
 """
 
 import os

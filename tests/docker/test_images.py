@@ -54,7 +54,7 @@ class Container:
 
     def __init__(self, image: str, *options: str, command: Sequence[str] = (), memory: str = "4g") -> None:
         limits = ["--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096", "--memory", memory]
-        limits += ["--memory-swap", memory, "--shm-size", "256m"]
+        limits += ["--shm-size", "256m"]
         common = ["--detach", "--runtime", "runc", "--network", "none", "--no-healthcheck"]
         self._id = podman("run", *common, *limits, *CONFINED, *options, image, *command).strip()
 
@@ -104,8 +104,10 @@ class Container:
 
     def models(self) -> list[psutil.Process]:
         """The processes that hold a model: the last of their line."""
-        tree = psutil.Process(self.pid).children(recursive=True)
-        return [process for process in tree if "python" in process.name()][-1:]
+        return [process for process in self.processes()[1:] if "python" in process.name()][-1:]
+
+    def processes(self) -> list[psutil.Process]:
+        return [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
 
     def peak_memory_bytes(self) -> int:
         found: dict[str, str] = {}
@@ -360,10 +362,25 @@ class TestEnds:
         assert {outcome.kind for outcome in refused} <= {"503", "connection"}
         print(f"{server.target}: {len(before)} before, {len(after)} after SIGTERM; ended in {took:.1f} s")
 
-    def test_too_little_memory_is_said(self, image: str) -> None:
-        """Not a server that looks alive: the container ends, or says why there is no model."""
+
+class TestMemory:
+    def test_a_gibibyte_holds_the_demo_model_under_load(self, image: str, server: Server, picture: bytes) -> None:
+        with Container(image, memory="1g") as container, container.clients(8) as clients:
+            container.wait_ready()
+            answers = [clients.submit(ask, server, picture) for _ in range(40)]
+            assert len({answer.result() for answer in answers}) == 1
+            assert answers[0].result()[0] == 200
+            held = sum(process.memory_full_info().uss for process in container.processes())
+            print(
+                f"{server.target}: {held / 2**20:.0f} MiB held, {container.peak_memory_bytes() / 2**20:.0f} at the most"
+            )
+
+    def test_too_little_is_said(self, image: str) -> None:
+        """Not a server that looks alive without a model."""
         with Container(image, memory="300m") as container:
-            assert container.wait(SECONDS_TO_START) != 0
+            assert container.wait(SECONDS_TO_START) == 1
+            last = container.logs().strip().splitlines()[-1]
+            assert "ended" in last
 
 
 @dataclass(frozen=True)
