@@ -202,5 +202,21 @@ class TestPins:
         assert len({canonical(line) for line in lines}) == len(lines)
 
 
+class TestMake:
+    @pytest.mark.parametrize("builder", ["docker", "podman", "buildah"])
+    @pytest.mark.parametrize(("variant", "tag"), [("cpu", "latest"), ("cuda", "latest-cuda")])
+    def test_image(self, builder: str, variant: str, tag: str) -> None:
+        """By the names that the compose files use."""
+        if not shutil.which("make"):
+            pytest.skip("make is not installed")
+        command = ["make", "--dry-run", "image", f"BUILDER={builder}", "SERVER=triton", f"VARIANT={variant}"]
+        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert said.startswith(f"{builder} build ")
+        assert ("--format docker" in said) == (builder != "docker")  # the other format has no health check
+        assert f"--build-arg VARIANT={variant} " in said
+        assert f"--tag mpm-segmenter-triton:{tag} ." in said
+        assert "--file docker/Dockerfile --target triton " in said
+
+
 def canonical(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
