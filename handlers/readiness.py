@@ -20,16 +20,11 @@ class Readiness:
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.ready = False
         self._address = (host, port)
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
 
     def __enter__(self) -> Self:
         if self._address[1]:
-            told = self
-
-            class Handler(_Handler):
-                readiness = told
-
-            self._server = ThreadingHTTPServer(self._address, Handler)
+            self._server = _Server(self._address, self)
             threading.Thread(target=self._server.serve_forever, name="readiness", daemon=True).start()
         return self
 
@@ -39,8 +34,13 @@ class Readiness:
             self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], readiness: Readiness) -> None:
+        super().__init__(address, _Handler)
+        self.readiness = readiness
+
+
 class _Handler(BaseHTTPRequestHandler):
-    readiness: Readiness
     timeout = _CLIENT_SECONDS
 
     def do_GET(self) -> None:
@@ -50,7 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        ready = self.readiness.ready
+        assert isinstance(self.server, _Server)
+        ready = self.server.readiness.ready
         body = b"ready\n" if ready else b"not ready\n"
         self.send_response(200 if ready else 503)
         self.send_header("Content-Type", "text/plain")

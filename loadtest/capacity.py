@@ -152,9 +152,9 @@ class _Fields:
     """A mapping of a file whose values are checked as they are taken; knows where it stands."""
 
     def __init__(self, value: Any, file: Path, path: str = "") -> None:
-        self._place = f"{file}: {path}" if path else str(file)
+        self.place = f"{file}: {path}" if path else str(file)
         if not isinstance(value, Mapping):
-            raise ResultError(f"{self._place}: expected a mapping, got {_shown(value)}")
+            raise ResultError(f"{self.place}: expected a mapping, got {_shown(value)}")
         self.value = value
         self._file = file
         self._path = path
@@ -218,9 +218,7 @@ def _from_search(fields: _Fields) -> list[Measured]:
     for row in fields.rows("results"):
         low, rate, high = row.number("low"), row.number("rate_per_second"), row.number("high")
         if not low <= rate <= high:
-            raise ResultError(
-                f"{row._place}: expected low <= rate_per_second <= high, got {low:g}, {rate:g}, {high:g}"
-            )
+            raise ResultError(f"{row.place}: expected low <= rate_per_second <= high, got {low:g}, {rate:g}, {high:g}")
         configuration = row.fields("configuration")
         found.append(
             Measured(
@@ -257,8 +255,8 @@ def _from_servers(fields: _Fields) -> list[Measured]:
             p50_ms=row.number("ms_p50"),
             p99_ms=row.number("ms_p99"),
             assumptions=(
-                f"rate: saturated by {row.count('clients')} clients that wait for their answers, no range and no SLO; "
-                "latencies are theirs",
+                "rate: saturated, in a closed loop, no range and no SLO; latencies are those of "
+                f"{row.count('clients')} asking at a time",
             ),
         )
         for way, (rps, row) in best.items()
@@ -271,7 +269,7 @@ def _from_end_to_end(fields: _Fields, windows_per_picture: float | None) -> Meas
     elif windows_per_picture is not None:
         windows = windows_per_picture
     else:
-        raise ResultError(f"{fields._place}: counts windows; expected --windows-per-picture to make pictures of them")
+        raise ResultError(f"{fields.place}: counts windows; expected --windows-per-picture to make pictures of them")
     rate = fields.number("served_windows_per_second") / windows
     steps = fields.fields("median_ms")
     return Measured(
@@ -298,7 +296,7 @@ def _codec_cost(fields: _Fields) -> tuple[float, str]:
     for picture, steps in spent.items():
         missing = [step for step in _CODEC_STEPS if step not in steps]
         if missing:
-            raise ResultError(f"{fields._place}: results: no step {missing[0]!r} for the picture {picture!r}")
+            raise ResultError(f"{fields.place}: results: no step {missing[0]!r} for the picture {picture!r}")
     costs = {picture: sum(steps[step] for step in _CODEC_STEPS) for picture, steps in spent.items()}
     dearest = max(costs, key=lambda picture: costs[picture])
     device = fields.fields("environment").text("processor")
@@ -352,7 +350,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 def _row(size: Size) -> tuple[str, ...]:
     measured = size.measured
     span = f"{measured.low:.4g}" if measured.low == measured.high else f"{measured.low:.4g}..{measured.high:.4g}"
-    latencies = "/".join("-" if ms is None else f"{ms:.4g}" for ms in (measured.p50_ms, measured.p99_ms))
+    latencies = "/".join("-" if ms is None else f"{ms:.0f}" for ms in (measured.p50_ms, measured.p99_ms))
     return (
         measured.name,
         span,

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-_MODEL_PATH = re.compile(r"(?P<prefix>.*)/(?:predictions/[^/]+|v2/models/[^/]+(?:/versions/[^/]+)?)")
+_MODEL_PATH = re.compile(r".*/(?:predictions/[^/]+|v2/models/[^/]+(?:/versions/[^/]+)?)")
 _LIMITS = {"agreement": min, "worst_agreement": min, "p50_ratio": max, "p99_ratio": max, "errors": max}
 _DISAGREEMENT = (255, 0, 0)
 _PANEL_HEIGHT = 480
@@ -168,7 +168,7 @@ class Comparison:
         """
         compared = [picture for picture in self.pictures if picture.agreement is not None]
         if not compared:
-            raise CompareError(f"no picture could be compared; {self._first_errors()}")
+            raise CompareError(f"no picture could be compared; {self._first_failure()}")
         pixels = sum(self.pairs.values())
         old, new = ([ms for picture in compared for ms in getattr(picture, f"{role}_ms")] for role in ("old", "new"))
         ms = {
@@ -213,10 +213,9 @@ class Comparison:
             )
         return found
 
-    def _first_errors(self) -> str:
-        for picture in self.pictures:
-            return f"{picture.name}: old {picture.old_error or 'answered'}; new {picture.new_error or 'answered'}"
-        return "there was none"
+    def _first_failure(self) -> str:
+        first = self.pictures[0]
+        return f"{first.name}: old {first.old_error or 'answered'}; new {first.new_error or 'answered'}"
 
 
 def compare_picture(
@@ -316,7 +315,7 @@ def _read_mask(png: bytes) -> tuple[np.ndarray, np.ndarray | None]:
                 raise CompareError(f"expected a PNG of class ids, got {opened.format} of mode {opened.mode}")
             palette = opened.getpalette() if opened.mode == "P" else None
             labels = np.asarray(opened)
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         raise CompareError(f"expected a PNG of class ids, got {png[:20]!r}") from None
     return labels, None if palette is None else np.asarray(palette, np.uint8).reshape(-1, 3)
 
@@ -433,13 +432,13 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CompareError(f"timeout: expected seconds > 0, got {arguments.timeout:g}")
     names = read_class_names(arguments.classes)
     files = sample_files(arguments.images, arguments.sample, arguments.seed)
-    deployments = [
+    old, new = (
         Deployment(role, getattr(arguments, role), dict(arguments.header + own), arguments.timeout)
         for role, own in (("old", arguments.old_header), ("new", arguments.new_header))
-    ]
+    )
     worst = Worst(arguments.worst) if arguments.pictures else None
-    found = compare(*deployments, files, arguments.repeats, worst)
-    for deployment in deployments:
+    found = compare(old, new, files, arguments.repeats, worst)
+    for deployment in (old, new):
         deployment.close()
     summary = found.summary()
     judged = judge(summary, limits)
@@ -486,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
-    if not colon or not _HEADER_NAME.fullmatch(name) or not value.strip().isprintable():
+    if not colon or not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
         raise argparse.ArgumentTypeError(f"expected NAME:VALUE, got {text!r}")
     return name, value.strip()
 

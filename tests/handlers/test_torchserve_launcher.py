@@ -44,10 +44,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class TestRefusals:
-    def test_port_in_use(self, store: Path, run: Callable[..., list[str]]) -> None:
+    @pytest.mark.parametrize("option", ["--port", "--ready-port"])
+    def test_port_in_use(self, store: Path, run: Callable[..., list[str]], option: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            assert run("--model-store", store, "--port", port) == [
+            assert run("--model-store", store, "--port", 0, option, port) == [
                 f"cannot listen on 127.0.0.1:{port}: Address already in use"
             ]
 

@@ -33,7 +33,7 @@ pytest_plugins = ("tiny_server",)
 
 CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"
 NUM_CLIENTS = 6
-PAUSE_SECONDS = 0.02  # of a client after an answer: two cores also have to start replicas
+PAUSE_SECONDS = 0.15  # of a client after an answer: the same few cores have to start a replica meanwhile
 LAME_DUCK_SECONDS = 2.0  # the proxy looks every half second
 SECONDS_TO_START = 150
 SECONDS_TO_END = 60
@@ -124,7 +124,10 @@ class Asked:
 class Load:
     """Clients that each ask over one connection, again soon after an answer; a context manager."""
 
-    def __init__(self, address: str, replica: Replica, picture: bytes) -> None:
+    def __init__(
+        self, address: str, replica: Replica, picture: bytes, *, pause_seconds: float = PAUSE_SECONDS
+    ) -> None:
+        self.pause_seconds = pause_seconds
         self.asked: list[Asked] = []
         self._address = address
         self._path = replica.path
@@ -149,6 +152,9 @@ class Load:
     def answered_by(self, since: float) -> set[str | None]:
         return {asked.replica for asked in self.asked if asked.sent > since and asked.outcome == 200}
 
+    def wait_for_both(self, since: float) -> None:
+        wait_for(lambda: self.answered_by(since) == {"replica-1", "replica-2"})
+
     def _client(self) -> None:
         connection = http.client.HTTPConnection(self._address, timeout=SECONDS_TO_END)
         headers = {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG", "Content-Type": "image/png"}
@@ -165,7 +171,7 @@ class Load:
                 connection.close()  # the next request opens another
                 outcome = type(error).__name__
             self.asked.append(Asked(sent, time.monotonic(), outcome, body, replica))
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(self.pause_seconds)
         connection.close()
 
 
@@ -203,9 +209,11 @@ def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def build(kind: str) -> Path:
         out = tmp_path_factory.mktemp(kind)
-        serving = {"schedule": [0, 1]}
-        make = {"torchserve": build_archive, "triton": build_model}[kind]
-        make(checkpoint, name="tiny", out=out, serving=serving)
+        serving = {"schedule": [0, 1], "torch_threads": 1, "agreement_fraction": 0}
+        if kind == "torchserve":
+            build_archive(checkpoint, name="tiny", out=out, serving=serving)
+        else:
+            build_model(checkpoint, name="tiny", out=out, serving=serving)
         return out
 
     return build
@@ -261,14 +269,16 @@ class TestPair:
         """Nothing is lost, and the other answers everything from then on."""
         first, _ = pair.replicas
         with pair.load() as load:
-            assert load.answered_by(0) == {"replica-1", "replica-2"}
+            load.wait_for_both(since=0)
+            load.pause_seconds = 0
             first.terminate()
             first.wait_ended()
+            load.pause_seconds = PAUSE_SECONDS
             alone = time.monotonic()
             time.sleep(0.5)
             assert load.answered_by(alone) == {"replica-2"}
             first.start()
-            wait_for(lambda: load.answered_by(alone) == {"replica-1", "replica-2"})
+            load.wait_for_both(since=alone)
         assert not load.failed()
         assert {asked.body for asked in load.asked} == {pair.mask}
 
@@ -276,13 +286,16 @@ class TestPair:
         """What is lost was being computed there, at most one request of each client; the rest is answered."""
         _, second = pair.replicas
         with pair.load() as load:
+            load.pause_seconds = 0
+            time.sleep(0.5)
             before = time.monotonic()
             second.kill()
             after = time.monotonic()
             time.sleep(1)
+            load.pause_seconds = PAUSE_SECONDS
             assert load.answered_by(after) == {"replica-1"}
             second.start()
-            wait_for(lambda: load.answered_by(after) == {"replica-1", "replica-2"})
+            load.wait_for_both(since=after)
         assert len(load.failed()) <= NUM_CLIENTS
         assert all(asked.sent < after and asked.ended > before for asked in load.failed())
         assert {asked.body for asked in load.asked if asked.outcome == 200} == {pair.mask}
@@ -294,8 +307,7 @@ class TestPair:
                 replica.terminate()
                 replica.wait_ended()
                 replica.start()
-                ended = time.monotonic()
-                wait_for(lambda ended=ended: load.answered_by(ended) == {"replica-1", "replica-2"})
+                load.wait_for_both(since=time.monotonic())
         assert not load.failed()
         assert {asked.body for asked in load.asked} == {pair.mask}
 
@@ -308,7 +320,7 @@ def test_alone(kind: str, build: Callable[[str], Path], pictured: tuple[bytes, b
     replica.start(lame_duck_seconds=0)
     try:
         replica.wait_ready()
-        with Load(replica.address, replica, picture) as load:
+        with Load(replica.address, replica, picture, pause_seconds=0) as load:
             terminated = time.monotonic()
             replica.terminate()
             wait_for(lambda: bool(load.failed()))

@@ -130,7 +130,7 @@ class TestReading:
     def test_of_servers_the_best_number_of_clients(self, write: Callable[[Any], Path]) -> None:
         (found,) = read_results([write(SERVERS)])
         assert (found.name, found.rate, found.low, found.p99_ms) == ("triton", 4.0, 4.0, 2500.0)
-        assert "8 clients" in found.assumptions[0]
+        assert "8 asking at a time" in found.assumptions[0]
         assert "no SLO" in found.assumptions[0]
 
     def test_windows_become_pictures(self, write: Callable[[Any], Path]) -> None:

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ class FakeServer:
                     body = described + struct.pack("<I", len(body)) + body
                     self.send_header("Inference-Header-Content-Length", str(len(described)))
                 self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with suppress(BrokenPipeError):  # who didn't wait
+                    self.end_headers()
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -324,6 +326,19 @@ class TestRefusals:
     def test_limits(self, text: str, message: str) -> None:
         with pytest.raises(CompareError, match=message):
             parse_limits(text)
+
+    @pytest.mark.parametrize("header", ["X-API-Key", "two words:x", ":x", "X-Key:a\nb", "X-Key:€"])
+    def test_headers(
+        self,
+        header: str,
+        old: FakeServer,
+        run: Callable[..., tuple[int, dict[str, Any]]],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        with pytest.raises(SystemExit):
+            run(torchserve(old), torchserve(old), "--header", header)
+        assert "expected NAME:VALUE, got" in capsys.readouterr().err
+        assert not old.asked
 
     @pytest.mark.parametrize(
         ("options", "message"),
