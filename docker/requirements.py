@@ -38,6 +38,7 @@ def main() -> None:
     root = _HERE.parent
     wanted = requirements(root / "pyproject.toml", [*arguments.extra, *_EXTRAS[arguments.variant]], arguments.only)
     pinned = pins(root / "constraints.txt", _HERE / f"constraints-{arguments.variant}.txt")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "requirements.txt").write_text("\n".join(wanted) + "\n")
     (arguments.out / "pins.txt").write_text("\n".join(pinned) + "\n")
 
