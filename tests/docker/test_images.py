@@ -307,6 +307,28 @@ class TestModelOfOnesOwn:
                 assert clients.submit(ask, server, picture).result() == (200, mask_of(model, classes, picture))
 
 
+class TestLoadTest:
+    @pytest.fixture(scope="class")
+    def image(self) -> str:
+        try:
+            install_programs()
+            return build_image("loadtest")
+        except CannotBuildError as error:
+            pytest.skip(str(error))
+
+    def test_runs_where_nothing_is_written(self, image: str) -> None:
+        with Container(image, command=["python", "-m", "loadtest.compare", "--help"]) as container:
+            assert container.wait(60) == 0
+            assert "--old" in container.logs()
+
+    def test_has_what_asks_and_paints_not_what_computes(self, image: str) -> None:
+        needed = "import importlib.util as u, locust, numpy, tritonclient.grpc, model_store.demo.painter;"
+        script = f"{needed} print([name for name in ('torch', 'numba', 'ts') if u.find_spec(name)])"
+        with Container(image, command=["python", "-c", script]) as container:
+            assert container.wait(60) == 0, container.logs()
+            assert container.logs().strip() == "[]"
+
+
 class TestEnds:
     def test_health_check_fails_when_the_model_hangs(self, image: str, server: Server) -> None:
         command = ("python", "-m", "handlers.health", server.url, "--timeout", "3")
