@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +122,10 @@ class Container:
 
 
 def podman(*arguments: str) -> str:
-    done = subprocess.run(["podman", *arguments], capture_output=True, text=True, timeout=180)
+    # Its monitor leaves a file `oom` in the folder where it is started, when that is what happened.
+    done = subprocess.run(
+        ["podman", *arguments], capture_output=True, text=True, timeout=180, cwd=tempfile.gettempdir()
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
