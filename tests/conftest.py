@@ -34,7 +34,7 @@ def _same_numbers_in_every_run() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Segmenter]:
     """Builds a small Segmenter with seeded random weights; keywords are its config's, schedule, align and seed."""
     return _tiny_model
@@ -92,7 +92,9 @@ def _tiny_model(
     inference = inference or InferenceConfig(
         im_size=side, max_ratio=4, window_size=side, window_stride=side, normalization="vit"
     )
-    model = Segmenter(config, inference, schedule=schedule, align=align)
+    with torch.random.fork_rng(devices=()):  # some biases start random
+        torch.manual_seed(seed)
+        model = Segmenter(config, inference, schedule=schedule, align=align)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,1 +1,1 @@
-"""How well grouping does: padding, throughput and waiting, measured and simulated."""
+"""What serving costs beyond the model, and how well it groups: one module for each question."""

@@ -5,12 +5,9 @@ Real pictures as they are and enlarged to 1920x1080 and 4000x3000; masks are the
 
 import argparse
 import io
-import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import cv2
@@ -23,7 +20,7 @@ from torch import Tensor
 
 from handlers import codec
 from mpm_ops import Segmenter, load_segmenter
-from mpm_ops.bench import environment, read_images
+from mpm_ops.bench import model_shapes, percentile_ms, read_images, time_in_turn, write_report
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.windows import NORMALIZATIONS, InferenceConfig, WindowPlan, cut_windows, plan_windows
 
@@ -77,17 +74,12 @@ def bench_codec(model: Segmenter, pictures: Mapping[str, np.ndarray], repeats: i
         data = codec.encode_picture(image, "image/jpeg")
         plan = plan_windows(image.shape[0], image.shape[1], model.inference)
         labels = model.segment(image)
-        for step, *pair in _ways(data, plan, model.inference, labels, classes):
-            sizes = _check(step, *(way() for way in pair))
-            seconds: tuple[list[float], list[float]] = ([], [])
-            for _ in range(repeats):
-                for way, spent in zip(pair, seconds, strict=True):
-                    start = perf_counter()
-                    way()
-                    spent.append(perf_counter() - start)
-            plain_ms, ours_ms = (round(1000 * statistics.median(spent), 3) for spent in seconds)
-            speedup = round(statistics.median(p / o for p, o in zip(*seconds, strict=True)), 2)
-            row = {"picture": name, "step": step, "plain_ms": plain_ms, "ms": ours_ms, "speedup": speedup}
+        for step, plain, ours in _ways(data, plan, model.inference, labels, classes):
+            sizes = _check(step, plain(), ours())
+            seconds = time_in_turn({"plain_ms": plain, "ms": ours}, repeats=repeats)
+            ratio = statistics.median(p / o for p, o in zip(*seconds.values(), strict=True))
+            row = {"picture": name, "step": step, **{way: percentile_ms(spent) for way, spent in seconds.items()}}
+            row["speedup"] = round(ratio, 2)
             results.append(row | ({"plain_bytes": sizes[0], "bytes": sizes[1]} if sizes else {}))
     return results
 
@@ -143,21 +135,14 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        images = read_images(arguments.images)
-        images = [images[i] for i in np.linspace(0, len(images) - 1, min(arguments.most, len(images)), dtype=int)]
-        model = load_segmenter(arguments.checkpoint, ())
-        results = bench_codec(model, pictures_of_all_sizes(images), arguments.repeats)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    images = read_images(arguments.images, arguments.most)
+    model = load_segmenter(arguments.checkpoint, ())
+    results = bench_codec(model, pictures_of_all_sizes(images), arguments.repeats)
     for row in results:
         sizes = f"  {row['plain_bytes']} -> {row['bytes']} bytes" if "bytes" in row else ""
         print(
             f"{row['picture']:<14} {row['step']:<7} plain {row['plain_ms']:8.2f} ms  ours {row['ms']:8.2f} ms  "
             f"{row['speedup']:6.2f}x{sizes}"
         )
-    if arguments.out:
-        report = {"environment": environment(), "repeats": arguments.repeats, "results": results}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.out, {"repeats": arguments.repeats, "results": results}, shapes=model_shapes(model))
     return 0

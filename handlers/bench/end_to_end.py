@@ -1,13 +1,10 @@
 """What serving costs beyond the model: the engine at saturation and alone, beside the same steps one by one."""
 
 import argparse
-import json
 import statistics
-import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,14 @@ from handlers.config import ServingConfig
 from handlers.engine import Engine
 from handlers.options import RequestOptions
 from mpm_ops import Segmenter, load_segmenter
-from mpm_ops.bench import environment, read_images
+from mpm_ops.bench import model_shapes, percentile_ms, read_images, write_report
 from mpm_ops.classes import Classes, load_classes
 from mpm_ops.labels import label_map
 from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import parse_schedule
 from mpm_ops.windows import cut_windows, plan_windows
+
+from .load import closed_loop
 
 OPTIONS = RequestOptions(request_id="bench")
 
@@ -65,17 +64,17 @@ def bench_end_to_end(
             windows_per_second.append(_saturate(engine, pictures, num_windows, seconds))
     model_only = sum(step["windows"] for step in steps) / sum(step["network"] for step in steps)
     names = ("decode", "network", "labels", "encode")
-    lone, summed = statistics.median(alone), statistics.median(sum(step[name] for name in names) for step in steps)
+    lone_ms, summed_ms = percentile_ms(alone), percentile_ms([sum(step[name] for name in names) for step in steps])
     served = statistics.median(windows_per_second)
     return {
         "runtime": f"{model.runtime.name} {model.runtime.precision}",
-        "median_ms": {name: round(1000 * statistics.median(step[name] for step in steps), 2) for name in names},
+        "median_ms": {name: percentile_ms([step[name] for step in steps]) for name in names},
         "model_windows_per_second": round(model_only, 3),
         "served_windows_per_second": round(served, 3),
         "served_share": round(served / model_only, 3),
-        "alone_ms_p50": round(1000 * lone, 2),
-        "summed_ms_p50": round(1000 * summed, 2),
-        "alone_over_summed": round(lone / summed, 3),
+        "alone_ms_p50": lone_ms,
+        "summed_ms_p50": summed_ms,
+        "alone_over_summed": round(lone_ms / summed_ms, 3),
     }
 
 
@@ -106,25 +105,16 @@ def _saturate(
     engine: Engine, pictures: Sequence[bytes], num_windows: Sequence[int], seconds: float, num_clients: int = 8
 ) -> float:
     """Windows per second with clients that each send the next picture when they have their mask."""
-    start = time.monotonic()
-    numbers = count()
-    windows: list[int] = []
 
-    def client() -> None:
-        while time.monotonic() - start < seconds:
-            i = next(numbers) % len(pictures)
-            engine.submit(pictures[i], OPTIONS).result()
-            windows.append(num_windows[i])
+    def ask(i: int) -> None:
+        engine.submit(pictures[i % len(pictures)], OPTIONS).result()
 
-    threads = [threading.Thread(target=client) for _ in range(num_clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(windows) / (time.monotonic() - start)
+    latencies, elapsed = closed_loop(lambda: nullcontext(ask), num_clients, seconds)
+    return sum(num_windows[i % len(pictures)] for i in range(len(latencies))) / elapsed
 
 
 def add_command(commands: Any) -> None:
+    """Add `end-to-end` to the commands of `python -m handlers.bench`."""
     command = commands.add_parser("end-to-end", help="what serving costs beyond the model")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
@@ -137,19 +127,13 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        images = read_images(arguments.images)
-        images = [images[i] for i in np.linspace(0, len(images) - 1, min(arguments.most, len(images)), dtype=int)]
-        schedule = parse_schedule(arguments.schedule)
-        model = load_segmenter(arguments.checkpoint, schedule)
-        classes = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls)
-        config = ServingConfig(schedule=schedule)
-        found = bench_end_to_end(model, classes, images, config, arguments.seconds, arguments.rounds)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    images = read_images(arguments.images, arguments.most)
+    schedule = parse_schedule(arguments.schedule)
+    model = load_segmenter(arguments.checkpoint, schedule)
+    classes = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls)
+    config = ServingConfig(schedule=schedule)
+    found = bench_end_to_end(model, classes, images, config, arguments.seconds, arguments.rounds)
     for name, value in found.items():
         print(f"{name}: {value}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+    write_report(arguments.out, found, shapes=model_shapes(model) | {"pictures": [image.shape for image in images]})
     return 0

@@ -1,29 +1,31 @@
-"""Clients that each wait for their answer before they ask again. No torch here: they run in their own process."""
+"""Clients that each wait for their answer before they ask again. No torch here: a process of its own asks servers."""
 
 import http.client
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from itertools import count
 
 Ask = Callable[[bytes], bytes]
 
 
-def ask_torchserve(url: str, model: str) -> Ask:
+@contextmanager
+def ask_torchserve(url: str, model: str) -> Iterator[Ask]:
     """Masks as PNG over one connection that is kept."""
-    connection = _connect(url)
 
     def ask(picture: bytes) -> bytes:
         connection.request("POST", f"/predictions/{model}", picture, {"Content-Type": "image/jpeg"})
         return _body(connection.getresponse())
 
-    return ask
+    with closing(_connect(url)) as connection:
+        yield ask
 
 
-def ask_triton(url: str, model: str) -> Ask:
+@contextmanager
+def ask_triton(url: str, model: str) -> Iterator[Ask]:
     """The same from Triton, as a raw body, the way curl would."""
-    connection = _connect(url)
     headers = {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG"}
 
     def ask(picture: bytes) -> bytes:
@@ -32,15 +34,16 @@ def ask_triton(url: str, model: str) -> Ask:
         described = int(response.headers.get("Inference-Header-Content-Length", "0"))
         return _body(response)[described + 4 :]  # the length of the only value takes 4 bytes
 
-    return ask
+    with closing(_connect(url)) as connection:
+        yield ask
 
 
-def ask_triton_grpc(url: str, model: str) -> Ask:
+@contextmanager
+def ask_triton_grpc(url: str, model: str) -> Iterator[Ask]:
     """The same through tritonclient."""
     import numpy as np
     import tritonclient.grpc
 
-    client = tritonclient.grpc.InferenceServerClient(url)
     wanted = [tritonclient.grpc.InferRequestedOutput("MASK_PNG")]
 
     def ask(picture: bytes) -> bytes:
@@ -48,7 +51,8 @@ def ask_triton_grpc(url: str, model: str) -> Ask:
         image.set_data_from_numpy(np.array([[picture]], dtype=np.object_))
         return bytes(client.infer(model, [image], outputs=wanted).as_numpy("MASK_PNG")[0, 0])
 
-    return ask
+    with tritonclient.grpc.InferenceServerClient(url) as client:
+        yield ask
 
 
 WAYS = {"torchserve": ask_torchserve, "triton": ask_triton, "triton grpc": ask_triton_grpc}
@@ -57,7 +61,27 @@ WAYS = {"torchserve": ask_torchserve, "triton": ask_triton, "triton grpc": ask_t
 def run_clients(
     way: str, url: str, model: str, pictures: Sequence[bytes], num_clients: int, seconds: float
 ) -> tuple[list[float], float]:
-    """Ask for so long; every client finishes its last request.
+    """Ask a server, each client over its own connection; see `closed_loop`."""
+
+    @contextmanager
+    def connect() -> Iterator[Callable[[int], bytes]]:
+        with WAYS[way](url, model) as ask:
+            yield lambda i: ask(pictures[i % len(pictures)])
+
+    try:
+        return closed_loop(connect, num_clients, seconds)
+    except RuntimeError as error:
+        raise RuntimeError(f"{way}: {error}") from error
+
+
+def closed_loop(
+    connect: Callable[[], AbstractContextManager[Callable[[int], object]]], num_clients: int, seconds: float
+) -> tuple[list[float], float]:
+    """Keep clients asking for so long; every client finishes its last request.
+
+    Args:
+        connect: entered once by each client, gives what sends the request of a number and waits for its answer. The
+            numbers count all clients' requests from 0.
 
     Returns:
         Seconds of each answer, and of everything.
@@ -72,11 +96,11 @@ def run_clients(
 
     def client() -> None:
         try:
-            ask = WAYS[way](url, model)
-            while time.monotonic() - start < seconds:
-                sent = time.monotonic()
-                ask(pictures[next(numbers) % len(pictures)])
-                latencies.append(time.monotonic() - sent)
+            with connect() as ask:
+                while time.monotonic() - start < seconds:
+                    sent = time.monotonic()
+                    ask(next(numbers))
+                    latencies.append(time.monotonic() - sent)
         except Exception as error:
             failures.append(error)
 
@@ -86,7 +110,7 @@ def run_clients(
     for thread in threads:
         thread.join()
     if failures:
-        raise RuntimeError(f"{way}: {len(failures)} of {num_clients} clients failed: {failures[0]}")
+        raise RuntimeError(f"{len(failures)} of {num_clients} clients failed: {failures[0]}")
     return latencies, time.monotonic() - start
 
 

@@ -1,7 +1,5 @@
 """What watching costs: the seconds spent counting and timing, and in samples, while an engine is busy.
 
-    python -m handlers.bench.observation --checkpoint checkpoint.pth --images PICTURES [--seconds 40]
-
 Differences of 0.5 % drown in the noise of throughput, so the calls themselves are timed: nothing else of the engine
 knows of metrics. Each timing adds its own cost, and `released` counts its `waiting` twice, so the share is an upper
 bound. A scrape's time is until its answer is there, others' work included. Samples are forced, and what one costs is
@@ -10,6 +8,7 @@ scaled to the configured minimum under load.
 
 import argparse
 import json
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -121,14 +120,29 @@ def _seconds_per_token(metrics: Metrics, schedule: str) -> float:
     return seconds / tokens
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m handlers.bench.observation", description=__doc__.split("\n")[0])
+def add_command(commands: Any) -> None:
+    """Add `observation` to the commands of `python -m handlers.bench`."""
+    _add_arguments(commands.add_parser("observation", help="what metrics and samples of agreement cost"))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder with .jpg files")
     parser.add_argument("--seconds", type=float, default=40)
-    arguments = parser.parse_args()
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(measure(arguments.checkpoint, arguments.images, arguments.seconds), indent=2))
+    return 0
+
+
+def main() -> int:
+    """The same as `python -m handlers.bench observation`, by the name of the module."""
+    parser = argparse.ArgumentParser(prog="python -m handlers.bench.observation", description=__doc__.split("\n")[0])
+    _add_arguments(parser)
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,10 +30,6 @@ class Overhead:
     mean_group: float
     shapes: int
 
-    @property
-    def total(self) -> float:
-        return self.padding + self.held_back
-
 
 def overhead(groups: Groups, lengths: Sequence[int], unaligned: Sequence[int], *, padded: bool = True) -> Overhead:
     """Count the tokens of groups of windows.

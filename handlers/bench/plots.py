@@ -61,7 +61,7 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
 def _draw_lengths(axis: Any, report: Mapping[str, Any]) -> None:
     """Both merges on one axis; colours are streams."""
     for color, (name, by_align) in zip(_STREAMS, report["measured"]["lengths"].items(), strict=False):
-        windows = by_align["1"] if "1" in by_align else by_align[1]
+        windows = by_align["1"]
         for stage in range(1, len(windows[0])):
             lengths = [window[stage] for window in windows]
             label = name if stage == 1 else None

@@ -1,14 +1,13 @@
 """Ways to group, side by side on the real engine: pictures per second, latency, and device time per window."""
 
-import threading
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,89 +17,112 @@ from handlers.engine import Engine
 from handlers.options import RequestOptions
 from handlers.scheduler import Group, Scheduler
 from mpm_ops import Segmenter, load_segmenter
-from mpm_ops.bench import read_images
+from mpm_ops.bench import percentile_ms, read_images
 from mpm_ops.classes import Classes, default_colors
+
+from .load import closed_loop
 
 CLIENTS = 8
 LOAD = 0.7  # of what the slowest way reached in the closed loop, offered to every way by the open one
-ROUNDS = 2
+ROUNDS = 4
+OPTIONS = RequestOptions(request_id="bench", media_type="application/x-npy")
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
     """A way to group; `alone` computes every window by itself, which is what the others can be held against."""
 
-    name: str
-    align: int
+    align: int = 1
     padded: bool = False
     alone: bool = False
     by_arrival: bool = False
 
 
-WAYS = (
-    Way("alone", 1, alone=True),
-    Way("padded by arrival", 1, padded=True, by_arrival=True),
-    Way("padded, planned", 1, padded=True),
-    Way("padded, planned", 16, padded=True),
-    Way("packed", 1),
-    Way("packed", 16),
-)
+WAYS = {
+    "alone": Way(alone=True),
+    "padded-by-arrival": Way(padded=True, by_arrival=True),
+    "padded-planned": Way(padded=True),
+    "padded-planned-16": Way(align=16, padded=True),
+    "packed": Way(),
+    "packed-16": Way(align=16),
+}
+
+
+class _Computed(NamedTuple):
+    """A group that has been computed; `tokens` are its windows' own, `padding` comes on top."""
+
+    stage: int
+    windows: int
+    tokens: int
+    padding: int
+    seconds: float
 
 
 @dataclass(slots=True)
 class _Contestant:
     """A way, its engine, and what was observed of both."""
 
+    name: str
     way: Way
     engine: Engine
-    groups: list[tuple[int, int, float]] = field(default_factory=list)  # stage, windows, seconds
+    groups: list[_Computed] = field(default_factory=list)
     closed: list[float] = field(default_factory=list)  # latencies
     opened: list[float] = field(default_factory=list)
-    closed_seconds: float = 0.0
+    rates: list[float] = field(default_factory=list)  # pictures per second of each closed loop
     agreement: float = 0.0  # share of pixels with the label that the library gives
 
 
 def bench_serving(
-    checkpoint: Path, folders: Sequence[Path], schedule: Sequence[int], seconds: float, num_pictures: int = 12
+    checkpoint: Path,
+    folders: Sequence[Path],
+    schedule: Sequence[int],
+    seconds: float,
+    ways: Sequence[str] = tuple(WAYS),
+    num_pictures: int = 12,
 ) -> list[dict[str, Any]]:
-    """Serve the same pictures in every way, in turn.
+    """Serve the same pictures in every way, in turn: as fast as clients can ask, then at the same moments.
 
     Args:
         seconds: of each loop, for every way.
-        num_pictures: sent over and over, spread evenly over the folders.
+        ways: names of `WAYS`; what the slowest of them reaches sets the pace of the second loop.
+        num_pictures: sent over and over, as many of each folder, evenly chosen and then shuffled: mates from one
+            folder would be more alike than those that meet in a server.
 
     Raises:
         RuntimeError: packed groups do not give the labels of the library; figures would compare different work.
     """
-    images = [image for folder in folders for image in read_images(folder)]
-    images = images[:: max(1, len(images) // num_pictures)][:num_pictures]
-    models = {align: load_segmenter(checkpoint, schedule, align) for align in {way.align for way in WAYS}}
+    images = [image for folder in folders for image in read_images(folder, -(-num_pictures // len(folders)))]
+    images = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+    models = {align: load_segmenter(checkpoint, schedule, align) for align in {WAYS[name].align for name in ways}}
     pictures = [_encode(image) for image in images]
     with ExitStack() as stack:
-        contestants = [stack.enter_context(_started(way, models[way.align])) for way in WAYS]
+        contestants = [stack.enter_context(_started(name, models[WAYS[name].align])) for name in ways]
         for contestant in contestants:
             contestant.agreement = _agreement(contestant, models[contestant.way.align], images, pictures)
             if not contestant.way.padded and contestant.agreement < 1:
                 raise RuntimeError(
-                    f"parity: {contestant.way} does not give the library's labels; no figures are reported"
+                    f"parity: {contestant.name} does not give the library's labels; no figures are reported"
                 )
             contestant.groups.clear()
         for _ in range(ROUNDS):
             for contestant in contestants:
                 _closed_loop(contestant, pictures, seconds / ROUNDS)
-        rate = LOAD * min(len(contestant.closed) / contestant.closed_seconds for contestant in contestants)
+        rate = LOAD * min(statistics.mean(contestant.rates) for contestant in contestants)
         for seed in range(ROUNDS):
             for contestant in contestants:
                 _open_loop(contestant, pictures, rate, max(1, int(rate * seconds / ROUNDS)), seed)
-    return [_summary(contestant) for contestant in contestants]
+    return [_summary(contestant, rate) for contestant in contestants]
 
 
 @contextmanager
-def _started(way: Way, model: Segmenter) -> Iterator[_Contestant]:
-    groups: list[tuple[int, int, float]] = []
+def _started(name: str, model: Segmenter) -> Iterator[_Contestant]:
+    way = WAYS[name]
+    groups: list[_Computed] = []
 
     def observe(group: Group[Any], seconds: float) -> None:
-        groups.append((group.lane.stage, len(group.members), seconds))
+        lengths = [member.length for member in group.members]
+        padding = len(lengths) * max(lengths) - sum(lengths) if way.padded else 0
+        groups.append(_Computed(group.lane.stage, len(lengths), sum(lengths), padding, seconds))
 
     config = ServingConfig(
         schedule=model.schedule,
@@ -122,14 +144,14 @@ def _started(way: Way, model: Segmenter) -> Iterator[_Contestant]:
                 max_group_delay=config.max_group_delay_ms / 1000,
                 bulk_patience=config.bulk_patience_seconds,
             )
-        yield _Contestant(way, engine, groups)
+        yield _Contestant(name, way, engine, groups)
 
 
 def _agreement(
     contestant: _Contestant, model: Segmenter, images: Sequence[np.ndarray], pictures: Sequence[bytes]
 ) -> float:
     """Share of pixels that get the library's label when all pictures come at once."""
-    answers = [contestant.engine.submit(picture, _options()) for picture in pictures]
+    answers = [contestant.engine.submit(picture, OPTIONS) for picture in pictures]
     same = [
         np.load(BytesIO(answer.result().body)) == model.segment(image)
         for image, answer in zip(images, answers, strict=True)
@@ -139,17 +161,13 @@ def _agreement(
 
 def _closed_loop(contestant: _Contestant, pictures: Sequence[bytes], seconds: float) -> None:
     """Clients that each wait for their answer before they send the next picture."""
-    start = time.monotonic()
-    numbers = count()
 
-    def client() -> None:
-        while time.monotonic() - start < seconds:
-            sent = time.monotonic()
-            contestant.engine.submit(pictures[next(numbers) % len(pictures)], _options()).result()
-            contestant.closed.append(time.monotonic() - sent)
+    def ask(i: int) -> None:
+        contestant.engine.submit(pictures[i % len(pictures)], OPTIONS).result()
 
-    _together([client] * CLIENTS)
-    contestant.closed_seconds += time.monotonic() - start
+    latencies, elapsed = closed_loop(lambda: nullcontext(ask), CLIENTS, seconds)
+    contestant.closed += latencies
+    contestant.rates.append(len(latencies) / elapsed)
 
 
 def _open_loop(contestant: _Contestant, pictures: Sequence[bytes], rate: float, num_sent: int, seed: int) -> None:
@@ -158,43 +176,34 @@ def _open_loop(contestant: _Contestant, pictures: Sequence[bytes], rate: float, 
     answers = []
     for i, sent in enumerate(due.tolist()):
         time.sleep(max(0.0, sent - time.monotonic()))
-        answer = contestant.engine.submit(pictures[i % len(pictures)], _options())
+        answer = contestant.engine.submit(pictures[i % len(pictures)], OPTIONS)
         answer.add_done_callback(lambda _, sent=sent: contestant.opened.append(time.monotonic() - sent))  # type: ignore[misc]
         answers.append(answer)
     for answer in answers:
         answer.result()
 
 
-def _together(tasks: Sequence[Callable[[], None]]) -> None:
-    threads = [threading.Thread(target=task) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _summary(contestant: _Contestant) -> dict[str, Any]:
-    stages = sorted({stage for stage, _, _ in contestant.groups})
-    by_stage = [[(n, s) for stage, n, s in contestant.groups if stage == wanted] for wanted in stages]
+def _summary(contestant: _Contestant, rate: float) -> dict[str, Any]:
+    stages = sorted({group.stage for group in contestant.groups})
+    by_stage = [[group for group in contestant.groups if group.stage == stage] for stage in stages]
+    windows = [sum(group.windows for group in groups) for groups in by_stage]
+    padding = [sum(group.padding for group in groups) for groups in by_stage]
+    tokens = [sum(group.tokens for group in groups) for groups in by_stage]
+    seconds = [sum(group.seconds for group in groups) for groups in by_stage]
     return {
-        "way": contestant.way.name,
+        "way": contestant.name,
         "align": contestant.way.align,
         "agreement": round(contestant.agreement, 6),
         "pictures": len(contestant.closed) + len(contestant.opened),
-        "pictures_per_second": round(len(contestant.closed) / contestant.closed_seconds, 3),
-        "device_ms_per_window": round(sum(1000 * sum(s for _, s in g) / sum(n for n, _ in g) for g in by_stage), 1),
-        "mean_group": [round(sum(n for n, _ in g) / len(g), 2) for g in by_stage],
-        **{f"closed_ms_p{q}": _percentile_ms(contestant.closed, q) for q in (50, 99)},
-        **{f"open_ms_p{q}": _percentile_ms(contestant.opened, q) for q in (50, 99)},
+        "pictures_per_second": round(statistics.mean(contestant.rates), 3),
+        "rounds": [round(reached, 3) for reached in contestant.rates],
+        "offered_per_second": round(rate, 3),
+        "device_ms_per_window": round(sum(1000 * s / n for s, n in zip(seconds, windows, strict=True)), 1),
+        "mean_group": [round(n / len(groups), 2) for n, groups in zip(windows, by_stage, strict=True)],
+        "padding_share": [round(p / (p + t), 4) for p, t in zip(padding, tokens, strict=True)],
+        **{f"closed_ms_p{q}": percentile_ms(contestant.closed, q) for q in (50, 99)},
+        **{f"open_ms_p{q}": percentile_ms(contestant.opened, q) for q in (50, 99)},
     }
-
-
-def _percentile_ms(seconds: Sequence[float], q: int) -> float:
-    return round(1000 * float(np.percentile(seconds, q)), 1)
-
-
-def _options() -> RequestOptions:
-    return RequestOptions(request_id="bench", media_type="application/x-npy")
 
 
 def _encode(image: np.ndarray) -> bytes:

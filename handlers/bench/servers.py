@@ -1,5 +1,6 @@
 """TorchServe and Triton before the same engine: requests per second and latency under the same load."""
 
+import argparse
 import multiprocessing
 import statistics
 import tempfile
@@ -9,19 +10,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from handlers.codec import FORMATS, decode_image, encode_mask_png
 from handlers.torchserve_launcher import TorchServe
 from handlers.triton_launcher import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import load_segmenter
+from mpm_ops.bench import model_shapes, percentile_ms, read_images, write_report
 from mpm_ops.classes import load_classes
+from mpm_ops.stages import parse_schedule
 
 from .load import WAYS, run_clients
 
 MODEL = "bench"
+_UNLIMITED = 2**24  # tokens: what is refused would not be timed, whatever pictures are sent
 
 
 def bench_servers(
@@ -49,7 +51,7 @@ def bench_servers(
     pictures = [file.read_bytes() for file in files]
     if not pictures:
         raise FileNotFoundError(f"{images}: no pictures, which may be {', '.join(FORMATS)}")
-    serving = {**serving, "schedule": list(schedule)}
+    serving = {"max_inflight_tokens": _UNLIMITED, **serving, "schedule": list(schedule)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         build_archive(checkpoint, name=MODEL, out=folder / "store", serving=serving)
@@ -82,8 +84,9 @@ def _check_parity(
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
         mask = encode_mask_png(model.segment(image), classes)
         for way, url in urls.items():
-            if WAYS[way](url, MODEL)(picture) != mask:
-                raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
+            with WAYS[way](url, MODEL) as ask:
+                if ask(picture) != mask:
+                    raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
 
 
 def _summary(way: str, num_clients: int, runs: Sequence[tuple[list[float], float]]) -> dict[str, Any]:
@@ -93,5 +96,38 @@ def _summary(way: str, num_clients: int, runs: Sequence[tuple[list[float], float
         "clients": num_clients,
         "requests": len(latencies),
         "rps": round(statistics.median(len(found) / elapsed for found, elapsed in runs), 2),
-        **{f"ms_p{q}": round(1000 * float(np.percentile(latencies, q)), 1) for q in (50, 99)},
+        **{f"ms_p{q}": percentile_ms(latencies, q) for q in (50, 99)},
     }
+
+
+def add_command(commands: Any) -> None:
+    """Add `servers` to the commands of `python -m handlers.bench`."""
+    command = commands.add_parser("servers", help="TorchServe and Triton under the same load")
+    command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")
+    command.add_argument("--schedule", default="2,5")
+    command.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    command.add_argument("--seconds", type=float, default=10, help="of each round (10)")
+    command.add_argument("--rounds", type=int, default=2, help="of each server, in turn (2)")
+    command.add_argument("--threads", type=int, default=0, help="of the network's operators; 0 leaves torch's default")
+    command.add_argument("--out", type=Path, help="write the figures as JSON")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    schedule = parse_schedule(arguments.schedule)
+    rows = bench_servers(
+        arguments.checkpoint,
+        arguments.images,
+        schedule,
+        clients=arguments.clients,
+        seconds=arguments.seconds,
+        rounds=arguments.rounds,
+        serving={"torch_threads": arguments.threads},
+    )
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    shapes = model_shapes(load_segmenter(arguments.checkpoint, schedule))
+    shapes["pictures"] = [image.shape for image in read_images(arguments.images)]
+    write_report(arguments.out, {"servers": rows}, shapes=shapes)
+    return 0

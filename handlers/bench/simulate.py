@@ -14,6 +14,7 @@ import numpy as np
 
 from handlers.grouping import GroupCost
 from handlers.scheduler import Group, Lane, Scheduler, Waiting
+from mpm_ops.bench import percentile_ms
 
 _PAPER = "MPM (arXiv 2604.05718), supplement"
 _LAUNCH_SECONDS = 1e-4  # assumed: about ten kernels of a block or a merge, started one by one from Python
@@ -130,7 +131,7 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         num_groups = sum(map(len, self.groups))
         tail = {
-            f"{name}_ms_p{q}": round(1000 * float(np.percentile(values, q)), 3) if values else None
+            f"{name}_ms_p{q}": percentile_ms(values, q) if values else None
             for name, values in (("waited", self.waits), ("latency", self.latencies))
             for q in (50, 99)
         }

@@ -6,19 +6,13 @@ python -m mpm_ops.bench merge                                                   
 python -m mpm_ops.bench gpu                                                       # merging and networks on a GPU
 """
 
-import argparse
 import sys
 
-from . import gpu, labels, merge, model
+from . import answer, gpu, labels, merge, model
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mpm_ops.bench", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    for question in (model, labels, merge, gpu):
-        question.add_command(commands)
-    arguments = parser.parse_args()
-    return int(arguments.run(arguments))
+    return answer("python -m mpm_ops.bench", __doc__.split("\n")[0], (model, labels, merge, gpu))
 
 
 if __name__ == "__main__":

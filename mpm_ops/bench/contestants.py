@@ -4,7 +4,7 @@ A way takes a normalised window to the logits of its patches and says how long i
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -214,7 +214,3 @@ def _move_to_openvino(rival: RivalSegmenter, precision: str) -> None:
         return decoder(merged.x, bias)[0][merged.rows[0, special:] - special][None]
 
     rival.decode = decode  # type: ignore[method-assign]
-
-
-def by_key(ways: list[Way]) -> Mapping[tuple[str, str], Way]:
-    return {(way.name, way.runtime): way for way in ways}

@@ -6,14 +6,11 @@ where the model's best class lies near 5. Random logits are the worst case: nois
 """
 
 import argparse
-import json
 import resource
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import cv2
@@ -27,7 +24,7 @@ from mpm_ops.labels import label_map
 from mpm_ops.segmenter import Segmenter
 from mpm_ops.windows import InferenceConfig, WindowPlan, cut_windows, plan_windows
 
-from . import environment, read_images
+from . import model_shapes, percentile_ms, read_images, time_in_turn, write_report
 
 NEAR_TIE = 1e-5
 WEAK_MEAN = -3.0
@@ -104,13 +101,8 @@ def bench_labels(model: Segmenter, images: Sequence[np.ndarray], repeats: int) -
             "cells": lambda logits=logits, plan=plan: label_map(logits, plan, patch_size),  # type: ignore[misc]
         }
         tied = check_labels(label_map(logits, plan, patch_size).labels, plain_way(logits, plan, patch_size))
-        samples: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, run in ways.items():
-                start = perf_counter()
-                run()
-                samples[way].append(perf_counter() - start)
-        ms = {way: round(1000 * statistics.median(seconds), 3) for way, seconds in samples.items()}
+        samples = time_in_turn(ways, repeats=repeats)
+        ms = {way: percentile_ms(seconds) for way, seconds in samples.items()}
         ratio = statistics.median(p / c for p, c in zip(samples["plain"], samples["cells"], strict=True))
         results.append({"case": name, "near_ties": tied, "median_ms": ms, "speedup": round(ratio, 2)})
     return results
@@ -138,16 +130,17 @@ def bench_panorama(model: Segmenter, repeats: int) -> dict[str, Any]:
     differ = float((cells.labels != tiles.labels).mean())
     if differ > 1e-4:
         raise RuntimeError(f"parity: {differ:.1e} of a panorama's labels differ by tiles and by cells")
-    samples: dict[str, list[float]] = {"tiles": [], "cells": []}
-    for _ in range(repeats):
-        for way, seconds in samples.items():
-            start = perf_counter()
-            label_map(logits, plan, patch_size, confidence=way == "tiles")
-            seconds.append(perf_counter() - start)
+    samples = time_in_turn(
+        {
+            "tiles": lambda: label_map(logits, plan, patch_size, confidence=True),
+            "cells": lambda: label_map(logits, plan, patch_size),
+        },
+        repeats=repeats,
+    )
     return {
         "case": f"panorama {PANORAMA[1]}x{PANORAMA[0]}, {plan.num_windows} windows, 150 classes",
         "differ": differ,
-        "median_ms": {way: round(1000 * statistics.median(seconds), 3) for way, seconds in samples.items()},
+        "median_ms": {way: percentile_ms(seconds) for way, seconds in samples.items()},
         "logits_bytes": logits.numel() * 4,
         "peak_growth_bytes": grown * 1024,
     }
@@ -165,15 +158,10 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        images = read_images(arguments.images)
-        images = [images[i] for i in np.linspace(0, len(images) - 1, min(arguments.most, len(images)), dtype=int)]
-        model = load_segmenter(arguments.checkpoint, ())
-        panorama = bench_panorama(model, min(arguments.repeats, 3))  # first, while no other case has taken memory
-        results = bench_labels(model, images, arguments.repeats)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    images = read_images(arguments.images, arguments.most)
+    model = load_segmenter(arguments.checkpoint, ())
+    panorama = bench_panorama(model, min(arguments.repeats, 3))  # first, while no other case has taken memory
+    results = bench_labels(model, images, arguments.repeats)
     for result in results:
         ms = result["median_ms"]
         print(
@@ -185,7 +173,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"{panorama['case']}: by tiles {ms['tiles']:.0f} ms  ours {ms['cells']:.1f} ms  memory "
         f"+ {panorama['peak_growth_bytes'] / 1e6:.0f} MB beside {panorama['logits_bytes'] / 1e6:.0f} MB of logits"
     )
-    if arguments.out:
-        report = {"environment": environment(), "repeats": arguments.repeats, "results": [*results, panorama]}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    fields = {"repeats": arguments.repeats, "results": [*results, panorama]}
+    write_report(arguments.out, fields, shapes=model_shapes(model))
     return 0

@@ -5,13 +5,11 @@ of time is in `bench model`.
 """
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from mpm_ops.merge import merge_tokens
 from mpm_ops.merge_cpu import merge_tokens_cpu
 
-from . import environment
+from . import percentile_ms, time_in_turn, write_report
 
 Merge = Callable[[Tensor], tuple[Tensor, Tensor]]
 MOST_DIFFERENT = 0.01  # of tokens; near-ties that rounding decides
@@ -81,14 +79,8 @@ def check_parity(x: Tensor) -> float:
 
 def time_ways(x: Tensor, seconds: float) -> dict[str, float]:
     """Median milliseconds of each way, run in turn for about so many seconds."""
-    samples: dict[str, list[float]] = {name: [] for name in WAYS}
-    end = perf_counter() + seconds
-    while perf_counter() < end or len(samples["cpu"]) < 3:
-        for name, merge in WAYS.items():
-            start = perf_counter()
-            merge(x)
-            samples[name].append(1000 * (perf_counter() - start))
-    return {name: round(statistics.median(times), 3) for name, times in samples.items()}
+    samples = time_in_turn({name: partial(merge, x) for name, merge in WAYS.items()}, repeats=3, seconds=seconds)
+    return {name: percentile_ms(times) for name, times in samples.items()}
 
 
 def peak_memory(way: str, num_tokens: int, width: int) -> float:
@@ -147,15 +139,10 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    try:
-        results = bench_merge(arguments.lengths, arguments.widths, arguments.seconds, arguments.memory)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    results = bench_merge(arguments.lengths, arguments.widths, arguments.seconds, arguments.memory)
     for result in results:
         ways = "   ".join(f"{name} {ms} ({result['speedup'][name]}x)" for name, ms in result["median_ms"].items())
         print(f"{result['tokens']:>6} x {result['width']:<4} ms: {ways}   MiB: {result.get('peak_mib', '-')}")
-    if arguments.out:
-        report = {"environment": environment(), "results": results}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    shapes = {"lengths": arguments.lengths, "widths": arguments.widths}
+    write_report(arguments.out, {"seconds": arguments.seconds, "results": results}, shapes=shapes)
     return 0

@@ -8,9 +8,6 @@ model's logits on the picture, with weak noise classes beside them as in `bench 
 
 import argparse
 import dataclasses
-import json
-import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -26,8 +23,8 @@ from mpm_ops.labels import label_map
 from mpm_ops.merge import reconstruct
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
-from . import environment, read_images
-from .contestants import Injected, Steps, Way, by_key, contestants
+from . import model_shapes, percentile_ms, read_images, time_in_turn, write_report
+from .contestants import Injected, Steps, Way, contestants
 from .labels import WEAK_MEAN, plain_way
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
@@ -76,7 +73,7 @@ def bench_size(
             "precision": precision,
             "way": way.name,
             "runtime": way.runtime,
-            "median_ms": {step: _median_ms([s[step] for s in steps]) for step in steps[0]},
+            "median_ms": {step: percentile_ms([s[step] for s in steps]) for step in steps[0]},
         }
         for way, steps in zip(ways, samples, strict=True)
     ]
@@ -88,7 +85,7 @@ def check_parity(ways: Sequence[Way], window: Tensor) -> None:
     Raises:
         RuntimeError: it does not; figures would compare different work.
     """
-    found = {key: way.run(window)[0].clone() for key, way in by_key(list(ways)).items()}
+    found = {(way.name, way.runtime): way.run(window)[0].clone() for way in ways}
     for way in ways:
         if way.reference is None or way.reference not in found:
             continue
@@ -125,12 +122,8 @@ def _labelled_logits(demo: Segmenter, window: Tensor, num_classes: int) -> Tenso
 def time_gather(num_classes: int, repeats: int = 50) -> float:
     """Milliseconds to copy the logits of 604 tokens back to 1024 patches; part of `network` above."""
     merged, merge_map = torch.randn(604, num_classes), torch.arange(1024) * 604 // 1024
-    seconds = []
-    for _ in range(repeats):
-        start = perf_counter()
-        reconstruct(merged, merge_map)
-        seconds.append(perf_counter() - start)
-    return _median_ms(seconds)
+    samples = time_in_turn({"gather": lambda: reconstruct(merged, merge_map)}, repeats=repeats)
+    return percentile_ms(samples["gather"])
 
 
 def add_command(commands: Any) -> None:
@@ -148,22 +141,17 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
-    try:
-        image = read_images(arguments.image)[0]
-        demo = load_segmenter(arguments.checkpoint)
-        for size in arguments.sizes:
-            for precision in arguments.precisions:
-                rows = bench_size(size, demo, image, arguments.classes, precision, arguments.repeats)
-                results += rows
-                print_table(rows)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    image = read_images(arguments.image, 1)[0]
+    demo = load_segmenter(arguments.checkpoint)
+    for size in arguments.sizes:
+        for precision in arguments.precisions:
+            rows = bench_size(size, demo, image, arguments.classes, precision, arguments.repeats)
+            results += rows
+            print_table(rows)
     gather = time_gather(arguments.classes)
     print(f"of the network, copying logits back to their patches: {gather} ms")
-    report = {"environment": environment(), "classes": arguments.classes, "gather_ms": gather, "results": results}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    fields = {"classes": arguments.classes, "gather_ms": gather, "results": results}
+    report = write_report(arguments.out, fields, shapes=model_shapes(demo) | {"sizes": SIZES})
     if arguments.plot:
         from .plots import plot_models
 
@@ -183,7 +171,3 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"  {row['way']:<16} {row['runtime']:<12} ms:{steps}   {plain / ms['total']:5.2f}x the first, "
             f"{unmerged / ms['total']:5.2f}x the best unmerged rival"
         )
-
-
-def _median_ms(seconds: Sequence[float]) -> float:
-    return round(1000 * statistics.median(seconds), 3)

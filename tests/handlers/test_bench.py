@@ -1,34 +1,31 @@
 import io
 import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from handlers.bench import __main__ as bench
 from handlers.bench import codec as bench_codecs
 from handlers.bench import end_to_end
 from handlers.bench import serve as bench_serve
-from handlers.bench.__main__ import study
+from handlers.bench.grouping import print_report, study
 from handlers.bench.lengths import measure_costs, measure_lengths, read_windows
+from handlers.bench.load import closed_loop
 from handlers.config import ServingConfig
-from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
+from mpm_ops import Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.labels import LabelMap
 
 
 @pytest.fixture(scope="module")
-def model() -> Segmenter:
-    torch.manual_seed(0)
-    shape = SegmenterConfig(image_size=(64, 64), patch_size=8, d_model=64, n_heads=1, n_layers=3, n_cls=5)
-    inference = InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=64, normalization="vit")
-    network = Segmenter(shape, inference, schedule=(1, 2)).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return network
+def model(tiny_model: Callable[..., Segmenter]) -> Segmenter:
+    return tiny_model(schedule=(1, 2), patch_size=8)
 
 
 def measured() -> dict[str, Any]:
@@ -78,19 +75,29 @@ def test_costs_are_measured_for_every_stage(model: Segmenter) -> None:
     assert all(cost(4, 33) > 0 for cost in costs)
 
 
-def test_every_way_of_serving_is_timed(model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_of_serving_is_timed(
+    tiny_model: Callable[..., Segmenter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(checkpoint: Path, schedule: tuple[int, ...], align: int) -> Segmenter:
-        aligned = Segmenter(model.config, model.inference, schedule=schedule, align=align).eval()
-        aligned.load_state_dict(model.state_dict())
-        return aligned
+        return tiny_model(schedule=schedule, align=align, patch_size=8)
 
     pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     monkeypatch.setattr(bench_serve, "load_segmenter", load)
     rows = bench_serve.bench_serving(tmp_path / "unused.pth", [tmp_path], (1, 2), seconds=0.1)
-    assert [(row["way"], row["align"]) for row in rows] == [(way.name, way.align) for way in bench_serve.WAYS]
+    assert [(row["way"], row["align"]) for row in rows] == [(n, way.align) for n, way in bench_serve.WAYS.items()]
     assert rows[0]["mean_group"] == [1, 1, 1]  # alone
+    assert all(share == 0 for row in rows if "padded" not in row["way"] for share in row["padding_share"])
+    assert next(row for row in rows if row["way"] == "padded-by-arrival")["padding_share"][1] > 0
     assert all(row["pictures_per_second"] > 0 and row["open_ms_p99"] > 0 for row in rows)
+    assert len({row["offered_per_second"] for row in rows}) == 1
+    assert all(len(row["rounds"]) == bench_serve.ROUNDS for row in rows)
+
+
+def test_two_ways_of_serving_are_compared_round_by_round(capsys: pytest.CaptureFixture[str]) -> None:
+    served = [{"way": "padded", "rounds": [2.0, 4.0]}, {"way": "packed", "rounds": [3.0, 5.0]}]
+    print_report({"num_windows": {}, "profiles": [], "served": served})
+    assert capsys.readouterr().out.endswith("packed: 1.250 to 1.500 of the pictures per second of padded\n")
 
 
 def test_a_report_is_replayed(
@@ -101,8 +108,29 @@ def test_a_report_is_replayed(
     options = ["--replay", str(earlier), "--out", str(later), "--sizes", "4:8", "--drawn", "40"]
     monkeypatch.setattr("sys.argv", ["bench", "grouping", *options])
     assert bench.main() == 0
-    assert json.loads(later.read_text())["measured"] == measured()
+    report = json.loads(later.read_text())
+    assert report["measured"] == measured()
+    assert report["shapes"]["windows"] == {"first": 20, "second": 20, "mixed": 40}
+    assert report["environment"]["torch"]
     assert "mixed, 40 windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "expected --checkpoint and --images, or --replay"),
+        (["--replay", "x.json", "--serve", "1"], "--serve: expected --checkpoint and --images"),
+        (["--replay", "missing.json"], "No such file or directory: 'missing.json'"),
+    ],
+)
+def test_what_grouping_needs_is_told_in_a_line(
+    options: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "grouping", *options])
+    assert bench.main() == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("size", ["8", "8:4", "0:4", "a:b"])
@@ -141,3 +169,24 @@ def test_serving_is_held_against_its_own_steps(model: Segmenter, monkeypatch: py
     monkeypatch.setattr(end_to_end, "label_map", lambda *_: LabelMap(np.zeros((64, 64), np.uint8), None))
     with pytest.raises(RuntimeError, match="parity"):
         end_to_end.bench_end_to_end(model, classes, images, config, seconds=0.2, rounds=1)
+
+
+def test_clients_number_their_requests_and_finish_the_last() -> None:
+    asked: list[int] = []
+
+    def ask(i: int) -> None:
+        time.sleep(0.01)
+        asked.append(i)
+
+    latencies, elapsed = closed_loop(lambda: nullcontext(ask), 3, 0.1)
+    assert sorted(asked) == list(range(len(latencies)))
+    assert min(latencies) >= 0.01
+    assert elapsed >= 0.1
+
+
+def test_figures_without_the_refused_are_not_reported() -> None:
+    def ask(i: int) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(RuntimeError, match="2 of 2 clients failed: no"):
+        closed_loop(lambda: nullcontext(ask), 2, 0.1)

@@ -19,7 +19,7 @@ from handlers.engine import Engine
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
-from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
+from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import WindowBatch
@@ -30,18 +30,15 @@ CONFIG = ServingConfig(
 )
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
+TINY: dict[str, Any] = {
+    "patch_size": 8,
+    "inference": InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=48, normalization="vit"),
+}
 
 
 @pytest.fixture(scope="module")
-def model() -> Segmenter:
-    """Three narrow layers with random weights, 64-pixel windows."""
-    torch.manual_seed(0)
-    shape = SegmenterConfig(image_size=(64, 64), patch_size=8, d_model=64, n_heads=1, n_layers=3, n_cls=5)
-    inference = InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=48, normalization="vit")
-    network = Segmenter(shape, inference, schedule=(1, 2)).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return network
+def model(tiny_model: Callable[..., Segmenter]) -> Segmenter:
+    return tiny_model(schedule=CONFIG.schedule, **TINY)
 
 
 @pytest.fixture
@@ -82,21 +79,15 @@ def error_of(answer: "Future[SegmentReply]") -> ServingError:
     return error
 
 
-def with_schedule(model: Segmenter, schedule: tuple[int, ...]) -> Segmenter:
-    other = Segmenter(model.config, model.inference, schedule=schedule).eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
 @pytest.mark.parametrize(("runtime", "deterministic"), [("torch", False), ("torch", True), ("openvino", False)])
 def test_same_picture_same_mask_whatever_shares_its_groups(
-    model: Segmenter, start: Callable[..., Engine], runtime: str, deterministic: bool
+    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], runtime: str, deterministic: bool
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
     ]
     schedules: list[tuple[int, ...]] = [(1, 2), ()]
-    library = {schedule: with_schedule(model, schedule) for schedule in schedules}
+    library = {schedule: tiny_model(schedule=schedule, **TINY) for schedule in schedules}
     for network in library.values():
         network.runtime = make_runtime(network, runtime)
     expected = {

@@ -17,7 +17,6 @@ def test_padding_is_what_the_longest_adds() -> None:
 def test_held_back_is_what_aligning_left_unmerged() -> None:
     found = overhead([[0, 1], [2]], [4, 4, 8], [3, 4, 6])
     assert (found.padding, found.held_back) == (0, pytest.approx(3 / 16))
-    assert found.total == pytest.approx(3 / 16)
     assert found.shapes == 2
 
 

@@ -282,6 +282,7 @@ class TestPair:
         assert not load.failed()
         assert {asked.body for asked in load.asked} == {pair.mask}
 
+    @pytest.mark.slow
     def test_one_is_killed(self, pair: Pair) -> None:
         """What is lost was being computed there, at most one request of each client; the rest is answered."""
         _, second = pair.replicas

@@ -1,0 +1,32 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from handlers.bench import __main__ as bench
+from handlers.bench.load import WAYS
+
+pytest_plugins = ("tiny_server",)
+
+
+@pytest.mark.slow
+def test_all_servers_are_timed_under_the_same_load(
+    checkpoint: Path, photo: Callable[..., np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "servers.json"
+    images.mkdir()
+    for seed in range(2):
+        Image.fromarray(photo(seed, 128, 200)).save(images / f"{seed}.jpg")
+    options = ["--checkpoint", str(checkpoint), "--images", str(images), "--schedule", "0,1", "--out", str(out)]
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "servers", *options, "--clients", "2", "--seconds", "1", "--rounds", "2"]
+    )
+    assert bench.main() == 0
+    report = json.loads(out.read_text())
+    assert [(row["way"], row["clients"]) for row in report["servers"]] == [(way, 2) for way in WAYS]
+    assert all(row["requests"] > 2 and row["rps"] > 0 and row["ms_p99"] >= row["ms_p50"] for row in report["servers"])
+    assert report["shapes"]["pictures"] == [[128, 200, 3]] * 2
+    assert report["shapes"]["schedule"] == [0, 1]
