@@ -1,5 +1,6 @@
 # env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
 # monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
+# images: of both servers and the load test    image: of SERVER alone    VARIANT=cuda: for GPUs
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -8,6 +9,9 @@ TRITON_PORT ?= 8000
 TRITON_GRPC_PORT ?= 8001
 SCHEDULE ?= 2,5
 METRICS_PORT ?= 8090
+SERVER ?= torchserve
+VARIANT ?= cpu
+TAG ?= latest
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -16,7 +20,10 @@ STORE := build/model_store
 REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
-.PHONY: env serve serve-triton monitor dashboards test test-all check bench clean
+# The first that works: a client without its daemon does not.
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
+
+.PHONY: env serve serve-triton monitor dashboards images image test test-all check bench clean
 
 env: $(ENV)
 
@@ -46,6 +53,18 @@ dashboards: $(ENV)
 
 $(SAMPLES): $(ENV)
 	$(BIN)/python -m model_store.demo.samples --out $@
+
+images:
+	$(MAKE) image SERVER=torchserve
+	$(MAKE) image SERVER=triton
+	$(MAKE) image SERVER=loadtest VARIANT=cpu
+
+# BUILD_OPTIONS: what else the builder is told, such as --build-arg BASE_IMAGE=...
+image:
+	$(if $(BUILDER),,$(error neither docker nor podman nor buildah works here))
+	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) --file docker/Dockerfile --target $(SERVER) \
+		--build-arg VARIANT=$(VARIANT) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_OPTIONS) \
+		--tag mpm-segmenter-$(SERVER):$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
 
 test: $(ENV)
 	$(BIN)/python -m pytest -m 'not slow'

@@ -1,0 +1,149 @@
+"""The files for one host: read as the client reads them, and held against the images and the files they mount."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dockerfile import METRICS_PORT, TARGETS, command_of, last
+
+from handlers.monitoring.binaries import MissingToolError, find_tool
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docker" / "compose"
+FILES = ("compose.yml", "cuda.yml", "model.yml")
+OURS = r"mpm-segmenter-(loadtest|\$\{SERVER:-torchserve\}):\$\{TAG:-latest\}(-cuda)?"
+
+
+def read(file: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((FOLDER / file).read_text())
+    return content
+
+
+SERVICES = [(file, name, service) for file in FILES for name, service in read(file)["services"].items()]
+IDS = [f"{file} {name}" for file, name, _ in SERVICES]
+
+
+@pytest.fixture(scope="module")
+def client() -> list[str]:
+    """Compose's own client, which knows all there is to know of its format."""
+    if shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        return ["docker", "compose"]
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    pytest.skip("neither docker's plugin compose nor docker-compose is installed")
+
+
+@pytest.mark.parametrize("server", TARGETS)
+@pytest.mark.parametrize("files", [["compose.yml"], ["compose.yml", "cuda.yml"], ["compose.yml", "model.yml"], FILES])
+def test_the_client_takes_them(client: list[str], files: list[str], server: str) -> None:
+    chosen = [argument for file in files for argument in ("-f", str(FOLDER / file))]
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "SERVER": server, "CHECKPOINT": "/somewhere"}
+    done = subprocess.run([*client, *chosen, "config"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)["services"]["server"]
+    assert made["build"]["target"] == server
+    assert made["image"].startswith(f"mpm-segmenter-{server}:")
+    assert made["image"].endswith("-cuda") == ("cuda.yml" in files)
+
+
+def test_a_checkpoint_has_to_be_named(client: list[str]) -> None:
+    command = [*client, "-f", str(FOLDER / "compose.yml"), "-f", str(FOLDER / "model.yml"), "config"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/local/bin:/usr/bin:/bin"})
+    assert done.returncode
+    assert "a folder with checkpoint.pth" in done.stderr
+
+
+@pytest.mark.parametrize(("file", "name", "service"), SERVICES, ids=IDS)
+def test_what_is_mounted_exists(file: str, name: str, service: dict[str, Any]) -> None:
+    named = {volume for one in FILES for volume in read(one).get("volumes", {})}
+    for mount in service.get("volumes", []):
+        source = re.sub(r"\$\{[^}]*\}", "/", mount).split(":")[0]
+        made = source.startswith("../../build/")  # by who runs it
+        assert source in named or made or (FOLDER / source).exists(), mount
+    if "build" in service and "dockerfile" in service["build"]:
+        context = FOLDER / service["build"]["context"]
+        assert (context / service["build"]["dockerfile"]).is_file()
+        assert (context / "pyproject.toml").is_file()
+
+
+@pytest.mark.parametrize(("file", "name", "service"), SERVICES, ids=IDS)
+def test_images_have_a_version(file: str, name: str, service: dict[str, Any]) -> None:
+    image = service.get("image", "")
+    if name in ("server", "model", "loadtest"):
+        assert not image or re.fullmatch(OURS, image)
+    else:
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)
+
+
+def test_our_containers_have_no_rights() -> None:
+    services = read("compose.yml")["services"]
+    for service in (services["server"], services["loadtest"], read("model.yml")["services"]["model"]):
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_every_port_is_on_loopback() -> None:
+    ports = [port for _, _, service in SERVICES for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_servers_ports_are_the_images() -> None:
+    published = {port.split(":")[2] for port in read("compose.yml")["services"]["server"]["ports"]}
+    exposed = {port for target in TARGETS for port in last(target, "EXPOSE").split()}
+    assert published == exposed - {METRICS_PORT}
+    (scrape,) = read("prometheus.yml")["scrape_configs"]
+    assert scrape["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
+    assert scrape["job_name"].endswith("mpm")  # the rules look for it
+
+
+def test_the_server_may_take_its_time_to_end() -> None:
+    """Longer than the 30 s that both launchers give to what is in flight, and the 10 s after which they kill."""
+    assert int(read("compose.yml")["services"]["server"]["stop_grace_period"].removesuffix("s")) > 40
+
+
+def test_a_model_of_ones_own_is_built_where_the_server_looks() -> None:
+    services = read("model.yml")["services"]
+    command = dict(word.split("=", 1) for word in services["model"]["command"] if word.startswith("--"))
+    assert command["--out"] in command_of("torchserve")
+    assert command["--out"] in command_of("triton")
+    assert command["--metrics-port"] == METRICS_PORT
+    for option, place in (("--checkpoint", "/checkpoint/"), ("--config", "/config/"), ("--out", "/models")):
+        assert command[option].startswith(place)
+        assert any(f":{place}"[:-1] in mount for mount in services["model"]["volumes"])
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    try:
+        promtool = find_tool("promtool")
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    mounts = read("compose.yml")["services"]["prometheus"]["volumes"]
+    config = (FOLDER / "prometheus.yml").read_text()
+    for mount in mounts:
+        source, target = mount.split(":")[:2]
+        config = config.replace(target, str((FOLDER / source).resolve()))
+    (tmp_path / "prometheus.yml").write_text(config)
+    done = subprocess.run(
+        [promtool, "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rules found" in done.stdout
+
+
+def test_grafana_finds_its_dashboards() -> None:
+    mounts = dict(mount.split(":")[1::-1] for mount in read("compose.yml")["services"]["grafana"]["volumes"])
+    (provider,) = read("grafana-dashboards.yml")["providers"]
+    folder = FOLDER / mounts[provider["options"]["path"]]
+    boards = sorted(path.name for path in folder.glob("*.json"))
+    assert boards
+    environment = read("compose.yml")["services"]["grafana"]["environment"]
+    assert Path(environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]).name in boards
+    (source,) = read("grafana-datasources.yml")["datasources"]
+    assert source["type"] == "prometheus"
+    assert source["url"] == "http://prometheus:9090"
