@@ -125,8 +125,7 @@ def write_trace(path: Path, arrivals: Iterable[Arrival]) -> None:
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterable[tuple[int, Any]]:
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        yield number, row
+    yield from enumerate(csv.DictReader(lines), start=2)
 
 
 def _json_rows(lines: Iterable[str]) -> Iterable[tuple[int, Any]]:

@@ -79,7 +79,9 @@ class Collection:
 def _add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument("--mpm-settings", default="", include_in_web_ui=False, help="file of LoadSettings")
     parser.add_argument("--mpm-result", default="", include_in_web_ui=False, help="where all records are written")
-    parser.add_argument("--load", default="", include_in_web_ui=False, help="LoadSettings as JSON; the master fills it")
+    parser.add_argument(
+        "--load", default="", include_in_web_ui=False, help="LoadSettings as JSON; the master fills it"
+    )
 
 
 @events.init.add_listener

@@ -216,9 +216,7 @@ class Session:
                 answer = self._client.ask(item, number, max(left, 0.001))
             taken = time.monotonic() - due
             reference = self._references.get(("raw" if item.kind == "raw" else "png", item.name))
-            outcome, agreement = check_answer(
-                item, answer, reference, min_agreement=self.settings.min_agreement
-            )
+            outcome, agreement = check_answer(item, answer, reference, min_agreement=self.settings.min_agreement)
         except TimeoutError:
             taken, outcome = time.monotonic() - due, TIMEOUT
         except NoAnswerError as error:

@@ -35,7 +35,9 @@ class Bound:
         return seconds == math.inf if self.quantile is None else seconds > self.limit
 
     def told(self) -> str:
-        return f"{self.name}={100 * self.limit:g}%" if self.quantile is None else f"{self.name}={self.limit * 1000:g}ms"
+        return (
+            f"{self.name}={100 * self.limit:g}%" if self.quantile is None else f"{self.name}={self.limit * 1000:g}ms"
+        )
 
 
 @dataclass(frozen=True, slots=True)
