@@ -27,7 +27,7 @@ from .ways import WAYS
 
 KEPT, BROKEN, NO_RUN, NOT_VALID = 0, 1, 2, 3
 
-_PAINTED = Path("build/loadtest/pictures")
+PAINTED = Path("build/loadtest/pictures")
 _URLS = {"torchserve": "http://127.0.0.1:8080", "triton": "http://127.0.0.1:8000", "triton-grpc": "127.0.0.1:8001"}
 _METRICS_PORT = 8090
 _MASTER_PORT = 5557
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--metrics", action="append", help="its metrics (port 8090 of the same hosts), or none")
     where.add_argument("--model", default="segmenter")
     what = parser.add_argument_group("what")
-    what.add_argument("--pictures", type=Path, help=f"a folder of pictures (painted ones in {_PAINTED})")
+    what.add_argument("--pictures", type=Path, help=f"a folder of pictures (painted ones in {PAINTED})")
     what.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
     for kind, help in (("bad", "what is no picture"), ("json", "asked for as JSON"), ("raw", "raw frames")):
         what.add_argument(f"--{kind}", type=_typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = _metrics(arguments, settings)
         bind = parse_address("bind", arguments.bind) if arguments.bind else None
         if arguments.pictures is None:
-            ensure_painted(_PAINTED)
+            ensure_painted(PAINTED)
         result = run_load(settings, metrics=metrics, bind=bind, log=arguments.log)
         summary = summarize(settings, result, limits)
         write_report(summary, arguments.out)
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest worker", description="Send for a master elsewhere.")
     parser.add_argument("--master", required=True, metavar="HOST:PORT")
-    parser.add_argument("--paint", type=Path, default=_PAINTED, help="folder of pictures, painted if it has none")
+    parser.add_argument("--paint", type=Path, default=PAINTED, help="folder of pictures, painted if it has none")
     arguments = parser.parse_args(argv)
     try:
         host, port = parse_address("master", arguments.master)
@@ -170,7 +170,7 @@ def _settings(arguments: argparse.Namespace) -> LoadSettings:
         way=arguments.way,
         urls=tuple(arguments.url or [_URLS[arguments.way]]),
         model=arguments.model,
-        pictures=str((arguments.pictures or _PAINTED).resolve()),
+        pictures=str((arguments.pictures or PAINTED).resolve()),
         weights=parse_weights(arguments.weights),
         shares={kind: getattr(arguments, kind) for kind in ("json", "raw", "bad")},
         phases=_phases(arguments, trace),

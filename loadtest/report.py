@@ -156,7 +156,7 @@ def charts_of(summary: Mapping[str, Any]) -> list[Chart]:
             unit="ms late at most, by its own clock",
             x_max=end,
             lines=[line("", client["lag_ms"], _GREY, "area", times=client["at"])],
-            note=f"At most {100 * max(client['cpu'], default=0):.0f} % of a core. Only a run where both are small counts.",
+            note=f"Must be small for the run to count. At most {100 * max(client['cpu'], default=0):.0f} % of a core.",
         ),
         Chart(
             title="Latency by share of requests",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .ports import free_port
 from .scraping import Sample, Scraper
 from .session import Pulse, Record
 from .settings import LoadSettings
@@ -128,7 +128,7 @@ def _commands(
     user = "ClosedLoopUser" if settings.closed else "OpenLoopUser"
     if settings.num_workers == 1 and bind is None:
         return [[*head, user]]
-    host, port = bind or ("127.0.0.1", _free_port())
+    host, port = bind or ("127.0.0.1", free_port())
     master = [
         *head,
         "--master",
@@ -172,9 +172,3 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
