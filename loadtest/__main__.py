@@ -8,6 +8,7 @@ that the run says nothing about the server.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--metrics", action="append", help="its metrics (port 8090 of the same hosts), or none")
     where.add_argument("--model", default="segmenter")
     what = parser.add_argument_group("what")
-    what.add_argument("--pictures", type=Path, help=f"a folder of pictures (painted ones in {PAINTED})")
+    what.add_argument("--pictures", type=Path, help="a folder of pictures (painted ones)")
+    what.add_argument("--paint", type=Path, default=PAINTED, help="where those are painted, if nothing is there")
     what.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
     for kind, help in (("bad", "what is no picture"), ("json", "asked for as JSON"), ("raw", "raw frames")):
         what.add_argument(f"--{kind}", type=_typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("out")
     out.add_argument("--out", type=Path, default=Path("build/loadtest/report.html"), help="the JSON lies beside it")
     out.add_argument("--save-trace", type=Path, help="write what was sent, to replay it")
+    out.add_argument("--print-json", action="store_true", help="end the output with the JSON, in one line")
     out.add_argument("--log", type=Path, help="locust's output")
     return parser
 
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = _metrics(arguments, settings)
         bind = parse_address("bind", arguments.bind) if arguments.bind else None
         if arguments.pictures is None:
-            ensure_painted(PAINTED)
+            ensure_painted(arguments.paint)
         result = run_load(settings, metrics=metrics, bind=bind, log=arguments.log)
         summary = summarize(settings, result, limits)
         write_report(summary, arguments.out)
@@ -139,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_RUN
     print(told(summary))
     print(f"\n{arguments.out}")
+    if arguments.print_json:
+        print(json.dumps(summary, allow_nan=False))
     if not summary["valid"]:
         return NOT_VALID
     return KEPT if summary["held"] else BROKEN
@@ -170,7 +175,7 @@ def _settings(arguments: argparse.Namespace) -> LoadSettings:
         way=arguments.way,
         urls=tuple(arguments.url or [_URLS[arguments.way]]),
         model=arguments.model,
-        pictures=str((arguments.pictures or PAINTED).resolve()),
+        pictures=str((arguments.pictures or arguments.paint).resolve()),
         weights=parse_weights(arguments.weights),
         shares={kind: getattr(arguments, kind) for kind in ("json", "raw", "bad")},
         phases=_phases(arguments, trace),

@@ -27,6 +27,8 @@ class FakeServer:
         self.delay = delay
         self.mask: Callable[[np.ndarray, int], np.ndarray] = lambda labels, _: labels
         self.busy_until = 0.0  # on the monotonic clock; nothing is answered before
+        self.stall: tuple[int, float] | None = None  # from which request on, and for how many seconds
+        self.stalled_until = 0.0  # seconds since the epoch
         self.serial = False  # one at a time
         self.status = 200
         self.seen: list[str] = []
@@ -61,6 +63,9 @@ class FakeServer:
         self._inflight.inc()
         number = len(self.seen)
         self.seen.append(accept)
+        if self.stall and number == self.stall[0]:
+            self.busy_until = time.monotonic() + self.stall[1]
+            self.stalled_until = time.time() + self.stall[1]
         try:
             if self.serial:
                 with self._one:
