@@ -1,4 +1,5 @@
 # env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
+# loadtest: half a minute of load on a running server, as a page    soak: half an hour, for memory and masks
 # monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
@@ -8,6 +9,9 @@ TRITON_PORT ?= 8000
 TRITON_GRPC_PORT ?= 8001
 SCHEDULE ?= 2,5
 METRICS_PORT ?= 8090
+RATE ?= 2
+SECONDS ?= 30
+SLO ?= p99=2s,errors=0.1%
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -16,7 +20,7 @@ STORE := build/model_store
 REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
-.PHONY: env serve serve-triton monitor dashboards test test-all check bench clean
+.PHONY: env serve serve-triton monitor loadtest soak dashboards test test-all check bench clean
 
 env: $(ENV)
 
@@ -40,6 +44,14 @@ serve-triton: $(ENV) $(SAMPLES)
 
 monitor: $(ENV)
 	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+
+loadtest: $(ENV)
+	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
+		--rate $(RATE) --seconds $(SECONDS) --json 10% --raw 10% --bad 5% --slo $(SLO) --out build/loadtest/report.html
+
+soak: $(ENV)
+	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
+		--shape soak --rate $(RATE) --json 10% --raw 10% --bad 5% --slo errors=0 --out build/loadtest/soak.html
 
 dashboards: $(ENV)
 	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards

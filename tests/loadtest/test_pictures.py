@@ -52,7 +52,7 @@ def test_a_turned_photo_is_as_large_as_it_is_seen(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="json: expected a number within 0..1, got 2"):
+    with pytest.raises(ValueError, match=r"json: expected a number within 0\.\.1, got 2"):
         load_mix(pictures, shares={"json": 2}, weights={}, seed=0)
     with pytest.raises(ValueError, match="at most 1 in sum"):
         load_mix(pictures, shares={"json": 0.6, "raw": 0.6}, weights={}, seed=0)

@@ -160,10 +160,9 @@ def test_the_exit_status_tells(
 ) -> None:
     fake.delay = 0.005
     out = tmp_path / "report.html"
-    told = main(
-        ["--url", fake.url, "--model", "fake", "--pictures", str(pictures), "--metrics", f"{fake.url}/metrics"]
-        + ["--rate", "20", "--seconds", "1", "--out", str(out), *more]
-    )
+    where = ["--url", fake.url, "--model", "fake", "--metrics", f"{fake.url}/metrics"]
+    what = ["--pictures", str(pictures), "--rate", "20", "--seconds", "1", "--out", str(out)]
+    told = main([*where, *what, *more])
     assert told == status
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
