@@ -92,8 +92,8 @@ def read_metrics(urls: Sequence[str]) -> Sample:
     at = time.time()
     values: dict[Key, float] = {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # only the hosts that are given are asked
-    for url in (address for url in urls for address in _addresses(url)):
-        with opener.open(url, timeout=_TIMEOUT_SECONDS) as response:
+    for address in (address for url in urls for address in _addresses(url)):
+        with opener.open(address, timeout=_TIMEOUT_SECONDS) as response:
             text = response.read().decode()
         for family in text_string_to_metric_families(text):
             if not family.name.startswith(_PREFIXES):
