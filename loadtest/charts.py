@@ -111,7 +111,7 @@ class _Scale:
 
     def __init__(self, values: Sequence[float], chart: Chart) -> None:
         positive = [value for value in values if value > 0]
-        high = max([*values, chart.top, 1e-9])
+        high = max([*values, chart.top]) or 1.0
         self.log = chart.log and bool(positive) and high / min(positive) > _WIDE_LOG
         self._x_max = max(chart.x_max, 1e-9)
         if self.log:
@@ -122,7 +122,7 @@ class _Scale:
             self.low, self.high = 0.0, max(self.ticks[-1], high)
 
     def x(self, value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * min(value, self._x_max) / self._x_max
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * min(max(value, 0.0), self._x_max) / self._x_max
 
     def y(self, value: float) -> float:
         if self.log:
@@ -157,7 +157,7 @@ def time_ticks(seconds: float) -> list[tuple[float, str]]:
 
 
 def format_time(seconds: float) -> str:
-    return f"{seconds:g} s" if seconds < 120 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    return f"{round(seconds, 1):g} s" if seconds < 120 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def format_value(value: float, *, percent: bool = False) -> str:

@@ -5,6 +5,7 @@ is where all records are written in the end.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def _wire(environment: Environment, runner: Runner, **_: Any) -> None:
         if not isinstance(runner, LocalRunner):
             environment.events.report_to_master.add_listener(on_report)
             return
+    if not options.mpm_settings or not options.mpm_result:
+        sys.exit("--mpm-settings, --mpm-result: expected files; `python -m loadtest` starts locust with both")
     options.load = Path(options.mpm_settings).read_text(encoding="utf-8")
     collection = Collection(environment, LoadSettings.from_json(options.load), Path(options.mpm_result))
     runner.register_message(READY, collection.on_ready, concurrent=True)

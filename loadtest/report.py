@@ -63,8 +63,7 @@ def told(summary: Mapping[str, Any]) -> str:
 def charts_of(summary: Mapping[str, Any]) -> list[Chart]:
     """What is drawn, all over the same time but the last."""
     series, end = summary["series"], summary["elapsed_seconds"]
-    width = series["bin_seconds"]
-    at = [min((i + 0.5) * width, end) for i in range(len(series["offered"]))]
+    at = series["at"]
     client, server = series["client"], series["server"]
     bounds = [
         (f"{check['name']} ≤ {1000 * check['limit']:g} ms", 1000 * check["limit"])
@@ -218,7 +217,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         tiles.append(("padding", f"{100 * server['padding_share']:.1f}", "% of tokens"))
     agreement = summary["agreement"]
     if agreement["compared"]:
-        tiles.append(("masks compared", str(agreement["compared"]), f"least {100 * agreement['least']:.2f} % alike"))
+        tiles.append(("masks compared", str(agreement["compared"]), f"≥ {100 * agreement['least']:.4g} % alike"))
     shown = "".join(
         f"<div><span>{escape(name)}</span><b>{escape(value)}</b><em>{escape(unit)}</em></div>"
         for name, value, unit in tiles
@@ -239,14 +238,14 @@ def _tables(summary: Mapping[str, Any]) -> str:
                 row["name"],
                 str(row["requests"]),
                 str(row["failed"]),
-                *(_number(row["latency_ms"][name]) for name in ("p50", "p90", "p99", "max")),
+                *(_number(row["latency_ms"][name]) for name in ("p50", "p99", "max")),
                 _number(row["tokens_in"]),
                 _number(row["tokens_out"]),
             ]
             for row in rows
         ]
 
-    heads = ["requests", "failed", "p50 ms", "p90 ms", "p99 ms", "max ms", "tokens in", "tokens out"]
+    heads = ["requests", "failed", "p50 ms", "p99 ms", "max ms", "tokens in", "tokens out"]
     parts = [
         _table("By kind", ["kind", *heads], rows_of(summary["kinds"])),
         _table("By picture", ["picture", *heads], rows_of(summary["pictures"])),

@@ -261,7 +261,9 @@ class _ServerView:
 def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elapsed: float) -> dict[str, Any]:
     """Everything over time, in bins."""
     width = next((width for width in _BIN_SECONDS if elapsed / width <= _MAX_BINS), math.ceil(elapsed / _MAX_BINS))
-    bins = max(1, math.ceil(elapsed / width))
+    bins = max(1, math.ceil(elapsed / width - 0.5))  # what is left at the end is no bin of its own
+    starts = [i * width for i in range(bins)]
+    widths = [*(float(width) for _ in starts[1:]), elapsed - starts[-1]]
     due: list[list[Record]] = [[] for _ in range(bins)]
     done: list[Counter[str]] = [Counter() for _ in range(bins)]
     for record in result.records:
@@ -279,9 +281,13 @@ def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elap
     spread = max(1, len(result.records) // 3000)
     return {
         "bin_seconds": width,
-        "offered": [len(records) / width for records in due],
-        "answered": [counted[OK] / width for counted in done],
-        "failed": {outcome: [counted[outcome] / width for counted in done] for outcome in outcomes},
+        "at": [round(start + wide / 2, 3) for start, wide in zip(starts, widths, strict=True)],
+        "offered": [len(records) / wide for records, wide in zip(due, widths, strict=True)],
+        "answered": [counted[OK] / wide for counted, wide in zip(done, widths, strict=True)],
+        "failed": {
+            outcome: [counted[outcome] / wide for counted, wide in zip(done, widths, strict=True)]
+            for outcome in outcomes
+        },
         "latency_ms": latency,
         "requests": [
             [round(record.at, 3), round(1000 * record.seconds, 1), record.outcome == OK]
