@@ -23,6 +23,7 @@ from loadtest.users import ClosedLoopUser, OpenLoopUser
 __all__ = ["ClosedLoopUser", "OpenLoopUser"]
 
 _BEGIN_SECONDS = 0.5  # from the last worker's readiness: longer than a message takes
+_LOST_SECONDS = 5.0  # after the last answer could have come: who has not finished then never will
 _QUIT_SECONDS = 0.05
 
 
@@ -36,6 +37,7 @@ class Collection:
         self._problems: dict[str, str] = {}
         self._finished: dict[str, bool] = {}
         self._begin_at = 0.0
+        self._ended = False
         self._records: list[Any] = []
         self._pulses: list[Any] = []
 
@@ -45,6 +47,8 @@ class Collection:
         if problem or len(self._problems) == self._settings.num_workers:
             self._begin_at = time.time() + _BEGIN_SECONDS
             environment.runner.send_message(BEGIN, {"at": self._begin_at, "problem": problem})  # type: ignore[union-attr]
+            last = _BEGIN_SECONDS + self._settings.seconds + self._settings.timeout_seconds + _LOST_SECONDS
+            gevent.spawn_later(last, self._end, "")
         if problem:
             self._end(problem)
 
@@ -60,6 +64,9 @@ class Collection:
             self._end("")
 
     def _end(self, problem: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
         told = {
             "problem": problem,
             "began_at": self._begin_at,

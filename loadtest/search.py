@@ -166,6 +166,7 @@ def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]
         "p50_ms": best.p50_ms if best else None,
         "p99_ms": best.p99_ms if best else None,
         "repeats": [round(low, 4) for low in lows],
+        "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
         "ratio_to_first": {
             "median": round(statistics.median(ratios), 4),
             "low": round(min(ratios), 4),
@@ -191,7 +192,7 @@ def search(
     """Start a server for each, search in turns, and stop them.
 
     Raises:
-        RunError: a server does not start, or the client can't keep up.
+        RunError: a server does not start or does not answer.
     """
     mix = load_mix(settings.pictures, shares={}, weights=settings.weights, seed=0)
     with ExitStack() as stack:
@@ -210,6 +211,8 @@ def search(
             trial = _try(servers[i], settings, rate, repeat)
             p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
             verdict = "held" if trial.held else "broke"
+            for doubt in trial.doubts:
+                say(f"  but perhaps because of the client: {doubt}")
             say(f"repeat {repeat}, {servers[i].configuration.name}: {rate:.2f}/s {verdict}, p99 {p99}")
             return trial
 
@@ -261,15 +264,14 @@ def _probe(server: Served, settings: SearchSettings) -> tuple[float, str]:
 
 def _try(server: Served, settings: SearchSettings, rate: float, repeat: int) -> Trial:
     load = _load(server, settings, rate, settings.trial_seconds(rate), seed=1 + repeat, give_up=str(settings.slo))
-    for _ in range(2):  # what the machine did to the client once it may not do again
+    for _ in range(2):
         summary = summarize(load, run_load(load), Limits(slo=settings.slo))
         server.wait_idle()
-        if summary["valid"]:
+        # A client that is late only adds to the latency, so what held did hold. What broke may not break again.
+        if summary["valid"] or summary["held"]:
             break
-    else:
-        raise RunError(f"at {rate:.2f}/s the client can't be believed: {'; '.join(summary['doubts'])}")
-    latency = summary["latency_ms"]
-    return Trial(rate, summary["held"], latency["p50"], latency["p99"], summary["requests"])
+    latency, doubts = summary["latency_ms"], () if summary["held"] else tuple(summary["doubts"])
+    return Trial(rate, summary["held"], latency["p50"], latency["p99"], summary["requests"], doubts)
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -1,11 +1,14 @@
 """Whole runs in processes of their own, against a server that computes nothing."""
 
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from fake_server import FakeServer
 
@@ -118,6 +121,25 @@ def test_workers_share_the_same_load(fake: FakeServer, pictures: Path) -> None:
     )
     assert {pulse.worker for pulse in result.pulses} == {0, 1}
     assert {record.outcome for record in result.records} == {OK}
+
+
+@pytest.mark.slow
+def test_a_lost_worker_makes_the_run_not_valid(fake: FakeServer, pictures: Path) -> None:
+    run = settings(fake, pictures, num_workers=2, seconds=2.0, timeout_seconds=1.0)
+
+    def kill_one() -> None:
+        while len(fake.seen) < 2 * NUM_REFERENCES + 5:
+            time.sleep(0.05)
+        workers = [child for child in psutil.Process().children() if "--worker" in child.cmdline()]
+        assert len(workers) == 2
+        workers[0].kill()
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_one)
+        result = run_load(run)
+        killing.result()
+    assert result.workers_finished == 1
+    assert "1 of 2 workers were lost" in summarize(run, result, Limits(slo=Slo.parse("errors=0")))["doubts"]
 
 
 def test_a_hopeless_run_ends_early(fake: FakeServer, pictures: Path) -> None:
