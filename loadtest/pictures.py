@@ -91,12 +91,15 @@ class Mix:
         return "png"
 
 
-def load_mix(folder: Path, *, shares: Mapping[str, float], weights: Mapping[str, float], seed: int) -> Mix:
+def load_mix(
+    folder: Path, *, shares: Mapping[str, float], weights: Mapping[str, float], seed: int, raw: bool = False
+) -> Mix:
     """Read the pictures of a folder.
 
     Args:
         shares: of the kinds json, raw and bad.
         weights: by patterns of file names, the last that fits; 1 where none does. 0 leaves a picture out.
+        raw: read raw frames too, though their share is 0: arrivals may ask for them.
 
     Raises:
         ValueError: a share or weight is out of range, or no picture is left.
@@ -115,7 +118,7 @@ def load_mix(folder: Path, *, shares: Mapping[str, float], weights: Mapping[str,
     chosen = {path: weight for path, weight in chosen.items() if weight > 0}
     if not chosen:
         raise ValueError(f"{folder}: expected pictures ({', '.join(_SUFFIXES)}), got none with a weight above 0")
-    items = [item for path in chosen for item in _forms(path, raw=shares.get("raw", 0) > 0)]
+    items = [item for path in chosen for item in _forms(path, raw=raw or shares.get("raw", 0) > 0)]
     items += _bad_items(items[0])
     return Mix(
         {(item.kind, item.name): item for item in items},

@@ -116,7 +116,11 @@ class Session:
         """
         settings = self.settings
         self._mix = load_mix(
-            Path(settings.pictures), shares=settings.shares, weights=settings.weights, seed=settings.seed
+            Path(settings.pictures),
+            shares=settings.shares,
+            weights=settings.weights,
+            seed=settings.seed,
+            raw=any(arrival.kind == "raw" for arrival in settings.trace),
         )
         self._arrivals = settings.arrivals()
         for number, arrival in enumerate(settings.trace):

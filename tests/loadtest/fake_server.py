@@ -2,16 +2,22 @@
 
 import io
 import json
+import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from typing import Any, Self
 
+import grpc
 import numpy as np
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from tritonclient.grpc import service_pb2
 
+_ACCEPTED = {"MASK_PNG": "image/png", "RESULT_JSON": "application/json"}
 PALETTE = [16 * i for i in range(15)]  # five classes
 
 
@@ -114,7 +120,13 @@ class FakeServer:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self._reply(*fake.answer(body, self.headers.get("Accept", "")))
+                if not self.path.startswith("/v2/"):
+                    self._reply(*fake.answer(body, self.headers.get("Accept", "")))
+                    return
+                status, _, answer = fake.answer(body, _ACCEPTED[self.headers["X-MPM-Outputs"]])
+                if status == 200:  # a description, then the only value and its length before it
+                    answer = b"{}" + struct.pack("<I", len(answer)) + answer
+                self._reply(status, {"Inference-Header-Content-Length": "2"}, answer)
 
             def do_GET(self) -> None:
                 self._reply(200, {"Content-Type": "text/plain"}, fake.metrics())
@@ -130,6 +142,35 @@ class FakeServer:
                 self.wfile.write(body)
 
         return Handler
+
+
+@contextmanager
+def serve_grpc(fake: FakeServer) -> Iterator[str]:
+    """The same server as Triton's gRPC; gives its address."""
+
+    def infer(request: Any, context: Any) -> Any:
+        accepted = _ACCEPTED[request.outputs[0].name]
+        status, _, answer = fake.answer(request.raw_input_contents[0][4:], accepted)
+        if status != 200:
+            code = grpc.StatusCode.UNAVAILABLE if status == 503 else grpc.StatusCode.INVALID_ARGUMENT
+            context.abort(code, answer.decode())
+        return service_pb2.ModelInferResponse(raw_output_contents=[struct.pack("<I", len(answer)) + answer])
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        infer,
+        request_deserializer=service_pb2.ModelInferRequest.FromString,
+        response_serializer=service_pb2.ModelInferResponse.SerializeToString,
+    )
+    server = grpc.server(ThreadPoolExecutor(32))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 class _Server(ThreadingHTTPServer):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, serve_grpc
 
 from loadtest.__main__ import main
 from loadtest.arrivals import Arrival
@@ -85,6 +85,20 @@ def test_the_kinds_of_a_mix_are_all_checked(fake: FakeServer, pictures: Path) ->
         assert record.agreement == (None if record.kind == "bad" else 1.0)
         assert record.tokens_out == (None if record.kind == "bad" else 600)
     assert len(result.samples) >= 2
+
+
+@pytest.mark.parametrize("way", ["triton", "triton-grpc"])
+def test_triton_is_asked_in_its_own_way(fake: FakeServer, pictures: Path, way: str) -> None:
+    fake.delay = 0.2
+    shares = {"json": 0.2, "raw": 0.2, "bad": 0.2}
+    with serve_grpc(fake) as address:
+        urls = (address if way == "triton-grpc" else fake.url,)
+        result = run_load(settings(fake, pictures, rate=40, way=way, urls=urls, shares=shares))
+    assert len(result.records) == 60
+    assert {record.outcome for record in result.records} == {OK}
+    assert {record.kind for record in result.records} == {"png", "json", "raw", "bad"}
+    waited = sum(record.seconds for record in result.records)
+    assert waited > 4 * 1.5  # many at once: no request blocks the others
 
 
 def test_a_mask_that_changes_under_load_is_found(fake: FakeServer, pictures: Path) -> None:
