@@ -74,7 +74,7 @@ def arrivals_of(phases: Sequence[Phase], process: str, seed: int) -> list[Arriva
         gaps: Iterable[float] = (dice.expovariate(1.0) for _ in count())
     else:
         gaps = (0.5 if i == 0 else 1.0 for i in count())
-    found = []
+    found: list[Arrival] = []
     for due in accumulate(gaps):
         if due >= passed[-1]:
             return found

@@ -169,7 +169,7 @@ def _forms(path: Path, *, raw: bool) -> list[Item]:
     if frame is not None:
         buffer = io.BytesIO()
         np.save(buffer, frame)
-        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", frame.shape[:2]))
+        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (frame.shape[0], frame.shape[1])))
     return found
 
 

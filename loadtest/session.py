@@ -230,9 +230,9 @@ class Session:
             taken, outcome = time.monotonic() - due, f"client: {type(error).__name__}"
         finally:
             self._inflight.pop(number, None)
-        tokens = (answer.tokens if answer else None) or (None, None)
-        late = sent - due
-        record = Record(number, due - self._start, late, taken, outcome, item.kind, item.name, *tokens, agreement)
+        before, after = (answer.tokens if answer else None) or (None, None)
+        at, late = due - self._start, sent - due
+        record = Record(number, at, late, taken, outcome, item.kind, item.name, before, after, agreement)
         self._keep(record, len(answer.body) if answer else 0)
 
     def _keep(self, record: Record, num_bytes: int) -> None:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from .machine import describe_machine, installed_versions
@@ -79,7 +80,7 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
         "served": served.info(),
         "settings": asdict(settings) | {"trace": len(settings.trace)},
         "slo": str(limits.slo),
-        "held": all(check["kept"] for check in checks),
+        "held": all(bool(check["kept"]) for check in checks),
         "valid": not doubts,
         "doubts": doubts,
         "checks": checks,
@@ -183,7 +184,7 @@ class _ServerView:
         def grown(name: str, **labels: str) -> float:
             return last.total(name, **labels) - first.total(name, **labels)
 
-        stages = {}
+        stages: dict[str, dict[str, Any]] = {}
         for stage in self._stages:
             lane = {"stage": stage, **self._schedule}
             before, after = (grown("mpm_tokens_total", point=point, **lane) for point in ("in", "out"))
@@ -225,12 +226,7 @@ class _ServerView:
         """Gauges, and counters as rates since the reading before."""
         found: dict[str, list[float | None]] = defaultdict(list)
         for before, after in zip(self.samples, self.samples[1:], strict=False):
-            seconds = after.at - before.at
-
-            def rate(name: str, before: Sample = before, after: Sample = after, **labels: str) -> float:
-                grown = after.total(name, **labels) - before.total(name, **labels)
-                return grown / (after.at - before.at)
-
+            rate = partial(_rate, before, after)
             found["at"].append(round(after.at - self._began_at, 3))
             found["waiting_tokens"].append(after.total("mpm_waiting_tokens"))
             found["waiting_windows"].append(after.total("mpm_waiting_windows"))
@@ -247,7 +243,7 @@ class _ServerView:
                 total += into
                 found[f"tokens_into_{stage}"].append(into)
                 if i < len(self._stages) - 1:
-                    found[f"merged_{stage}"].append(1 - out / into if into and seconds else None)
+                    found[f"merged_{stage}"].append(1 - out / into if into else None)
             padding = rate("mpm_padding_tokens_total")
             found["padding"].append(padding / (padding + total) if padding + total else None)
         return dict(found)
@@ -256,6 +252,11 @@ class _ServerView:
     def _info(sample: Sample | None, label: str) -> str:
         values = sample.labels("mpm_model_info", label) if sample else []
         return ", ".join(values)
+
+
+def _rate(before: Sample, after: Sample, name: str, **labels: str) -> float:
+    grown = after.total(name, **labels) - before.total(name, **labels)
+    return grown / (after.at - before.at)
 
 
 def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elapsed: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class OpenLoopUser(User):
     @task
     def run_part(self) -> None:
         """All of the worker's requests."""
-        part: Part = self.environment.part  # type: ignore[attr-defined]
+        part: Part = self.environment.part
         if part.enter(alone=True):
             part.session.run()
             part.leave()
@@ -32,7 +32,7 @@ class ClosedLoopUser(User):
     @task
     def run_part(self) -> None:
         """All of this user's requests."""
-        part: Part = self.environment.part  # type: ignore[attr-defined]
+        part: Part = self.environment.part
         if part.enter():
             part.session.run_user(lambda: self.stopping)
             part.leave()

@@ -28,11 +28,9 @@ RATE, SECONDS, STALL = 20, 3.0, 1.2
 
 def settings(fake: FakeServer, pictures: Path, **more: Any) -> LoadSettings:
     rate, seconds = more.pop("rate", RATE), more.pop("seconds", 1.5)
-    return LoadSettings(
-        **{"urls": (fake.url,), "model": "fake", "process": "even", "timeout_seconds": 10.0}
-        | {"pictures": str(pictures), "phases": steady(rate, seconds)}
-        | more
-    )
+    fields: dict[str, Any] = {"urls": (fake.url,), "model": "fake", "process": "even", "timeout_seconds": 10.0}
+    fields |= {"pictures": str(pictures), "phases": steady(rate, seconds)}
+    return LoadSettings(**(fields | more))
 
 
 def stalled(fake: FakeServer, pictures: Path, **more: Any) -> RunResult:
