@@ -38,7 +38,8 @@ PRESETS = {
     "replicas": ("replicas=1", "replicas=2"),
 }
 
-_HEADROOM = 1.25  # of what waiting clients reach: no open loop holds more for long
+_GUESS = (0.5, 1.1)  # of what waiting clients reach: between there most promises break
+_CLOSE = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +98,16 @@ class Trial:
 
 @dataclass(slots=True)
 class Bisection:
-    """Narrows down the highest rate that holds.
+    """Narrows down the highest rate that holds, from a guess: an end that no trial confirms moves on.
 
     Attributes:
-        low: the highest rate that held, 0 before one did.
-        high: the lowest that did not, or where nothing is expected to.
+        low: a rate that held, or the guess of one.
+        high: a rate that did not, or the guess of one.
         trials: all so far.
     """
 
+    low: float
     high: float
-    low: float = 0.0
-    tested_high: bool = False
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -116,12 +116,20 @@ class Bisection:
 
     def learn(self, trial: Trial) -> None:
         self.trials.append(trial)
+        close = _CLOSE * self.high
         if trial.held:
             self.low = trial.rate
-            if not self.tested_high and self.high - self.low < 0.1 * self.high:
-                self.high *= 1.25  # the expectation was too low
+            if self.high - self.low < close and all(other.held for other in self.trials):
+                self.high *= 1.25
         else:
-            self.high, self.tested_high = trial.rate, True
+            self.high = trial.rate
+            if self.high - self.low < close and not any(other.held for other in self.trials):
+                self.low /= 4
+
+    @property
+    def rate(self) -> float:
+        """The highest that held; 0 if none did."""
+        return self.best.rate if self.best else 0.0
 
     @property
     def best(self) -> Trial | None:
@@ -131,21 +139,21 @@ class Bisection:
 
 
 def bisect_interleaved(
-    ceilings: Sequence[float], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
+    guesses: Sequence[tuple[float, float]], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
 ) -> list[list[Bisection]]:
     """Search for several at once, in turns.
 
     Args:
-        ceilings: rates above which each is not expected to hold.
+        guesses: for each a rate that should hold and one that should not.
         try_rate: given which, a rate and the repeat.
 
     Returns:
         For each, its bisections, one a repeat.
     """
-    found: list[list[Bisection]] = [[] for _ in ceilings]
+    found: list[list[Bisection]] = [[] for _ in guesses]
     for repeat in range(repeats):
-        for bisections, ceiling in zip(found, ceilings, strict=True):
-            bisections.append(Bisection(ceiling))
+        for bisections, (low, high) in zip(found, guesses, strict=True):
+            bisections.append(Bisection(low, high))
         for step in range(trials):
             for turn in range(len(found)):
                 i = (turn + step + repeat) % len(found)  # nobody is always the first
@@ -155,17 +163,17 @@ def bisect_interleaved(
 
 def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]) -> dict[str, Any]:
     """A configuration's result, and how it compares with the first one, repeat by repeat."""
-    lows = [bisection.low for bisection in bisections]
-    middle = sorted(bisections, key=lambda bisection: bisection.low)[(len(bisections) - 1) // 2]
-    ratios = [mine.low / other.low for mine, other in zip(bisections, first, strict=True) if other.low]
+    rates = [bisection.rate for bisection in bisections]
+    middle = sorted(bisections, key=lambda bisection: bisection.rate)[(len(bisections) - 1) // 2]
+    ratios = [mine.rate / other.rate for mine, other in zip(bisections, first, strict=True) if other.rate]
     best = middle.best
     return {
-        "rate_per_second": round(statistics.median(lows), 4),
-        "low": round(min(lows), 4),
+        "rate_per_second": round(statistics.median(rates), 4),
+        "low": round(min(rates), 4),
         "high": round(max(bisection.high for bisection in bisections), 4),
         "p50_ms": best.p50_ms if best else None,
         "p99_ms": best.p99_ms if best else None,
-        "repeats": [round(low, 4) for low in lows],
+        "repeats": [round(rate, 4) for rate in rates],
         "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
         "ratio_to_first": {
             "median": round(statistics.median(ratios), 4),
@@ -217,7 +225,10 @@ def search(
             return trial
 
         found = bisect_interleaved(
-            [_HEADROOM * rate for rate, _ in probes], try_rate, repeats=settings.repeats, trials=settings.trials
+            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate, _ in probes],
+            try_rate,
+            repeats=settings.repeats,
+            trials=settings.trials,
         )
     devices = sorted({device for _, device in probes})
     return {
