@@ -108,7 +108,7 @@ class Session:
         return self._given_up.is_set()
 
     def prepare(self) -> None:
-        """Read the pictures, and ask the idle server for the mask of each.
+        """Read the pictures, and ask every idle server for the mask of each.
 
         Raises:
             ValueError, OSError: the pictures can't be used.
@@ -131,11 +131,16 @@ class Session:
                 raise ValueError(f"trace: expected what the mix holds, got {named} at {arrival.at:g} s") from None
         self._client = WAYS[settings.way](settings.urls, settings.model)
         for item in self._mix.pictures:
-            answer = self._ask_idle(item)
-            outcome, _ = check_answer(item, answer, None, min_agreement=0)
-            if outcome != OK:
-                raise MaskError(f"{item.name} from the idle server: {outcome}: {answer.body[:200]!r}")
-            self._references[item.kind, item.name] = Reference(answer.body)
+            reference = None
+            for server, url in enumerate(settings.urls):
+                answer = self._ask_idle(item, server)
+                outcome, _ = check_answer(item, answer, reference, min_agreement=settings.min_agreement)
+                if outcome != OK:
+                    said = "" if answer.status == 200 else f": {answer.body[:200]!r}"
+                    raise MaskError(f"{item.name} from {url} when idle: {outcome}{said}")
+                reference = reference or Reference(answer.body)
+            assert reference is not None
+            self._references[item.kind, item.name] = reference
 
     def run(self) -> None:
         """Send what becomes due to this worker, and wait for the answers."""
@@ -198,12 +203,12 @@ class Session:
         with _Pulse(self):
             gevent.sleep(self.settings.seconds)
 
-    def _ask_idle(self, item: Item) -> Answer:
+    def _ask_idle(self, item: Item, server: int) -> Answer:
         for tried in range(1, _REFERENCE_TRIES + 1):
             try:
-                answer = self._client.ask(item, self._index, self.settings.timeout_seconds)
+                answer = self._client.ask(item, server, self.settings.timeout_seconds)
             except (NoAnswerError, TimeoutError) as error:
-                raise MaskError(f"{', '.join(self.settings.urls)}: {error or 'no answer in time'}") from None
+                raise MaskError(f"{self.settings.urls[server]}: {error or 'no answer in time'}") from None
             if answer.status != 503 or tried == _REFERENCE_TRIES:
                 return answer
             gevent.sleep(1)  # other workers ask too

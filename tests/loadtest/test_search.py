@@ -16,7 +16,7 @@ def trial(rate: float, held: bool) -> Trial:
 @pytest.mark.parametrize("limit", [0.7, 3.3, 6.0, 9.9, 14.0])
 def test_a_bisection_closes_in_on_the_limit(limit: float) -> None:
     bisection = Bisection(5.0, 10.0)  # for most limits a wrong guess
-    for _ in range(12):
+    for _ in range(16):
         rate = bisection.next_rate
         bisection.learn(trial(rate, rate <= limit))
     assert bisection.rate <= limit <= bisection.high
