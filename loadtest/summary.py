@@ -18,8 +18,10 @@ from .settings import LoadSettings
 from .slo import Slo, hold_against, quantile
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
-_MAX_BINS = 180
-_BIN_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+_MIN_BINS, _MAX_BINS = 8, 180
+_REQUESTS_OF_A_BIN = 5  # quantiles of fewer say nothing
+_BIN_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 3600)
+_MAX_DOTS = 3000
 _MAX_CPU = 0.85  # of a core: one more request would wait for the client
 
 
@@ -261,7 +263,8 @@ def _rate(before: Sample, after: Sample, name: str, **labels: str) -> float:
 
 def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elapsed: float) -> dict[str, Any]:
     """Everything over time, in bins."""
-    width = next((width for width in _BIN_SECONDS if elapsed / width <= _MAX_BINS), math.ceil(elapsed / _MAX_BINS))
+    least = max(elapsed / _MAX_BINS, _REQUESTS_OF_A_BIN * elapsed / max(1, len(result.records)))
+    width = next((width for width in _BIN_SECONDS if width >= min(least, elapsed / _MIN_BINS)), _BIN_SECONDS[-1])
     bins = max(1, math.ceil(elapsed / width - 0.5))  # what is left at the end is no bin of its own
     starts = [i * width for i in range(bins)]
     widths = [*(float(width) for _ in starts[1:]), elapsed - starts[-1]]
@@ -279,7 +282,8 @@ def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elap
     pulses = defaultdict(list)
     for pulse in result.pulses:
         pulses[min(bins - 1, int(pulse.at / width))].append(pulse)
-    spread = max(1, len(result.records) // 3000)
+    pictured = [record for record in result.records if record.kind != "bad"]
+    spread = max(1, len(pictured) // _MAX_DOTS)
     return {
         "bin_seconds": width,
         "at": [round(start + wide / 2, 3) for start, wide in zip(starts, widths, strict=True)],
@@ -292,7 +296,7 @@ def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elap
         "latency_ms": latency,
         "requests": [
             [round(record.at, 3), round(1000 * record.seconds, 1), record.outcome == OK]
-            for record in result.records[::spread]
+            for record in pictured[::spread]
         ],
         "client": {
             "at": [(i + 0.5) * width for i in sorted(pulses)],
