@@ -68,7 +68,7 @@ def ensure_painted(folder: Path) -> None:
     Raises:
         RunError: they can't be painted.
     """
-    if folder.is_dir() and any(folder.glob("*.jpg")):
+    if folder.is_dir() and any(folder.iterdir()):
         return
     command = [sys.executable, "-m", "loadtest.pictures", "--out", str(folder)]
     painted = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, check=False)

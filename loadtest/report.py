@@ -209,7 +209,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     tiles = [
         ("offered", f"{summary['offered_per_second']:.2f}", "requests/s"),
         ("answered", f"{summary['answered_per_second']:.2f}", "requests/s"),
-        *((name, _number(latency[name]), "ms") for name in ("p50", "p99", "max")),
+        *((name, _latency(latency[name]), "ms") for name in ("p50", "p99", "max")),
     ]
     if merged is not None:
         tiles.append(("merged on the way", f"{100 * merged:.1f}", "% of tokens"))
@@ -238,7 +238,7 @@ def _tables(summary: Mapping[str, Any]) -> str:
                 row["name"],
                 str(row["requests"]),
                 str(row["failed"]),
-                *(_number(row["latency_ms"][name]) for name in ("p50", "p99", "max")),
+                *(_latency(row["latency_ms"][name]) for name in ("p50", "p99", "max")),
                 _number(row["tokens_in"]),
                 _number(row["tokens_out"]),
             ]
@@ -306,7 +306,14 @@ def _value(value: float | None, unit: str) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "never" if value is None else f"{_number(value)} ms"
+    if value is None:
+        return "never"
+    return f"{value / 1000:.1f} s" if value >= 10_000 else f"{_latency(value)} ms"
+
+
+def _latency(value: float | None) -> str:
+    """Milliseconds, to the last."""
+    return f"{value:.0f}" if value is not None and value >= 100 else _number(value)
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from .machine import describe_machine, installed_versions
@@ -224,10 +225,14 @@ class _ServerView:
         early = statistics.median(memory[quarter : 2 * quarter])
         return statistics.median(memory[-quarter:]) / early - 1
 
-    def series(self) -> dict[str, list[float | None]]:
-        """Gauges, and counters as rates since the reading before."""
+    def series(self, seconds: float) -> dict[str, list[float | None]]:
+        """Gauges, and counters as rates since the reading so many seconds before."""
         found: dict[str, list[float | None]] = defaultdict(list)
-        for before, after in zip(self.samples, self.samples[1:], strict=False):
+        chosen = self.samples[:1]
+        for sample in self.samples[1:]:
+            if sample.at - chosen[-1].at >= 0.9 * seconds:
+                chosen.append(sample)
+        for before, after in pairwise(chosen):
             rate = partial(_rate, before, after)
             found["at"].append(round(after.at - self._began_at, 3))
             found["waiting_tokens"].append(after.total("mpm_waiting_tokens"))
@@ -304,7 +309,7 @@ def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elap
             "cpu": [max(pulse.cpu for pulse in pulses[i]) for i in sorted(pulses)],
             "inflight": [_inflight(pulses[i]) for i in sorted(pulses)],
         },
-        "server": served.series(),
+        "server": served.series(width),
         "quantiles_ms": _curve(sorted(r.seconds for r in result.records if r.outcome == OK and r.kind != "bad")),
     }
 

@@ -11,6 +11,8 @@ from PIL import Image
 from loadtest.arrivals import Arrival
 from loadtest.pictures import load_mix, paint_pictures
 
+pytest_plugins = ("load_fixtures",)
+
 
 def test_kinds_and_pictures_come_as_often_as_asked_for(pictures: Path) -> None:
     mix = load_mix(pictures, shares={"json": 0.2, "raw": 0.1, "bad": 0.05}, weights={"0.png": 2, "2*": 0}, seed=1)

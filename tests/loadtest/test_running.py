@@ -1,6 +1,8 @@
 """Whole runs in processes of their own, against a server that computes nothing."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +17,15 @@ from fake_server import FakeServer, serve_grpc
 from loadtest.__main__ import main
 from loadtest.arrivals import Arrival
 from loadtest.masks import OK
-from loadtest.running import RunError, RunResult, run_load
+from loadtest.ports import free_port
+from loadtest.running import RunError, RunResult, run_load, worker_environment
 from loadtest.session import TIMEOUT, UNSENT, Session
 from loadtest.settings import LoadSettings
 from loadtest.shapes import steady
 from loadtest.slo import Slo
 from loadtest.summary import Limits, summarize
+
+pytest_plugins = ("load_fixtures",)
 
 NUM_REFERENCES = 3
 RATE, SECONDS, STALL = 20, 3.0, 1.2
@@ -133,6 +138,20 @@ def test_workers_share_the_same_load(fake: FakeServer, pictures: Path) -> None:
     )
     assert {pulse.worker for pulse in result.pulses} == {0, 1}
     assert {record.outcome for record in result.records} == {OK}
+
+
+def test_workers_may_come_over_the_network(fake: FakeServer, pictures: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "loadtest", "worker", "--master", f"127.0.0.1:{port}", "--paint", str(pictures)]
+    worker = subprocess.Popen(command, env=worker_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        result = run_load(settings(fake, pictures, num_workers=1), bind=("127.0.0.1", port))
+        assert {record.outcome for record in result.records} == {OK}
+        assert len(result.records) == 30
+        assert worker.wait(20) == 0  # as a job that is complete
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 @pytest.mark.slow
