@@ -31,14 +31,18 @@ def write_report(summary: Mapping[str, Any], out: Path) -> None:
 
 def render(summary: Mapping[str, Any]) -> str:
     """The page."""
-    parts = {
-        "TITLE": escape(_title(summary)),
-        "HEAD": _head(summary),
-        "TILES": _tiles(summary),
-        "CHARTS": "".join(draw(chart) for chart in charts_of(summary)),
-        "TABLES": _tables(summary),
-        "DETAILS": _details(summary),
-    }
+    return fill_page(
+        TITLE=escape(_title(summary)),
+        HEAD=_head(summary),
+        TILES=_tiles(summary),
+        CHARTS="".join(draw(chart) for chart in charts_of(summary)),
+        TABLES=_tables(summary),
+        DETAILS=_details(summary),
+    )
+
+
+def fill_page(**parts: str) -> str:
+    """The empty page with HTML in its places."""
     page = _PAGE.read_text(encoding="utf-8")
     for name, text in parts.items():
         page = page.replace(f"<!--{name}-->", text)
@@ -247,9 +251,9 @@ def _tables(summary: Mapping[str, Any]) -> str:
 
     heads = ["requests", "failed", "p50 ms", "p99 ms", "max ms", "tokens in", "tokens out"]
     parts = [
-        _table("By kind", ["kind", *heads], rows_of(summary["kinds"])),
-        _table("By picture", ["picture", *heads], rows_of(summary["pictures"])),
-        _table("Outcomes", ["outcome", "requests"], [[name, str(n)] for name, n in summary["outcomes"].items()]),
+        table("By kind", ["kind", *heads], rows_of(summary["kinds"])),
+        table("By picture", ["picture", *heads], rows_of(summary["pictures"])),
+        table("Outcomes", ["outcome", "requests"], [[name, str(n)] for name, n in summary["outcomes"].items()]),
     ]
     stages = summary["server"].get("stages", {})
     shown = [
@@ -265,11 +269,11 @@ def _tables(summary: Mapping[str, Any]) -> str:
     ]
     if shown:
         heads = ["stage", "tokens in", "tokens out", "merged", "windows of a group", "seconds"]
-        parts.append(_table("By stage, as the server counts", heads, shown))
+        parts.append(table("By stage, as the server counts", heads, shown))
     steps = summary["server"].get("mean_ms", {})
     if steps:
         rows = [[name, _number(ms)] for name, ms in steps.items()]
-        parts.append(_table("A request in the server, mean", ["step", "ms"], rows))
+        parts.append(table("A request in the server, mean", ["step", "ms"], rows))
     return "".join(parts)
 
 
@@ -286,7 +290,8 @@ def _details(summary: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in rows under their heads."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<section><h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table></section>"

@@ -24,6 +24,7 @@ from .checking import check_integer, check_number, parse_seconds
 from .machine import describe_machine, installed_versions
 from .pictures import load_mix
 from .running import RunError, run_load
+from .search_page import write_search_page
 from .servers import MODEL, Configuration, Served
 from .settings import LoadSettings
 from .shapes import steady
@@ -349,13 +350,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_search_page(report, arguments.out.with_suffix(".html"))
     except (OSError, ValueError, RunError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 1
     print_table(report)
-    print(f"\n{arguments.out}")
+    print(f"\n{arguments.out.with_suffix('.html')}")
     return 0
 
 

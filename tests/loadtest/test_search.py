@@ -1,10 +1,12 @@
 """The search finds what it should, known in advance."""
 
 import random
+import re
 
 import pytest
 
 from loadtest.search import Bisection, SearchSettings, Trial, bisect_interleaved, summarize_search
+from loadtest.search_page import render_search
 from loadtest.servers import Configuration
 from loadtest.slo import Slo
 
@@ -50,6 +52,24 @@ def test_noisy_limits_and_their_range() -> None:
         assert result["p99_ms"] == pytest.approx(20 * result["rate_per_second"], rel=1e-3)
     assert first["ratio_to_first"] == {"median": 1, "low": 1, "high": 1}
     assert second["ratio_to_first"]["median"] == pytest.approx(1.5, rel=0.1)
+
+
+def test_the_page_shows_every_configuration() -> None:
+    def try_rate(i: int, rate: float, repeat: int) -> Trial:
+        return trial(rate, rate <= (4.0, 6.0)[i])
+
+    slow, fast = bisect_interleaved([(2.0, 5.0), (3.0, 7.5)], try_rate, repeats=3, trials=4)
+    results = [
+        {"name": name, **summarize_search(found, slow), "closed_loop_per_second": 5.0}
+        for name, found in (("slow <one>", slow), ("fast", fast))
+    ]
+    report = {"device": "cpu", "versions": {"python": "3"}, "slo": "p99=1s", "coverage": 0.75, "results": results}
+    page = render_search(report)
+    assert page.count('class="bar"') == 2
+    assert "slow &lt;one&gt;" in page
+    assert f"{results[1]['rate_per_second']:.2f}/s" in page
+    (dots,) = re.findall(r'<path class="dots" d="([^"]*)" stroke="var\(--c1\)"', page)
+    assert dots.count("M") == 12
 
 
 def test_configurations() -> None:
