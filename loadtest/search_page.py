@@ -87,7 +87,7 @@ def _trials(report: Mapping[str, Any]) -> Chart:
         x_ticks=[(tick, format_value(tick)) for tick in nice_ticks(right)],
         bounds=bounds,
         log=True,
-        note="A trial that could not be won any more ended early.",
+        note="A trial that could not be won any more ended early: there the latency is at least this.",
     )
 
 

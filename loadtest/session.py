@@ -26,6 +26,7 @@ from .ways import WAYS, Answer, Client, NoAnswerError
 logger = logging.getLogger(__name__)
 
 UNSENT = "unsent: too many in flight"
+GIVEN_UP = "given up: there was no hope for the run"
 TIMEOUT = "timeout"
 _PULSE_SECONDS = 0.02
 _REFERENCE_TRIES = 3
@@ -95,7 +96,7 @@ class Session:
         self._references: dict[tuple[str, str], Reference] = {}
         self._arrivals: list[Arrival] = []
         self._bounds = Slo.parse(settings.give_up).bounds if settings.give_up else ()
-        self._inflight: dict[int, float] = {}
+        self._inflight: dict[int, tuple[float, Item]] = {}
         self._broken = [0] * len(self._bounds)
         self._start = 0.0
         self._numbers = count(index, settings.num_workers)
@@ -163,7 +164,11 @@ class Session:
                     requests.spawn(self._ask, number, item, due)
             while len(requests) and not self.gave_up:
                 requests.join(timeout=_PULSE_SECONDS)
+            left = dict(self._inflight)
             requests.kill()
+            for number, (due, item) in left.items():
+                age = time.monotonic() - due
+                self._keep(Record(number, due - self._start, 0.0, age, GIVEN_UP, item.kind, item.name), 0)
         self._client.close()
 
     def run_user(self, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -189,7 +194,7 @@ class Session:
         now = time.monotonic()
         for bound, broken in zip(self._bounds, self._broken, strict=True):
             old = 0
-            for due in self._inflight.values():  # oldest first
+            for due, _ in self._inflight.values():  # oldest first
                 if not bound.broken_by(now - due):
                     break
                 old += 1
@@ -219,7 +224,7 @@ class Session:
         left = self.settings.timeout_seconds - (sent - due)
         answer: Answer | None = None
         agreement = None
-        self._inflight[number] = due
+        self._inflight[number] = due, item
         try:
             with gevent.Timeout(left + 1, TimeoutError):  # reads one by one may each be in time and all together not
                 answer = self._client.ask(item, number, max(left, 0.001))

@@ -45,7 +45,8 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
     """A report as plain data; see `loadtest.report` for how it looks.
 
     `valid` tells whether the client kept up, `held` whether the server kept every promise. A run that is not valid
-    tells nothing about the server, good or bad.
+    tells nothing about the server, good or bad. `latency_ms` is that of answers; `at_least_ms` counts what failed too,
+    with the time after which it did.
     """
     records = result.records
     asked = [record for record in records if record.kind != "bad"]
@@ -93,6 +94,7 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
         "answered_per_second": len(answered) / elapsed,
         "elapsed_seconds": elapsed,
         "latency_ms": _latencies(good),
+        "at_least_ms": _latencies(sorted(record.seconds for record in asked)),
         "kinds": _by(records, lambda record: record.kind),
         "pictures": _by(answered, lambda record: record.name),
         "agreement": {"compared": len(agreements), "least": min(agreements, default=None)},

@@ -19,7 +19,7 @@ from loadtest.arrivals import Arrival
 from loadtest.masks import OK
 from loadtest.ports import free_port
 from loadtest.running import RunError, RunResult, run_load, worker_environment
-from loadtest.session import TIMEOUT, UNSENT, Session
+from loadtest.session import GIVEN_UP, TIMEOUT, UNSENT, Session
 from loadtest.settings import LoadSettings
 from loadtest.shapes import steady
 from loadtest.slo import Slo
@@ -177,6 +177,9 @@ def test_a_hopeless_run_ends_early(fake: FakeServer, pictures: Path) -> None:
     fake.delay = 0.4
     result = run_load(settings(fake, pictures, rate=20, seconds=30.0, give_up="p90=100ms"))
     assert result.gave_up
+    given_up = [record for record in result.records if record.outcome == GIVEN_UP]
+    assert given_up  # what was in flight is not forgotten
+    assert max(record.seconds for record in given_up) >= 0.1
     assert len(result.records) < 200
 
 
