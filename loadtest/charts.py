@@ -10,6 +10,7 @@ Point = tuple[float, float | None]
 
 _WIDTH, _HEIGHT = 600, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 26
+_MARKS = {"dots": "h.01", "discs": "h.01", "crosses": "m-4-4l8 8m-8 0l8-8"}
 _WIDE_LOG = 12.0  # from which ratio of values on a logarithmic axis tells more
 
 
@@ -21,7 +22,7 @@ class Line:
         name: for the legend; empty for none.
         points: x and y; no y is a gap.
         color: index of a colour of the page.
-        style: "line", "area", "stack" (on the stacks before it) or "dots".
+        style: "line", "area", "stack" (on the stacks before it), "dots", "discs" or "crosses".
     """
 
     name: str
@@ -89,7 +90,7 @@ def draw(chart: Chart) -> str:
         "lines": [
             [line.name or chart.title, [[_round(x), None if y is None else _round(y)] for x, y in line.points]]
             for line in lines
-            if line.style != "dots"
+            if line.style not in _MARKS
         ],
     }
     legend = "".join(
@@ -206,11 +207,11 @@ def _stack(lines: Sequence[Line]) -> list[Line]:
 
 def _draw_line(line: Line, scale: _Scale, below: Sequence[tuple[float, float]] | None) -> str:
     color = f"var(--c{line.color})"
-    if line.style == "dots":
-        dots = "".join(
-            f"M{scale.x(x):.1f} {scale.y(y):.1f}h.01" for x, y in line.points if y is not None
-        )  # a path of round caps: thousands of circles would make the page slow
-        return f'<path class="dots" d="{dots}" stroke="{color}"/>'
+    if line.style in _MARKS:  # one path: thousands of elements would make the page slow
+        marks = "".join(
+            f"M{scale.x(x):.1f} {scale.y(y):.1f}{_MARKS[line.style]}" for x, y in line.points if y is not None
+        )
+        return f'<path class="{line.style}" d="{marks}" stroke="{color}"/>'
     path = _path(line.points, scale.x, scale.y)
     filled = ""
     if below is not None:

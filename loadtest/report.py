@@ -290,11 +290,12 @@ def _details(summary: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
     """Text in rows under their heads."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<section><h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table></section>"
+    css = ' class="wide"' if wide else ""
+    return f"<section{css}><h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table></section>"
 
 
 def _told_check(check: Mapping[str, Any]) -> str:

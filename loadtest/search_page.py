@@ -42,7 +42,7 @@ def render_search(report: Mapping[str, Any]) -> str:
         HEAD=head,
         TILES="",
         CHARTS=f"{_ranges(report)}{draw(_trials(report))}",
-        TABLES=table("Side by side", [*heads, "doubtful trials"], rows),
+        TABLES=table("In figures", [*heads, "doubtful trials"], rows, wide=True),
         DETAILS=table("Versions", ["", ""], [list(pair) for pair in report["versions"].items()]),
     )
 
@@ -69,12 +69,13 @@ def _trials(report: Mapping[str, Any]) -> Chart:
     right = max(trial["rate"] for result in report["results"] for trial in result["trials"])
     lines = [
         Line(
-            name=result["name"],
-            points=[(trial["rate"], trial["p99_ms"]) for trial in result["trials"]],
+            name=result["name"] if held else "",
+            points=[(trial["rate"], trial["p99_ms"]) for trial in result["trials"] if trial["held"] == held],
             color=i % _COLORS,
-            style="dots",
+            style="discs" if held else "crosses",
         )
         for i, result in enumerate(report["results"])
+        for held in (True, False)
     ]
     bounds = [
         (bound.told(), 1000 * bound.limit) for bound in Slo.parse(report["slo"]).bounds if bound.quantile is not None
@@ -87,7 +88,7 @@ def _trials(report: Mapping[str, Any]) -> Chart:
         x_ticks=[(tick, format_value(tick)) for tick in nice_ticks(right)],
         bounds=bounds,
         log=True,
-        note="A trial that could not be won any more ended early: there the latency is at least this.",
+        note="A disc held, a cross broke; what could not be won any more ended early, at this latency or more.",
     )
 
 

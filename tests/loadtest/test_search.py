@@ -68,8 +68,9 @@ def test_the_page_shows_every_configuration() -> None:
     assert page.count('class="bar"') == 2
     assert "slow &lt;one&gt;" in page
     assert f"{results[1]['rate_per_second']:.2f}/s" in page
-    (dots,) = re.findall(r'<path class="dots" d="([^"]*)" stroke="var\(--c1\)"', page)
-    assert dots.count("M") == 12
+    marks = re.findall(r'<path class="(discs|crosses)" d="([^"]*)" stroke="var\(--c1\)"', page)
+    assert [kind for kind, _ in marks] == ["discs", "crosses"]
+    assert sum(path.count("M") for _, path in marks) == 12
 
 
 def test_configurations() -> None:
