@@ -45,7 +45,7 @@ class Collection:
         self._problems[msg.node_id] = msg.data["problem"]
         problem = next((told for told in self._problems.values() if told), "")
         if problem or len(self._problems) == self._settings.num_workers:
-            self._begin_at = time.time() + _BEGIN_SECONDS
+            self._begin_at = time.time() + (_BEGIN_SECONDS if self._settings.num_workers > 1 else 0.0)
             environment.runner.send_message(BEGIN, {"at": self._begin_at, "problem": problem})  # type: ignore[union-attr]
             last = _BEGIN_SECONDS + self._settings.seconds + self._settings.timeout_seconds + _LOST_SECONDS
             gevent.spawn_later(last, self._end, "")

@@ -28,11 +28,11 @@ from loadtest.summary import Limits, summarize
 pytest_plugins = ("load_fixtures",)
 
 NUM_REFERENCES = 3
-RATE, SECONDS, STALL = 20, 3.0, 1.2
+RATE, SECONDS, STALL = 25, 2.0, 0.9
 
 
 def settings(fake: FakeServer, pictures: Path, **more: Any) -> LoadSettings:
-    rate, seconds = more.pop("rate", RATE), more.pop("seconds", 1.5)
+    rate, seconds = more.pop("rate", RATE), more.pop("seconds", 1.0)
     fields: dict[str, Any] = {"urls": (fake.url,), "model": "fake", "process": "even", "timeout_seconds": 10.0}
     fields |= {"pictures": str(pictures), "phases": steady(rate, seconds)}
     return LoadSettings(**(fields | more))
@@ -97,11 +97,11 @@ def test_triton_is_asked_in_its_own_way(fake: FakeServer, pictures: Path, way: s
     with serve_grpc(fake) as address:
         urls = (address if way == "triton-grpc" else fake.url,)
         result = run_load(settings(fake, pictures, rate=40, way=way, urls=urls, shares=shares))
-    assert len(result.records) == 60
+    assert len(result.records) == 40
     assert {record.outcome for record in result.records} == {OK}
     assert {record.kind for record in result.records} == {"png", "json", "raw", "bad"}
     waited = sum(record.seconds for record in result.records)
-    assert waited > 4 * 1.5  # many at once: no request blocks the others
+    assert waited > 4 * 1.0  # many at once: no request blocks the others
 
 
 def test_a_mask_that_changes_under_load_is_found(fake: FakeServer, pictures: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_is_beyond_the_bounds_counts_as_failed(fake: FakeServer, pictures: 
     fake.stall = (NUM_REFERENCES, 60.0)
     result = run_load(settings(fake, pictures, max_inflight=5, timeout_seconds=0.5, rate=40))
     outcomes = Counter(record.outcome for record in result.records)
-    assert len(result.records) == 60
+    assert len(result.records) == 40
     assert set(outcomes) == {UNSENT, TIMEOUT}
     assert outcomes[TIMEOUT] >= 5
     for record in result.records:
@@ -147,7 +147,7 @@ def test_workers_may_come_over_the_network(fake: FakeServer, pictures: Path) -> 
     try:
         result = run_load(settings(fake, pictures, num_workers=1), bind=("127.0.0.1", port))
         assert {record.outcome for record in result.records} == {OK}
-        assert len(result.records) == 30
+        assert len(result.records) == RATE
         assert worker.wait(20) == 0  # as a job that is complete
     finally:
         worker.kill()
@@ -175,12 +175,12 @@ def test_a_lost_worker_makes_the_run_not_valid(fake: FakeServer, pictures: Path)
 
 def test_a_hopeless_run_ends_early(fake: FakeServer, pictures: Path) -> None:
     fake.delay = 0.4
-    result = run_load(settings(fake, pictures, rate=20, seconds=30.0, give_up="p90=100ms"))
+    result = run_load(settings(fake, pictures, rate=20, seconds=10.0, give_up="p90=100ms"))
     assert result.gave_up
     given_up = [record for record in result.records if record.outcome == GIVEN_UP]
     assert given_up  # what was in flight is not forgotten
     assert max(record.seconds for record in given_up) >= 0.1
-    assert len(result.records) < 200
+    assert len(result.records) < 150
 
 
 def test_a_replay_sends_what_was_recorded(fake: FakeServer, pictures: Path) -> None:
