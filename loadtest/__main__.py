@@ -10,6 +10,7 @@ that the run says nothing about the server.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -244,4 +245,5 @@ def _typed(parse: Callable[[str], float]) -> Callable[[str], float]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
     sys.exit(main())

@@ -10,6 +10,7 @@ trial by trial, and in each repeat get the same arrivals: what disturbs the mach
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -363,4 +364,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
     sys.exit(main())
