@@ -1,4 +1,5 @@
 # env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
+# loadtest: half a minute of load on a running server, as a page    soak: half an hour, for memory and masks
 # monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
 # images: of both servers and the load test    image: of SERVER alone    VARIANT=cuda: for GPUs
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
@@ -12,6 +13,9 @@ METRICS_PORT ?= 8090
 SERVER ?= torchserve
 VARIANT ?= cpu
 TAG ?= latest
+RATE ?= 2
+SECONDS ?= 30
+SLO ?= p99=2s,errors=0.1%
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -23,7 +27,7 @@ SAMPLES := build/samples
 # The first that works: a client without its daemon does not.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 
-.PHONY: env serve serve-triton monitor dashboards images image test test-all check bench clean
+.PHONY: env serve serve-triton monitor loadtest soak dashboards images image test test-all check bench clean
 
 env: $(ENV)
 
@@ -47,6 +51,14 @@ serve-triton: $(ENV) $(SAMPLES)
 
 monitor: $(ENV)
 	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+
+loadtest: $(ENV)
+	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
+		--rate $(RATE) --seconds $(SECONDS) --json 10% --raw 10% --bad 5% --slo $(SLO) --out build/loadtest/report.html
+
+soak: $(ENV)
+	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
+		--shape soak --rate $(RATE) --json 10% --raw 10% --bad 5% --slo errors=0 --out build/loadtest/soak.html
 
 dashboards: $(ENV)
 	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards

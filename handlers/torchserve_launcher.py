@@ -42,7 +42,7 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 # Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
 _MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
-_DRAIN_SECONDS = 30.0  # as long as Triton gets
+_DRAIN_SECONDS = 60.0  # what was accepted is answered within deadline_seconds
 _FLUSH_SECONDS = 0.5  # from a worker's last answer until Java has written it to its connection
 _MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 

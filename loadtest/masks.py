@@ -1,0 +1,131 @@
+"""Is an answer right? Masks under load are held against those of the same pictures from an idle server."""
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from .pictures import Item
+from .ways import Answer
+
+OK = "ok"
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class MaskError(ValueError):
+    """An answer is not what was asked for; the message says why in a few words that group well."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a picture's mask is.
+
+    Attributes:
+        png: as an idle server gave it.
+    """
+
+    png: bytes
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return read_mask(self.png)
+
+    @cached_property
+    def areas(self) -> Mapping[int, int]:
+        """Pixels by class."""
+        ids, counts = np.unique(self.labels, return_counts=True)
+        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+def read_mask(png: bytes) -> np.ndarray:
+    """Class ids [H, W] of a mask.
+
+    Raises:
+        MaskError: it is not a palette or grey PNG, or an index lies outside of the palette.
+    """
+    if png[:8] != _PNG:
+        raise MaskError("not a PNG")
+    try:
+        with Image.open(io.BytesIO(png)) as opened:
+            if opened.mode not in ("P", "L", "I", "I;16"):
+                raise MaskError(f"a PNG of mode {opened.mode}, not of class ids")
+            labels = np.asarray(opened)
+            num_classes = len(opened.getpalette() or []) // 3 if opened.mode == "P" else 65_536
+    except OSError:
+        raise MaskError("a broken PNG") from None
+    if labels.max(initial=0) >= num_classes:
+        raise MaskError("a class outside of the palette")
+    return labels
+
+
+def check_answer(
+    item: Item, answer: Answer, reference: Reference | None, *, min_agreement: float
+) -> tuple[str, float | None]:
+    """What became of a request.
+
+    Args:
+        reference: of the picture; None where there is none yet, or for what is bad.
+        min_agreement: share of pixels that have to have the reference's class.
+
+    Returns:
+        OK or what is wrong, and the share of pixels that agree, where that was found out.
+    """
+    if item.kind == "bad":
+        return _check_refusal(answer), None
+    if answer.status != 200:
+        return f"status {answer.status}", None
+    try:
+        if item.kind == "json":
+            agreement = _check_json(item, answer.body, reference)
+        else:
+            agreement = _check_png(item, answer.body, reference)
+    except MaskError as error:
+        return f"wrong: {error}", None
+    if agreement is not None and agreement < min_agreement:
+        return "wrong: another mask", agreement
+    return OK, agreement
+
+
+def _check_refusal(answer: Answer) -> str:
+    if answer.status == 503:
+        return "status 503"  # refused, but for lack of room
+    if not 400 <= answer.status < 500:
+        return f"wrong: status {answer.status} for what is no picture"
+    if b"Traceback" in answer.body:
+        return "wrong: a traceback"
+    return OK
+
+
+def _check_png(item: Item, body: bytes, reference: Reference | None) -> float | None:
+    if reference is not None and body == reference.png:
+        return 1.0  # as deterministic servers answer: nothing to decode
+    if body[:8] != _PNG or len(body) < 33:
+        raise MaskError("not a PNG")
+    width, height = struct.unpack(">II", body[16:24])
+    if (height, width) != item.size:
+        raise MaskError("another size than the picture")
+    labels = read_mask(body)
+    return None if reference is None else float((labels == reference.labels).mean())
+
+
+def _check_json(item: Item, body: bytes, reference: Reference | None) -> float | None:
+    """By areas alone: two masks agree at most as much as they do."""
+    try:
+        described = json.loads(body)
+        size = (described["height"], described["width"])
+        areas = {entry["id"]: entry["area"] for entry in described["classes"]}
+    except (ValueError, KeyError, TypeError):
+        raise MaskError("not the JSON of a mask") from None
+    if size != item.size:
+        raise MaskError("another size than the picture")
+    if sum(areas.values()) != size[0] * size[1]:
+        raise MaskError("areas that do not fill the picture")
+    if reference is None:
+        return None
+    shared = sum(min(area, reference.areas.get(index, 0)) for index, area in areas.items())
+    return float(shared / (size[0] * size[1]))

@@ -1,0 +1,368 @@
+"""The highest rate at which a server keeps its promises; several configurations side by side.
+
+    python -m loadtest.search --slo p99=800ms,errors=0.1% [--configuration "schedule=off"] [--configuration "..."]
+
+Every repeat is a bisection of its own, with arrivals of its own. The result is the median of the repeats, and the
+range from the least to the greatest of them holds the true median with the probability that the JSON calls
+`coverage`: 1 - 2^(1 - repeats), whatever the distribution. All servers run from the beginning to the end, take turns
+trial by trial, and in each repeat get the same arrivals: what disturbs the machine disturbs all of them.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .__main__ import PAINTED, ensure_painted, parse_weights
+from .checking import check_integer, check_number, parse_seconds
+from .machine import describe_machine, installed_versions
+from .pictures import load_mix
+from .running import RunError, run_load
+from .search_page import write_search_page
+from .servers import MODEL, Configuration, Served
+from .settings import LoadSettings
+from .shapes import steady
+from .slo import Slo
+from .summary import Limits, summarize
+
+PRESETS = {
+    "merging": ("schedule=off", "schedule=2,5"),
+    "align": ("align=1", "align=8", "align=16"),
+    "runtime": ("runtime=torch", "runtime=openvino"),
+    "server": ("way=torchserve", "way=triton", "way=triton-grpc"),
+    "replicas": ("replicas=1", "replicas=2"),
+}
+
+_GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
+_CLOSE = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How to search.
+
+    Attributes:
+        slo: promises.
+        pictures: folder of what is sent.
+        weights: of pictures, by patterns of file names.
+        repeats: bisections of every configuration.
+        trials: of a bisection; each halves what is left.
+        requests: of a trial, at least: p99 of a hundred is the second largest.
+        min_seconds: of a trial.
+        max_seconds: of a trial; at rates so low that `requests` would take longer there are fewer.
+        probe_seconds: of the closed loop that finds where to search.
+        probe_users: of that loop.
+        max_inflight: requests.
+        timeout_seconds: of a request.
+    """
+
+    slo: Slo
+    pictures: Path
+    weights: dict[str, float] = field(default_factory=dict)
+    repeats: int = 3
+    trials: int = 5
+    requests: int = 100
+    min_seconds: float = 10.0
+    max_seconds: float = 60.0
+    probe_seconds: float = 8.0
+    probe_users: int = 8
+    max_inflight: int = 512
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "trials", "requests", "probe_users", "max_inflight"):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("min_seconds", "max_seconds", "probe_seconds", "timeout_seconds"):
+            check_number(name, getattr(self, name), above=True)
+
+    def trial_seconds(self, rate: float) -> float:
+        return min(self.max_seconds, max(self.min_seconds, self.requests / rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one rate."""
+
+    rate: float
+    held: bool
+    p50_ms: float | None
+    p99_ms: float | None
+    requests: int
+    doubts: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Bisection:
+    """Narrows down the highest rate that holds, from a guess: an end that no trial confirms moves on.
+
+    Attributes:
+        low: a rate that held, or the guess of one.
+        high: a rate that did not, or the guess of one.
+        trials: all so far.
+    """
+
+    low: float
+    high: float
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def next_rate(self) -> float:
+        return (self.low + self.high) / 2
+
+    def learn(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        close = _CLOSE * self.high
+        if trial.held:
+            self.low = trial.rate
+            if self.high - self.low < close and all(other.held for other in self.trials):
+                self.high *= 1.25
+        else:
+            self.high = trial.rate
+            if self.high - self.low < close and not any(other.held for other in self.trials):
+                self.low /= 4
+
+    @property
+    def rate(self) -> float:
+        """The highest that held; 0 if none did."""
+        return self.best.rate if self.best else 0.0
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial at the highest rate that held."""
+        held = [trial for trial in self.trials if trial.held]
+        return max(held, key=lambda trial: trial.rate, default=None)
+
+
+def bisect_interleaved(
+    guesses: Sequence[tuple[float, float]], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
+) -> list[list[Bisection]]:
+    """Search for several at once, in turns.
+
+    Args:
+        guesses: for each a rate that should hold and one that should not.
+        try_rate: given which, a rate and the repeat.
+
+    Returns:
+        For each, its bisections, one a repeat.
+    """
+    found: list[list[Bisection]] = [[] for _ in guesses]
+    for repeat in range(repeats):
+        for bisections, (low, high) in zip(found, guesses, strict=True):
+            bisections.append(Bisection(low, high))
+        for step in range(trials):
+            for turn in range(len(found)):
+                i = (turn + step + repeat) % len(found)  # nobody is always the first
+                found[i][-1].learn(try_rate(i, found[i][-1].next_rate, repeat))
+    return found
+
+
+def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]) -> dict[str, Any]:
+    """A configuration's result, and how it compares with the first one, repeat by repeat."""
+    rates = [bisection.rate for bisection in bisections]
+    middle = sorted(bisections, key=lambda bisection: bisection.rate)[(len(bisections) - 1) // 2]
+    ratios = [mine.rate / other.rate for mine, other in zip(bisections, first, strict=True) if other.rate]
+    best = middle.best
+    return {
+        "rate_per_second": round(statistics.median(rates), 4),
+        "low": round(min(rates), 4),
+        "high": round(max(bisection.high for bisection in bisections), 4),
+        "p50_ms": best.p50_ms if best else None,
+        "p99_ms": best.p99_ms if best else None,
+        "repeats": [round(rate, 4) for rate in rates],
+        "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
+        "ratio_to_first": {
+            "median": round(statistics.median(ratios), 4),
+            "low": round(min(ratios), 4),
+            "high": round(max(ratios), 4),
+        }
+        if ratios
+        else None,
+        "trials": [
+            {"repeat": i, "rate": round(trial.rate, 4), "held": trial.held, "p99_ms": trial.p99_ms}
+            for i, bisection in enumerate(bisections)
+            for trial in bisection.trials
+        ],
+    }
+
+
+def search(
+    configurations: Sequence[Configuration],
+    checkpoint: Path,
+    settings: SearchSettings,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Start a server for each, search in turns, and stop them.
+
+    Raises:
+        RunError: a server does not start or does not answer.
+    """
+    mix = load_mix(settings.pictures, shares={}, weights=settings.weights, seed=0)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="search-")))
+        servers = [
+            stack.enter_context(Served(configuration, checkpoint, folder / str(i)))
+            for i, configuration in enumerate(configurations)
+        ]
+        for server in servers:
+            server.wait_ready(mix.pictures[0])
+        probes = [_probe(server, settings) for server in servers]
+        for server, (rate, _) in zip(servers, probes, strict=True):
+            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users")
+
+        def try_rate(i: int, rate: float, repeat: int) -> Trial:
+            trial = _try(servers[i], settings, rate, repeat)
+            p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
+            verdict = "held" if trial.held else "broke"
+            for doubt in trial.doubts:
+                say(f"  but perhaps because of the client: {doubt}")
+            say(f"repeat {repeat}, {servers[i].configuration.name}: {rate:.2f}/s {verdict}, p99 {p99}")
+            return trial
+
+        found = bisect_interleaved(
+            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate, _ in probes],
+            try_rate,
+            repeats=settings.repeats,
+            trials=settings.trials,
+        )
+    devices = sorted({device for _, device in probes})
+    return {
+        "device": f"{', '.join(devices)} ({describe_machine()})",
+        "versions": installed_versions(),
+        "slo": str(settings.slo),
+        "coverage": 1 - 2.0 ** (1 - settings.repeats),
+        "pictures": [{"name": name, "weight": weight} for name, weight in mix.weights.items()],
+        "results": [
+            {
+                "configuration": configuration.as_dict(),
+                "name": configuration.name,
+                **summarize_search(bisections, found[0]),
+                "closed_loop_per_second": round(probe, 4),
+            }
+            for configuration, bisections, (probe, _) in zip(configurations, found, probes, strict=True)
+        ],
+    }
+
+
+def _load(server: Served, settings: SearchSettings, rate: float, seconds: float, **more: Any) -> LoadSettings:
+    return LoadSettings(
+        way=server.configuration.way,
+        urls=tuple(server.urls),
+        model=MODEL,
+        pictures=str(settings.pictures.resolve()),
+        weights=settings.weights,
+        phases=steady(rate, seconds),
+        max_inflight=settings.max_inflight,
+        timeout_seconds=settings.timeout_seconds,
+        **more,
+    )
+
+
+def _probe(server: Served, settings: SearchSettings) -> tuple[float, str]:
+    """What clients reach that wait for their answers, and on which device."""
+    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users)
+    summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
+    if not summary["answered_per_second"]:
+        raise RunError(f"{server.configuration.name}: answered nothing: {summary['outcomes']}")
+    server.wait_idle()
+    return summary["answered_per_second"], summary["device"]
+
+
+def _try(server: Served, settings: SearchSettings, rate: float, repeat: int) -> Trial:
+    load = _load(server, settings, rate, settings.trial_seconds(rate), seed=1 + repeat, give_up=str(settings.slo))
+    for _ in range(2):
+        summary = summarize(load, run_load(load), Limits(slo=settings.slo))
+        server.wait_idle()
+        # A client that is late only adds to the latency, so what held did hold. What broke may not break again.
+        if summary["valid"] or summary["held"]:
+            break
+    held = summary["held"]
+    latency, doubts = summary["latency_ms" if held else "at_least_ms"], () if held else tuple(summary["doubts"])
+    return Trial(rate, held, latency["p50"], latency["p99"], summary["requests"], doubts)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Everything side by side."""
+    print(f"\n{report['device']}; highest rate that holds {report['slo']}, and its range")
+    print(f"({100 * report['coverage']:.0f} % of such ranges hold the true median):\n")
+    for result in report["results"]:
+        ratio = result["ratio_to_first"]
+        against = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
+        p50, p99 = (f"{result[name]:.0f}" if result[name] is not None else "-" for name in ("p50_ms", "p99_ms"))
+        print(
+            f"  {result['name']:<44} {result['rate_per_second']:7.2f}/s ({result['low']:.2f} to {result['high']:.2f})"
+            f"  p50 {p50} ms  p99 {p99} ms  {against}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.search", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--slo", required=True, help="such as p99=800ms,errors=0.1%%")
+    parser.add_argument(
+        "--configuration",
+        action="append",
+        metavar="'NAME=VALUE ...'",
+        help="way, schedule, align, replicas, or a field of the served model; repeat to compare",
+    )
+    parser.add_argument("--compare", choices=list(PRESETS), help="configurations that are often compared (merging)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/demo/checkpoint.pth"))
+    parser.add_argument("--pictures", type=Path, help=f"a folder of pictures (painted ones in {PAINTED})")
+    parser.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
+    for name, default, help in (
+        ("repeats", 3, "bisections of each"),
+        ("trials", 5, "of a bisection"),
+        ("requests", 100, "of a trial at least"),
+        ("probe-users", 8, "of the closed loop that finds where to search"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
+    for name, seconds, help in (
+        ("min-seconds", "10", "of a trial"),
+        ("max-seconds", "60", "of a trial"),
+        ("probe-seconds", "8", "of that loop"),
+    ):
+        parser.add_argument(f"--{name}", default=seconds, help=f"{help} ({seconds})")
+    parser.add_argument("--out", type=Path, default=Path("build/loadtest/search.json"))
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.configuration and arguments.compare:
+            raise ValueError("compare: expected without --configuration")
+        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
+        configurations = [Configuration.parse(text) for text in texts]
+        settings = SearchSettings(
+            slo=Slo.parse(arguments.slo),
+            pictures=arguments.pictures or PAINTED,
+            weights=parse_weights(arguments.weights),
+            repeats=arguments.repeats,
+            trials=arguments.trials,
+            requests=arguments.requests,
+            probe_users=arguments.probe_users,
+            min_seconds=parse_seconds(arguments.min_seconds),
+            max_seconds=parse_seconds(arguments.max_seconds),
+            probe_seconds=parse_seconds(arguments.probe_seconds),
+        )
+        if arguments.pictures is None:
+            ensure_painted(PAINTED)
+        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_search_page(report, arguments.out.with_suffix(".html"))
+    except (OSError, ValueError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    print_table(report)
+    print(f"\n{arguments.out.with_suffix('.html')}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
+    sys.exit(main())

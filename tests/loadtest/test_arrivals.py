@@ -1,0 +1,78 @@
+"""When requests are due."""
+
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from loadtest.arrivals import Arrival, arrivals_of, read_trace, write_trace
+from loadtest.shapes import Phase, spike, steady, steps
+
+
+def test_even_arrivals_are_in_the_middle_of_their_slots() -> None:
+    due = [arrival.at for arrival in arrivals_of(steady(2, 3), "even", 0)]
+    assert due == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
+
+
+def test_poisson_arrivals_have_the_rate_and_the_spread_of_their_process() -> None:
+    due = [arrival.at for arrival in arrivals_of(steady(50, 200), "poisson", 1)]
+    gaps = [after - before for before, after in pairwise(due)]
+    assert len(due) == pytest.approx(10_000, abs=4 * math.sqrt(10_000))
+    assert statistics.fmean(gaps) == pytest.approx(0.02, rel=0.04)
+    assert statistics.stdev(gaps) == pytest.approx(0.02, rel=0.06)  # as large as the mean: memoryless
+    assert due == sorted(due)
+    assert due[-1] < 200
+
+
+def test_a_seed_decides() -> None:
+    phases = spike(1, 5, 100)
+    assert arrivals_of(phases, "poisson", 3) == arrivals_of(phases, "poisson", 3)
+    assert arrivals_of(phases, "poisson", 3) != arrivals_of(phases, "poisson", 4)
+
+
+@pytest.mark.parametrize("process", ["even", "poisson"])
+def test_each_phase_has_its_own_rate(process: str) -> None:
+    phases = (Phase(100, 10), Phase(50, 0), Phase(100, 40))
+    due = [arrival.at for arrival in arrivals_of(phases, process, 0)]
+    counts = [sum(start <= at < end for at in due) for start, end in ((0, 100), (100, 150), (150, 250))]
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(1000, abs=130)
+    assert counts[2] == pytest.approx(4000, abs=260)
+
+
+def test_shapes() -> None:
+    assert steps([1, 2], 10) == (Phase(5, 1), Phase(5, 2))
+    assert [phase.rate for phase in spike(1, 4, 10)] == [1, 4, 1]
+    assert sum(phase.seconds for phase in spike(1, 4, 10)) == pytest.approx(10)
+    with pytest.raises(ValueError, match="seconds: expected a number > 0, got 0"):
+        Phase(0, 1)
+    with pytest.raises(ValueError, match="rate: expected a number >= 0, got -1"):
+        Phase(1, -1)
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "trace.csv"])
+def test_a_trace_is_read_as_it_was_written(tmp_path: Path, name: str) -> None:
+    arrivals = [Arrival(0.5), Arrival(0.25, "a.jpg", "json"), Arrival(2.0, kind="bad")]
+    write_trace(tmp_path / name, arrivals)
+    assert read_trace(tmp_path / name) == sorted(arrivals, key=lambda arrival: arrival.at)
+    assert [arrival.at for arrival in read_trace(tmp_path / name, speed=2)] == [0.125, 0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.jsonl", '{"at": 1}\n{"at": "soon"}\n', "line 2: at: expected a number >= 0, got nan"),
+        ("a.jsonl", '{"at": -1}\n', "line 1: at: expected a number >= 0, got -1"),
+        ("a.jsonl", '{"at": 1, "colour": "red"}\n', "line 1: expected at, and perhaps picture and kind"),
+        ("a.jsonl", "nonsense\n", "line 1: expected at"),
+        ("a.jsonl", "\n", "expected at least one arrival"),
+        ("a.csv", "at,picture\n1,a\n,b\n", "line 3: expected|line 3: at"),
+        ("a.txt", "1\n", "expected a .csv or .jsonl file"),
+    ],
+)
+def test_a_broken_trace_is_refused(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_trace(tmp_path / name)

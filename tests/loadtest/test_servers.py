@@ -1,0 +1,104 @@
+"""Real servers under load: each way, a search, and a soak that is short."""
+
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadtest.masks import OK
+from loadtest.pictures import load_mix, paint_pictures
+from loadtest.running import RunError, RunResult, run_load
+from loadtest.search import SearchSettings, search
+from loadtest.servers import MODEL, Configuration, Served
+from loadtest.settings import LoadSettings
+from loadtest.shapes import steady
+from loadtest.slo import Slo
+from loadtest.summary import Limits, summarize
+
+DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DEMO.is_file(), reason="no demo checkpoint"),
+]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty and a crowded scene."""
+    folder = tmp_path_factory.mktemp("scenes")
+    paint_pictures(folder, clutter=[0, 1], sizes=[(320, 240)], num_seeds=1)
+    return folder
+
+
+def load(server: Served, scenes: Path, rate: float, seconds: float) -> tuple[LoadSettings, RunResult]:
+    settings = LoadSettings(
+        way=server.configuration.way,
+        urls=tuple(server.urls),
+        model=MODEL,
+        pictures=str(scenes),
+        phases=steady(rate, seconds),
+        shares={"json": 0.2, "raw": 0.2, "bad": 0.2},
+    )
+    return settings, run_load(settings, metrics=server.metrics)
+
+
+@pytest.mark.parametrize("way", ["torchserve", "triton", "triton-grpc"])
+def test_every_way_gives_the_masks_of_the_idle_server(way: str, scenes: Path, tmp_path: Path) -> None:
+    with Served(Configuration(way=way), DEMO, tmp_path) as server:
+        server.wait_ready(load_mix(scenes, shares={}, weights={}, seed=0).pictures[0])
+        settings, result = load(server, scenes, 3, 10)
+    outcomes = Counter((record.kind, record.outcome) for record in result.records)
+    assert {outcome for _, outcome in outcomes} == {OK}
+    assert {kind for kind, _ in outcomes} == {"png", "json", "raw", "bad"}
+    assert {record.agreement for record in result.records if record.kind != "bad"} == {1.0}
+    summary = summarize(settings, result, Limits(slo=Slo.parse("errors=0")))
+    assert summary["held"]
+    assert summary["served"]["schedule"] == "2,5"
+    assert summary["server"]["images"] == pytest.approx(sum(r.kind != "bad" for r in result.records), abs=2)
+    assert 0.05 < summary["server"]["stages"]["0"]["merged_share"] < 0.6
+    if way == "torchserve":
+        crowded, empty = (
+            next(row["tokens_out"] for row in summary["pictures"] if row["name"].startswith(name))
+            for name in ("clutter100", "clutter000")
+        )
+        assert crowded > empty  # lengths vary on purpose
+
+
+def test_a_short_soak_loses_nothing_and_leaks_nothing(scenes: Path, tmp_path: Path) -> None:
+    with Served(Configuration(), DEMO, tmp_path) as server:
+        server.wait_ready(load_mix(scenes, shares={}, weights={}, seed=0).pictures[0])
+        settings, result = load(server, scenes, 3, 90)
+    summary = summarize(settings, result, Limits(slo=Slo.parse("errors=0"), max_growth=0.05))
+    assert summary["held"], summary["checks"]
+    assert len(result.records) == len(settings.arrivals())
+    assert summary["memory_growth"] < 0.05
+
+
+def test_a_search_compares_configurations(scenes: Path) -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    configurations = [Configuration.parse("schedule=off"), Configuration.parse("schedule=2,5")]
+    settings = SearchSettings(
+        slo=Slo.parse("p90=2s,errors=0"),
+        pictures=scenes,
+        repeats=2,
+        trials=2,
+        requests=10,
+        min_seconds=3,
+        max_seconds=6,
+        probe_seconds=3,
+        probe_users=4,
+    )
+    report = search(configurations, DEMO, settings)
+    assert {"device", "versions", "slo", "results"} <= set(report)
+    for result, configuration in zip(report["results"], configurations, strict=True):
+        assert result["configuration"] == configuration.as_dict()
+        assert 0 < result["low"] <= result["rate_per_second"] <= result["high"]
+        assert result["p50_ms"] <= result["p99_ms"]
+    assert {process.pid for process in psutil.Process().children(recursive=True)} == before
+
+
+def test_a_checkpoint_that_is_not_there(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"missing\.pth"):
+        Served(Configuration(), tmp_path / "missing.pth", tmp_path)
