@@ -64,7 +64,7 @@ def by_tiles(logits: Tensor, plan: WindowPlan, patch: int) -> np.ndarray:
     [
         (plan_of(1, 1), 150, 16),
         (plan_of(7, 63), 5, 16),
-        (plan_of(16, 16, side=16), 1, 16),
+        (plan_of(16, 16, side=16, stride=16), 1, 16),
         (panorama(1, 789), 150, 16),
         (plan_of(4, 5), 257, 16),
         (plan_of(6, 11), 65, 20),  # patches that do not fill the window
