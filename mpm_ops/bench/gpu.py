@@ -211,7 +211,7 @@ def time_merge(scale: Scale, num_tokens: int, width: int, device: torch.device) 
     times = {name: found["total"] for name, found in laps.items()}
     flops = 3 * scale.batch * num_tokens**2 * width  # three products of 2 N^2 D, of half the matrix
     result: dict[str, Any] = {"num_tokens": num_tokens, "width": width, "batch": scale.batch, "median_ms": times}
-    result["nearest_tflops"] = round(flops / times["nearest"] / 1e9, 3)
+    result["nearest_tflops"] = float(f"{flops / times['nearest'] / 1e9:.4g}")
     if num_tokens in PAPER_MERGE_MS and scale is PAPER:
         result["paper_ms"] = PAPER_MERGE_MS[num_tokens]
     return result

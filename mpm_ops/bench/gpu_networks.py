@@ -316,7 +316,7 @@ def _summary(
     if lengths:
         tflops = flops(config, scale.patches, lengths) / network / 1e9
         row |= {"mean_lengths": [round(sum(n) / len(n), 1) for n in lengths]}
-        row |= {"tflops": round(tflops, 2), "of_gemm": round(tflops / peak, 3)}
+        row |= {"tflops": float(f"{tflops:.4g}"), "of_gemm": round(tflops / peak, 3)}
     return row
 
 
@@ -346,4 +346,4 @@ def gemm_tflops(scale: Scale, precision: str, device: torch.device) -> float:
     """What a large matrix product reaches on this device in this precision: the roof."""
     a, b = (torch.randn(scale.gemm, scale.gemm, device=device).to(DTYPES[precision]) for _ in range(2))
     times = in_turn({"gemm": lambda laps: torch.mm(a, b)}, Timer(device), repeats=5)
-    return round(2 * scale.gemm**3 / times["gemm"]["total"] / 1e9, 2)
+    return float(f"{2 * scale.gemm**3 / times['gemm']['total'] / 1e9:.4g}")
