@@ -19,15 +19,19 @@ from handlers.config import ServingConfig
 from handlers.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+OURS = [ROOT / name for name in ("README.md", "handlers/README.md", "mpm_ops/README.md")]
+README = "\n".join(file.read_text(encoding="utf-8") for file in OURS)
 PACKAGES = ("handlers", "loadtest", "model_store", "mpm_ops")
 FOLDERS = (*PACKAGES, "docker", "k8s", "tests")
 
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^ *```(\w+)\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
 SHELL = "\n".join(text for kind, text in BLOCKS if kind == "sh").replace("\\\n", " ")
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^ *```.*?^ *```", "", README, flags=re.MULTILINE | re.DOTALL)
 SPANS = list(dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)))
 SPACED = "\n".join([SHELL, *SPANS])
+# These tell of other projects' commands and settings too; of ours, how to run and where to look.
+MANUALS = [ROOT / name / "README.md" for name in ("docker", "k8s", "loadtest")]
+MANUAL_COMMANDS = "\n".join(file.read_text(encoding="utf-8") for file in MANUALS).replace("\\\n", " ")
 
 
 class _ParsedError(Exception):
@@ -38,8 +42,8 @@ class _ParsedError(Exception):
 def _only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
 
-    def stop(parser: argparse.ArgumentParser) -> None:
-        parse(parser)
+    def stop(parser: argparse.ArgumentParser, *arguments: list[str]) -> None:
+        parse(parser, *arguments)
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
@@ -88,7 +92,7 @@ def read_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ModuleNotFoundError, AttributeError: there is nothing to run.
         SystemExit: the arguments are refused; its code is 2.
     """
-    name, *arguments = shlex.split(re.split(r"[|;]|&&", line)[0], comments=True)
+    name, *arguments = shlex.split(re.split(r"[|;`]|&&", line)[0], comments=True)
     module = importlib.import_module(name)
     if not hasattr(module, "main"):
         module = importlib.import_module(f"{name}.__main__")
@@ -107,7 +111,7 @@ def read_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_only_parsing")
-@pytest.mark.parametrize("line", found(r"python -m (?!pip|venv|pytest)(.+)"))
+@pytest.mark.parametrize("line", found(r"python -m (?!pip|venv|pytest)(.+)", text=f"{SPACED}\n{MANUAL_COMMANDS}"))
 def test_commands_take_their_options(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read_command(line, monkeypatch)
 
@@ -154,11 +158,19 @@ def test_variables_of_make_are_in_the_makefile(variables: str) -> None:
         assert re.search(rf"^{name} \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "path", found(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./-]*") + found(r"\]\((?!https?:)([^)]+)\)", text=PROSE)
-)
+@pytest.mark.parametrize("path", found(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./-]*"))
 def test_files_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("file", [*OURS, *MANUALS], ids=lambda file: file.parent.name)
+def test_links_lead_somewhere(file: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = file.parent / path
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 @pytest.mark.parametrize("row", found(r"^\| `\w+/` \| .*$", text=PROSE))
