@@ -103,5 +103,5 @@ def test_a_search_compares_configurations(scenes: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="expected variant.yml beside the checkpoint"):
+    with pytest.raises(RunError, match=r"expected variant\.yml beside the checkpoint"):
         Served(Configuration(), tmp_path / "missing.pth", tmp_path)
