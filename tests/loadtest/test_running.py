@@ -194,6 +194,21 @@ def test_a_replay_sends_what_was_recorded(fake: FakeServer, pictures: Path) -> N
         run_load(settings(fake, pictures, trace=(Arrival(0.5, "gone.png", "png"),)))
 
 
+def test_who_is_ended_ends_what_it_started(fake: FakeServer, pictures: Path, tmp_path: Path) -> None:
+    where = ["--url", fake.url, "--model", "fake", "--metrics", "none", "--pictures", str(pictures)]
+    command = [sys.executable, "-m", "loadtest", *where, "--out", str(tmp_path / "report.html")]
+    load = subprocess.Popen(command, env=worker_environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while len(fake.seen) <= NUM_REFERENCES and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(load.pid).children(recursive=True)
+    assert children
+    load.terminate()
+    assert load.wait(20) == 2
+    assert not [child for child in children if child.is_running()]
+    assert not list(tmp_path.iterdir())
+
+
 def test_servers_that_are_asked_in_turn_have_to_agree(fake: FakeServer, pictures: Path) -> None:
     with FakeServer() as other:
         result = run_load(settings(fake, pictures, urls=(fake.url, other.url)))
