@@ -73,7 +73,7 @@ def _sections(device: torch.device, scale: Scale, *, full: bool, more: Sequence[
 
     first, *others = scale.networks
     widths = [width for width, *_ in scale.networks.values()]
-    sections = [
+    sections: list[Section] = [
         merge(scale.patches, widths[0]),
         network(first, "bf16"),
         ("labels", "", partial(time_labels, scale, device)),

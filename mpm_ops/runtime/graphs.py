@@ -23,7 +23,7 @@ from .eager import TorchRuntime
 if TYPE_CHECKING:
     from mpm_ops.segmenter import Segmenter
 
-Captured = tuple[Callable[[], None], Tensor]  # how to run a graph again, and where its result lies then
+Captured = tuple[Callable[[], object], Tensor]  # how to run a graph again, and where its result lies then
 Capture = Callable[[Callable[[], Tensor]], Captured]
 
 
