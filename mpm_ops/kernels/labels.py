@@ -11,7 +11,7 @@ from torch import Tensor
 
 CLASSES = 64  # compared at once
 PIXELS = 32  # at most, at once; twice that spills registers
-WARPS = 2
+WARPS = 4
 
 
 @triton.jit
