@@ -79,7 +79,7 @@ PAPER = Scale(
     networks={"S": (384, 6, 12, 30), "Ti": (192, 3, 12, 30), "B": (768, 12, 12, 30), "L": (1024, 16, 24, 15)}
 )
 TINY = Scale(
-    batch=2, side=64, patch=8, classes=5, networks={"Ti": (64, 1, 6, 2)}, means=(45, 33), spread=3, align=4,
+    batch=2, side=64, patch=16, classes=5, networks={"Ti": (64, 1, 6, 1)}, means=(12, 9), spread=1, align=4,
     groups=(1, 2), repeats=2, gemm=64,
 )  # fmt: skip
 

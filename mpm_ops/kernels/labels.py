@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 CLASSES = 64  # compared at once
-WARPS = 2
+PIXELS = 32  # at most, at once; twice that spills registers
+WARPS = 4
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def label_pixels(tokens: Tensor, rows: list[Tensor], columns: list[Tensor], wide
         )
     labels = _empty_labels(tokens, rows, columns)
     height, width = labels.shape
-    block = min(max(triton.next_power_of_2(widest), 4), 64)
+    block = min(max(triton.next_power_of_2(widest), 4), PIXELS)
     _label_pixels[(height, len(columns[2]))](
         tokens, *rows, *columns, labels,
         tokens.shape[2], tokens.shape[1], rows[3].shape[1], columns[3].shape[1], width,

@@ -92,8 +92,8 @@ def test_the_whole_command_at_a_tiny_size(
     ways = network["ways"]
     assert {"plain", "unmerged", "MPM", "MPM aligned", "MPM padded", "MPM grouped", "ToMe"} == set(ways)
     assert set(ways["MPM"]["median_ms"]) >= {"embed", "stage 0", "merge 0", "stage 1", "merge 1", "stage 2", "decode"}
-    assert ways["MPM"]["mean_lengths"][0] == 65.0
-    assert 40 <= ways["MPM"]["mean_lengths"][1] <= 49
+    assert ways["MPM"]["mean_lengths"][0] == 17.0
+    assert 12 <= ways["MPM"]["mean_lengths"][1] <= 14
     assert {length % 4 for length in ways["MPM aligned"]["mean_lengths"][1:]} <= {1.0, 3.0}  # of two windows
     assert ways["MPM"]["network_ms"] < ways["MPM"]["with_labels_ms"]
     assert ways["MPM"]["of_gemm"] > 0

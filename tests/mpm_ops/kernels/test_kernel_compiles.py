@@ -36,7 +36,7 @@ cases = [
     (merging._positions, {"chunk": merging.CHUNK}, {}),
     (merging._average, {"block": 8, "block_width": 512}, {}),
     (labels._label_pixels, {"block": 16, "classes": labels.CLASSES}, {"num_warps": labels.WARPS}),
-    (labels._label_pixels, {"block": 64, "classes": labels.CLASSES}, {"num_warps": labels.WARPS}),
+    (labels._label_pixels, {"block": labels.PIXELS, "classes": labels.CLASSES}, {"num_warps": labels.WARPS}),
 ]
 for kernel, constants, options in cases:
     types = {}

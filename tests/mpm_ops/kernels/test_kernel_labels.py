@@ -30,7 +30,9 @@ def plan_of(height: int, width: int, *, side: int = 64, stride: int = 48) -> Win
     return plan_windows(
         height,
         width,
-        InferenceConfig(im_size=side, max_ratio=4, window_size=side, window_stride=stride, normalization="vit"),
+        InferenceConfig(
+            im_size=side, max_ratio=4, window_size=side, window_stride=min(stride, side), normalization="vit"
+        ),
     )
 
 
