@@ -96,9 +96,8 @@ def _flatten(server: str, ports: dict[str, int], name: str) -> tuple[str, dict[s
     text = re.sub(rf"\b({'|'.join(ports)})\b", lambda port: str(ports[port[1]]), json.dumps(found.servers[0]))
     deployment: dict[str, Any] = json.loads(text)
     deployment["metadata"]["name"] = name
-    template = deployment["spec"]["template"]
-    template["metadata"]["annotations"] = _KEPT
-    pod = template["spec"]
+    deployment["metadata"]["annotations"] = _KEPT
+    pod = deployment["spec"]["template"]["spec"]
     pod["hostNetwork"] = True
     for field in _UNKNOWN:
         pod.pop(field, None)
