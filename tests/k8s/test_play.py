@@ -132,8 +132,10 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     finally:
         down = ["podman", "play", "kube", "--down", str(manifest)]
         subprocess.run(down, env=environment, capture_output=True, text=True)
-        volumes = [volume["name"] for volume in pod_of(deployment)["volumes"]]
-        subprocess.run(["podman", "volume", "rm", *volumes], env=environment, capture_output=True, text=True)
+        volumes = [volume.get("configMap", volume)["name"] for volume in pod_of(deployment)["volumes"]]
+        subprocess.run(
+            ["podman", "volume", "rm", "--force", *volumes], env=environment, capture_output=True, text=True
+        )
 
 
 def _serves(played: Played) -> str:
