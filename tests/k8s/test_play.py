@@ -26,15 +26,13 @@ from rendering import ROOT, render
 from handlers.codec import encode_picture
 from handlers.launching import free_port
 from handlers.triton_client import segment_http
-from k8s.manifests import Manifests, pod_of, server_of
+from k8s.manifests import Manifests, containers_of, pod_of, server_of
 from mpm_ops import load_segmenter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 _PORTS = {"torchserve": ("8080", "8090"), "triton": ("8000", "8001", "8090")}
 _UNKNOWN = ("topologySpreadConstraints", "priorityClassName", "serviceAccountName")  # to podman, or of no use to it
-# Podman removes an init container as soon as it ended, which fails where that is not yet written down.
-_KEPT = {"io.podman.annotations.init.container.type": "always"}
 _CONFIG = """\
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
@@ -96,9 +94,10 @@ def _flatten(server: str, ports: dict[str, int], name: str) -> tuple[str, dict[s
     text = re.sub(rf"\b({'|'.join(ports)})\b", lambda port: str(ports[port[1]]), json.dumps(found.servers[0]))
     deployment: dict[str, Any] = json.loads(text)
     deployment["metadata"]["name"] = name
-    template = deployment["spec"]["template"]
-    template["metadata"]["annotations"] = _KEPT
-    pod = template["spec"]
+    pod = deployment["spec"]["template"]["spec"]
+    pod["restartPolicy"] = "Never"  # podman would start init containers again and again
+    for volume in [*pod["volumes"], *(mount for each in containers_of(pod) for mount in each["volumeMounts"])]:
+        volume["name"] = f"{name}-{volume['name']}"  # podman's volumes are the machine's
     pod["hostNetwork"] = True
     for field in _UNKNOWN:
         pod.pop(field, None)
@@ -133,6 +132,10 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     finally:
         down = ["podman", "play", "kube", "--down", str(manifest)]
         subprocess.run(down, env=environment, capture_output=True, text=True)
+        volumes = [volume.get("configMap", volume)["name"] for volume in pod_of(deployment)["volumes"]]
+        subprocess.run(
+            ["podman", "volume", "rm", "--force", *volumes], env=environment, capture_output=True, text=True
+        )
 
 
 def _serves(played: Played) -> str:
