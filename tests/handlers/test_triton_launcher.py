@@ -38,7 +38,7 @@ class TritonPythonModel(Served):
         super().initialize(args)
         submit, closed = self._engine.submit, os.path.join(args["model_repository"], "closed")
 
-        def submit_when_open(data, options):
+        def submit_when_open(data, options, *span):
             answer = Future()
 
             def pass_on(done):
@@ -48,7 +48,7 @@ class TritonPythonModel(Served):
             def wait():
                 while os.path.exists(closed):
                     time.sleep(0.01)
-                submit(data, options).add_done_callback(pass_on)
+                submit(data, options, *span).add_done_callback(pass_on)
 
             threading.Thread(target=wait, daemon=True).start()
             return answer
