@@ -269,14 +269,13 @@ class _Pulse:
         self._greenlet.kill()
 
     def _beat(self) -> None:
-        worst, since, used = 0.0, time.monotonic(), time.process_time()
         while True:
-            expected = time.monotonic() + _PULSE_SECONDS
-            gevent.sleep(_PULSE_SECONDS)
-            now = time.monotonic()
-            worst = max(worst, now - expected)
-            self._session.check_hope()
-            if now - since >= 1:
-                cpu = time.process_time()
-                self._session.watch(worst, (cpu - used) / (now - since))
-                worst, since, used = 0.0, now, cpu
+            worst, since, used = 0.0, time.monotonic(), time.process_time()
+            try:
+                while (now := time.monotonic()) - since < 1:
+                    gevent.sleep(_PULSE_SECONDS)
+                    worst = max(worst, time.monotonic() - now - _PULSE_SECONDS)
+                    self._session.check_hope()
+            finally:  # what is left of a second at the end counts as well
+                elapsed = max(time.monotonic() - since, _PULSE_SECONDS)
+                self._session.watch(worst, (time.process_time() - used) / elapsed)

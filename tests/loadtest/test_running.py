@@ -211,7 +211,7 @@ def test_who_is_ended_ends_what_it_started(fake: FakeServer, pictures: Path, tmp
 
 def test_servers_that_are_asked_in_turn_have_to_agree(fake: FakeServer, pictures: Path) -> None:
     with FakeServer() as other:
-        result = run_load(settings(fake, pictures, urls=(fake.url, other.url)))
+        result = run_load(settings(fake, pictures, urls=(fake.url, other.url), rate=20))
         assert {record.outcome for record in result.records} == {OK}
         assert len(fake.seen) == len(other.seen) == NUM_REFERENCES + len(result.records) // 2
         other.mask = lambda labels, _: np.zeros_like(labels)
