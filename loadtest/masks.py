@@ -21,6 +21,10 @@ class MaskError(ValueError):
     """An answer is not what was asked for; the message says why in a few words that group well."""
 
 
+class OtherImageError(ValueError):
+    """An image, but not one of class ids; the message is its format and mode."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a picture's mask is.
@@ -51,16 +55,32 @@ def read_mask(png: bytes) -> np.ndarray:
     if png[:8] != _PNG:
         raise MaskError("not a PNG")
     try:
-        with Image.open(io.BytesIO(png)) as opened:
-            if opened.mode not in ("P", "L", "I", "I;16"):
-                raise MaskError(f"a PNG of mode {opened.mode}, not of class ids")
-            labels = np.asarray(opened)
-            num_classes = len(opened.getpalette() or []) // 3 if opened.mode == "P" else 65_536
+        labels, colors = decode_mask(png)
+    except OtherImageError as other:
+        raise MaskError(f"a {other}, not of class ids") from None
     except OSError:
         raise MaskError("a broken PNG") from None
-    if labels.max(initial=0) >= num_classes:
+    if colors is not None and labels.max(initial=0) >= len(colors):
         raise MaskError("a class outside of the palette")
     return labels
+
+
+def decode_mask(png: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """Class ids [H, W] of a palette or grey PNG, and the palette's colours [K, 3]; None without a palette.
+
+    Raises:
+        OtherImageError: it is an image of another kind.
+        OSError: it can't be read.
+    """
+    try:
+        with Image.open(io.BytesIO(png)) as opened:
+            if opened.format != "PNG" or opened.mode not in ("P", "L", "I", "I;16"):
+                raise OtherImageError(f"{opened.format} of mode {opened.mode}")
+            palette = opened.getpalette() if opened.mode == "P" else None
+            labels = np.asarray(opened)
+    except (SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from None
+    return labels, None if palette is None else np.asarray(palette, np.uint8).reshape(-1, 3)
 
 
 def check_answer(

@@ -13,7 +13,8 @@ from handlers.bench import servers as bench_servers
 from handlers.bench.__main__ import main as bench
 from handlers.codec import encode_picture
 from loadtest import capacity
-from loadtest.capacity import Measured, ResultError, read_results, size_up
+from loadtest.capacity import size_up
+from loadtest.measurements import Measured, ResultError, read_results
 
 pytest_plugins = ("tiny_server",)
 

@@ -19,7 +19,8 @@ from handlers.codec import encode_picture
 from handlers.torchserve_launcher import TorchServe
 from handlers.triton_launcher import Triton
 from loadtest import compare
-from loadtest.compare import CompareError, Deployment, judge, parse_limits
+from loadtest.compare import judge, parse_limits
+from loadtest.deployments import CompareError, Deployment
 
 pytest_plugins = ("tiny_server",)
 
