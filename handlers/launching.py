@@ -24,6 +24,7 @@ from .readiness import Readiness
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_PORT = 65_535
+_START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
 
 class ServerError(RuntimeError):
@@ -159,7 +160,7 @@ def run_in_foreground(
         if ready_port:
             check_port(host, ready_port)
         with Readiness(host, ready_port) as readiness, start() as server:
-            server.wait_ready()
+            server.wait_ready(_START_SECONDS)
             try:
                 readiness.ready = True
                 greet(server)

@@ -18,6 +18,7 @@ from mpm_ops.stages import parse_schedule
 
 from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
 
+DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
@@ -234,6 +235,8 @@ def endings(manifests: Manifests) -> Iterator[str]:
             continue
         if config is None:
             continue
+        if config.deadline_seconds > DRAIN_SECONDS:
+            yield f"{name_of(server)}: deadline_seconds: expected at most {DRAIN_SECONDS}, launchers drain no longer"
         stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if stop < 10:
             yield f"{name_of(server)}: preStop: expected to sleep 10 s or more, so that balancers learn of the end"
@@ -438,12 +441,18 @@ def models(manifests: Manifests) -> Iterator[str]:
         offered = {port.get("name"): port["containerPort"] for port in server_of(server).get("ports", [])}
         if config.metrics_host != "0.0.0.0" or options.get("metrics-port") != str(offered.get("metrics")):
             yield f"{where}: metrics: expected metrics_host 0.0.0.0 and --metrics-port {offered.get('metrics')}"
+        if _wants_gpu(server) and not config.device.startswith("cuda"):
+            yield f"{where}: device: expected cuda where a GPU is asked for, got {config.device}"
         fewest = int(options.get("batch-size", "0")) * FILL_TOKENS
         if config.max_inflight_tokens > fewest:
             yield (
                 f"{where}: max_inflight_tokens: expected at most --batch-size x {FILL_TOKENS} = {fewest}, or requests "
                 f"wait in the front end, unseen by autoscalers, got {config.max_inflight_tokens}"
             )
+
+
+def _wants_gpu(server: Manifest) -> bool:
+    return any(name.startswith("nvidia.com/") for name in server_of(server).get("resources", {}).get("limits", {}))
 
 
 def digests(manifests: Manifests) -> Iterator[str]:

@@ -53,8 +53,8 @@ class Collection:
             self._end(problem)
 
     def on_report(self, client_id: str, data: dict[str, Any]) -> None:
-        self._records += data.pop("mpm_records", [])
-        self._pulses += data.pop("mpm_pulses", [])
+        self._records += data.pop("load_records", [])
+        self._pulses += data.pop("load_pulses", [])
 
     def on_finished(self, environment: Environment, msg: Any) -> None:
         self._records += msg.data["records"]

@@ -16,7 +16,7 @@ from .settings import LoadSettings
 
 logger = logging.getLogger(__name__)
 
-READY, BEGIN, FINISHED = "mpm_ready", "mpm_begin", "mpm_finished"
+READY, BEGIN, FINISHED = "load_ready", "load_begin", "load_finished"
 
 
 class Part:

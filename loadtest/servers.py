@@ -22,7 +22,7 @@ from .ways import WAYS, NoAnswerError
 MODEL = "segmenter"
 
 _READY_SECONDS = 180.0
-_STOP_SECONDS = 60.0
+_STOP_SECONDS = 90.0
 _DRAIN_SECONDS = 120.0
 _OWN = ("way", "schedule", "align", "replicas")
 

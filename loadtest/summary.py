@@ -63,7 +63,7 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
         }
         for kept in hold_against(limits.slo, latencies)
     ]
-    wrong = sum(record.outcome.startswith("wrong") for record in records)
+    wrong = sum(record.outcome.startswith("wrong") or _never_refused(record) for record in records)
     checks.append({"name": "wrong answers", "value": wrong, "limit": 0, "unit": "count", "kept": wrong == 0})
     growth = served.memory_growth()
     if limits.max_growth is not None:
@@ -133,6 +133,11 @@ def _by(records: Iterable[Record], key: Any) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _never_refused(record: Record) -> bool:
+    """What is bad has to be refused by an answer; one that never came is a server that broke on it."""
+    return record.kind == "bad" and record.outcome.startswith(("connection", "timeout"))
 
 
 def _doubts(settings: LoadSettings, result: RunResult, limits: Limits) -> list[str]:

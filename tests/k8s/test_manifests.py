@@ -144,7 +144,7 @@ def test_a_canary_is_a_server_of_its_own_beside_the_same_route() -> None:
     assert [set(mine) - set(theirs) for mine, theirs in (args, args[::-1])] == [{"--schedule=2,5"}, {"--schedule=4,8"}]
     (route,) = found.of("HTTPRoute")
     weights = {backend["name"]: backend["weight"] for backend in route["spec"]["rules"][0]["backendRefs"]}
-    assert weights == {"segmenter": 95, "segmenter-canary": 5}
+    assert weights == {"segmenter": 100, "segmenter-canary": 0}
 
 
 def test_a_shadow_gets_copies_and_answers_nobody() -> None:
