@@ -274,13 +274,18 @@ class Engine:
         except Exception as error:
             if _is_fatal(error):
                 self._give_up(f"the device failed: {error}")
-            elif len(windows) == 1:
+                return
+            if len(windows) == 1:
                 logger.exception("request %s failed at stage %d", windows[0].request.options.request_id, stage.index)
                 _fail(windows[0].request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
-            else:
-                half = len(windows) // 2
-                self._run(Group(group.lane, group.members[:half], group.reason))
-                self._run(Group(group.lane, group.members[half:], group.reason))
+                return
+            has_failed = True
+        else:
+            has_failed = False
+        if has_failed:  # only now: the error's traceback kept all that the attempt had allocated
+            half = len(windows) // 2
+            self._run(Group(group.lane, group.members[:half], group.reason))
+            self._run(Group(group.lane, group.members[half:], group.reason))
             return
         self._observer(group, seconds)
         self._account(group.lane, windows, seconds, merge_seconds)
@@ -389,6 +394,8 @@ class Engine:
         )
         agreement = self._agreement  # before the answer, which may be the end of the warm-up
         if not request.encoded:
+            if segmented.logits.is_cuda:  # who asked may read them in another stream
+                torch.cuda.current_stream(segmented.logits.device).synchronize()
             request.answer.set_result(segmented)
             return
         reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)

@@ -43,11 +43,11 @@ def find_device(name: str) -> torch.device:
         ValueError: it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of the {torch.cuda.device_count()} GPUs that torch sees, got {name}")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # set_device wants a number
 
 
 def warm_up_picture() -> bytes:

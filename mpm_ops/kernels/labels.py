@@ -76,11 +76,12 @@ def label_pixels(tokens: Tensor, rows: list[Tensor], columns: list[Tensor], wide
     labels = _empty_labels(tokens, rows, columns)
     height, width = labels.shape
     block = min(max(triton.next_power_of_2(widest), 4), PIXELS)
-    _label_pixels[(height, len(columns[2]))](
-        tokens, *rows, *columns, labels,
-        tokens.shape[2], tokens.shape[1], rows[3].shape[1], columns[3].shape[1], width,
-        block=block, classes=min(CLASSES, triton.next_power_of_2(tokens.shape[2])), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(tokens):  # kernels start on the current device, whatever their tensors are on
+        _label_pixels[(height, len(columns[2]))](
+            tokens, *rows, *columns, labels,
+            tokens.shape[2], tokens.shape[1], rows[3].shape[1], columns[3].shape[1], width,
+            block=block, classes=min(CLASSES, triton.next_power_of_2(tokens.shape[2])), num_warps=WARPS,
+        )  # fmt: skip
     return labels
 
 

@@ -135,17 +135,18 @@ def merge_packed(
     position = torch.empty_like(partner)
     lengths = torch.empty_like(cu_seqlens[1:])
     blocks = triton.cdiv(max(max_seqlen - num_special, 1), BLOCK)
-    _partners[(blocks, num_sequences)](
-        best, cu_seqlens, partner, num_special, align, is_aligned=align > 1, block=BLOCK
-    )
-    _positions[(num_sequences,)](partner, cu_seqlens, position, lengths, num_special, chunk=CHUNK)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_merged[1:])
-    block_width = triton.next_power_of_2(width)
-    block = max(1, 4096 // block_width)
-    _average[(triton.cdiv(max_seqlen, block), num_sequences)](
-        values, cu_seqlens, partner, position, cu_merged, merged, merge_map, num_special, width,
-        block=block, block_width=block_width,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # kernels start on the current device, whatever their tensors are on
+        _partners[(blocks, num_sequences)](
+            best, cu_seqlens, partner, num_special, align, is_aligned=align > 1, block=BLOCK
+        )
+        _positions[(num_sequences,)](partner, cu_seqlens, position, lengths, num_special, chunk=CHUNK)
+        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_merged[1:])
+        block_width = triton.next_power_of_2(width)
+        block = max(1, 4096 // block_width)
+        _average[(triton.cdiv(max_seqlen, block), num_sequences)](
+            values, cu_seqlens, partner, position, cu_merged, merged, merge_map, num_special, width,
+            block=block, block_width=block_width,
+        )  # fmt: skip
     return merged, merge_map, cu_merged
 
 

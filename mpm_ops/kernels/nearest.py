@@ -139,16 +139,17 @@ def nearest(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: in
     block_width = triton.next_power_of_2(padded_width)
     block = max(1, 4096 // block_width)
     scale = _SCALE if split else 1.0
-    _units[(triton.cdiv(num_tokens, block),)](
-        values, cu_seqlens, high, low, usable, num_tokens, width, padded_width, scale,
-        split=split, block=block, block_width=block_width,
-    )  # fmt: skip
-    tiles = triton.cdiv(longest, TILE)
-    depth, stages = _tiling(values)
-    _nearest_tiles[(tiles * (tiles + 1) // 2, len(cu_seqlens) - 1)](
-        high, low, usable, cu_seqlens, best, num_special, padded_width, 1 / (scale * scale),
-        split=split, tile=TILE, depth=depth if split else 32, num_warps=WARPS, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # kernels start on the current device, whatever their tensors are on
+        _units[(triton.cdiv(num_tokens, block),)](
+            values, cu_seqlens, high, low, usable, num_tokens, width, padded_width, scale,
+            split=split, block=block, block_width=block_width,
+        )  # fmt: skip
+        tiles = triton.cdiv(longest, TILE)
+        depth, stages = _tiling(values)
+        _nearest_tiles[(tiles * (tiles + 1) // 2, len(cu_seqlens) - 1)](
+            high, low, usable, cu_seqlens, best, num_special, padded_width, 1 / (scale * scale),
+            split=split, tile=TILE, depth=depth if split else 32, num_warps=WARPS, num_stages=stages,
+        )  # fmt: skip
     return best
 
 

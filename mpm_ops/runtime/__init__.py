@@ -65,7 +65,7 @@ def make_runtime(
     if name == "auto":
         name = "openvino" if on_cpu and not padded and importlib.util.find_spec("openvino") else "torch"
     if graph_bytes and (on_cpu or padded):
-        raise ValueError("graph_bytes: graphs are captured on a GPU and without padding, expected 0 here")
+        raise ValueError("graph_bytes: graphs are captured on a GPU and without padding, expected 0 here (graph_mib)")
     if name == "torch":
         from .eager import TorchRuntime
         from .graphs import GraphRuntime

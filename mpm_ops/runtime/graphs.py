@@ -23,6 +23,7 @@ from .eager import TorchRuntime
 if TYPE_CHECKING:
     from mpm_ops.segmenter import Segmenter
 
+PATIENCE = 3  # how often a shape is asked for before it is captured
 Captured = tuple[Callable[[], object], Tensor]  # how to run a graph again, and where its result lies then
 Capture = Callable[[Callable[[], Tensor]], Captured]
 
@@ -54,7 +55,7 @@ class GraphPolicy:
         patience: how often a shape is asked for before it is captured.
     """
 
-    def __init__(self, budget_bytes: int, *, most_tokens: int, longest: int, patience: int = 3) -> None:
+    def __init__(self, budget_bytes: int, *, most_tokens: int, longest: int, patience: int = PATIENCE) -> None:
         self._budget_bytes = budget_bytes
         self._most_tokens = most_tokens
         self._longest = longest
@@ -82,6 +83,10 @@ class GraphPolicy:
         self.counts[choice] += 1
         return choice
 
+    def give_up(self, shape: Shape) -> None:
+        """Run groups of this shape without a graph from now on."""
+        self._asked[shape] = -(10**6)
+
     def captured(self, shape: Shape, num_bytes: int) -> list[Shape]:
         """Take note of a graph's size; returns the shapes whose graphs must go, this one itself if it is too large."""
         self._bytes[shape] = num_bytes
@@ -90,7 +95,8 @@ class GraphPolicy:
         while sum(self._bytes.values()) > self._budget_bytes:
             victim = shape if num_bytes > self._budget_bytes else next(iter(self._bytes))
             del self._bytes[victim]
-            self._asked[victim] = -(10**6) if victim == shape else 0  # too large once, too large always
+            if victim == shape:
+                self.give_up(victim)  # too large once, too large always
             gone.append(victim)
         self.counts["evicted"] += len(gone)
         return gone
@@ -126,7 +132,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream()
+        self._side = torch.cuda.Stream(priority=-1)  # torch hands out 32 in turn; no other thread draws from these
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
         side, current = self._side, torch.cuda.current_stream()
@@ -137,7 +143,7 @@ class CudaCapture:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Uploads and labels go on in other threads meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
 
@@ -225,7 +231,11 @@ class GraphRuntime(TorchRuntime):
             values[: len(tokens.values)] = tokens.values
             end = torch.tensor([shape.num_tokens], dtype=torch.int32, device=values.device)
             buffers = (values, torch.cat([tokens.cu_seqlens, end]), *(row.clone() for row in rows))
-            graph = StaticCall(function, buffers, self._capture)
+            try:
+                graph = StaticCall(function, buffers, self._capture)
+            except torch.OutOfMemoryError:  # without a graph it may still fit
+                self.policy.give_up(shape)
+                return None
         num_bytes = max(graph.num_bytes, self._reserved() - before)
         self._graphs[shape] = graph
         gone = self.policy.captured(shape, num_bytes)
