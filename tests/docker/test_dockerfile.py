@@ -207,7 +207,15 @@ class TestMake:
         """By the names that the compose files use."""
         if not shutil.which("make"):
             pytest.skip("make is not installed")
-        command = ["make", "--dry-run", "image", f"BUILDER={builder}", "SERVER=triton", f"VARIANT={variant}"]
+        command = [
+            "make",
+            "--no-print-directory",
+            "--dry-run",
+            "image",
+            f"BUILDER={builder}",
+            "SERVER=triton",
+            f"VARIANT={variant}",
+        ]
         said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         assert said.startswith(f"{builder} build ")
         assert ("--format docker" in said) == (builder != "docker")  # the other format has no health check
