@@ -1,7 +1,6 @@
 """What a padded group costs on this device, measured when serving starts."""
 
 from statistics import median
-from time import monotonic
 
 import torch
 
@@ -9,6 +8,7 @@ from mpm_ops import Segmenter
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Stage, WindowBatch
 
+from .clock import DeviceClock
 from .grouping import GroupCost
 
 _ROUNDS = 5
@@ -27,6 +27,7 @@ def measure_cost(model: Segmenter, *, longest: int, max_group_windows: int) -> G
         max_group_windows: windows computed together.
     """
     device = model.encoder.pos_embed.device
+    clock = DeviceClock(device)
     block = Stage(index=1, blocks=range(1), merges=True)
     shapes = [
         (count, length) for count in (1, max(2, max_group_windows)) for length in (max(1, longest // 2), longest)
@@ -35,14 +36,7 @@ def measure_cost(model: Segmenter, *, longest: int, max_group_windows: int) -> G
     for _ in range(1 + _ROUNDS):
         for shape in shapes:
             tokens = PackedTokens.from_batch(torch.zeros(*shape, model.config.d_model, device=device))
-            _synchronize(device)
-            start = monotonic()
+            start = clock.mark()
             model.run_blocks(block, WindowBatch(tokens))
-            _synchronize(device)
-            taken[shape].append(monotonic() - start)
+            taken[shape].append(clock.seconds(start, clock.mark()))
     return GroupCost.fit([(*shape, median(seconds[1:])) for shape, seconds in taken.items()])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

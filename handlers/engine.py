@@ -270,7 +270,7 @@ class Engine:
         stage = self._stages[group.lane.schedule][group.lane.stage]
         lengths = [window.lengths[-1] for window in windows]
         try:
-            seconds, merge_seconds = self._compute(stage, windows)
+            took = self._compute(stage, windows)
         except Exception as error:
             if _is_fatal(error):
                 self._give_up(f"the device failed: {error}")
@@ -279,14 +279,13 @@ class Engine:
                 logger.exception("request %s failed at stage %d", windows[0].request.options.request_id, stage.index)
                 _fail(windows[0].request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
                 return
-            has_failed = True
-        else:
-            has_failed = False
-        if has_failed:  # only now: the error's traceback kept all that the attempt had allocated
+            took = None
+        if took is None:  # only now: the error's traceback kept all that the attempt had allocated
             half = len(windows) // 2
             self._run(Group(group.lane, group.members[:half], group.reason))
             self._run(Group(group.lane, group.members[half:], group.reason))
             return
+        seconds, merge_seconds = took
         self._observer(group, seconds)
         self._account(group.lane, windows, seconds, merge_seconds)
         self.metrics.computed(group.lane, lengths, sum(w.lengths[-1] for w in windows), seconds, merge_seconds)

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from handlers import costs
+from handlers import clock, costs
 from mpm_ops import Segmenter
 from mpm_ops.stages import Stage, WindowBatch
 
@@ -22,7 +22,7 @@ def test_a_busy_moment_does_not_mislead(tiny_model: Callable[..., Segmenter], mo
         return batch
 
     monkeypatch.setattr(model, "run_blocks", run_blocks)
-    monkeypatch.setattr(costs, "monotonic", lambda: now)
+    monkeypatch.setattr(clock, "monotonic", lambda: now)
     cost = costs.measure_cost(model, longest=65, max_group_windows=8)
     assert (cost.launch, cost.token, cost.pair) == pytest.approx((1.0, 0.01, 0.0001))
     assert set(runs) == {(1, 32), (1, 65), (8, 32), (8, 65)}
