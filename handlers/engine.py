@@ -9,11 +9,13 @@ how long each of them became; the group they run in next is chosen anew every ti
 import contextlib
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -34,6 +36,7 @@ from .clock import DeviceClock
 from .config import ServingConfig
 from .costs import measure_cost
 from .errors import ErrorKind, ServingError
+from .exchange import Exchange, only_reply
 from .metrics import Metrics
 from .options import RequestOptions
 from .replies import Segmented, SegmentReply, encode_reply
@@ -50,8 +53,8 @@ _POOL_GROUPS = 8  # groups' worth of windows among which padded execution choose
 class Engine:
     """Runs one model for many requests at a time.
 
-    A request's failure is its own: it reaches the future of that request as a `ServingError` and
-    leaves its neighbours alone. Cancelling the future drops the request at the next stage.
+    A request's failure is its own: it reaches the answer of that request as a `ServingError` and
+    leaves its neighbours alone. Cancelling the answer drops the request at the next stage.
 
     Args:
         model: its schedule is the default; others are allowed by the configuration.
@@ -109,6 +112,7 @@ class Engine:
         self._admission = Admission(config.max_inflight_tokens)
         self._lock = threading.Lock()
         self._inflight: dict[Future[Any], Request] = {}  # by answer; guarded by the lock
+        self._open: set[Exchange] = set()  # guarded by the lock
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: len(self._inflight))
         self.metrics.expect(Lane(stage.index, model.schedule) for stage in self._stages[model.schedule])
@@ -159,26 +163,58 @@ class Engine:
     def submit(
         self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN
     ) -> "Future[SegmentReply]":
-        """Take an encoded picture; the future gives a SegmentReply or raises a ServingError.
+        """Take an encoded picture; the future gives a SegmentReply or raises a ServingError."""
+        exchange = self.open(options.request_id, span=span)
+        self.take(exchange, [data], options)
+        return exchange.answer
 
-        What can be refused from the picture's header is refused at once. Steps are reported to the span; to end it is
-        the caller's.
+    def open(
+        self,
+        request_id: str,
+        *,
+        arrived: float | None = None,
+        timeout_seconds: float = 0.0,
+        span: RequestSpan = NO_SPAN,
+        render: Callable[[Sequence[SegmentReply]], Any] = only_reply,
+    ) -> Exchange:
+        """Begin a request, which from now on ends in time and is counted, whatever becomes of it.
+
+        Args:
+            request_id: names it.
+            arrived: when it came, on the clock of `time.monotonic`; now, if that isn't known.
+            timeout_seconds: its client's own deadline, which can only be an earlier one; 0 for none.
+            span: told of its steps and its end.
+            render: see `Exchange`.
         """
-        answer = self._new_answer(options.request_id, span)
-        try:
-            request = self._admit(data, options, answer, span)
-            self._decoders.submit(self._guard, request, self._prepare, request, data)
-        except ServingError as error:
-            _fail(answer, error)
-        except RuntimeError:  # closed in between
-            _fail(answer, ServingError(ErrorKind.OVERLOADED, "the server is shutting down"))
-        return answer
+        arrived = monotonic() if arrived is None else arrived
+        seconds = min(timeout_seconds or math.inf, self._config.deadline_seconds)
+        metrics = self.metrics  # of this moment: those of a warm-up are others
 
-    def refuse(self, error: ServingError, request_id: str, span: RequestSpan = NO_SPAN) -> "Future[SegmentReply]":
-        """Answer a request that could not be submitted, so that it is counted all the same."""
-        answer = self._new_answer(request_id, span)
-        _fail(answer, error)
-        return answer
+        def close(exchange: Exchange, code: int, replies: Sequence[SegmentReply]) -> None:
+            with self._lock:
+                self._open.discard(exchange)
+            metrics.answered(code, monotonic() - exchange.arrived, exchange.request_id, exchange.span.trace_id)
+            for reply in replies:
+                metrics.replied(reply.num_windows, reply.seconds)
+
+        exchange = Exchange(request_id, arrived, arrived + seconds, span=span, render=render, on_end=close)
+        with self._lock:
+            self._open.add(exchange)
+        return exchange
+
+    def take(self, exchange: Exchange, pictures: Sequence[bytes | bytearray], options: RequestOptions) -> None:
+        """Compute the pictures of a request, which are admitted all or none; never raises.
+
+        What can be refused from their headers is refused at once.
+        """
+        with exchange.guarded():
+            requests = self._admit(exchange, pictures, options)
+            exchange.gather([request.answer for request in requests])
+            for request, data in zip(requests, pictures, strict=True):
+                try:
+                    self._decoders.submit(self._guard, request, self._prepare, request, data)
+                except RuntimeError:  # closed in between
+                    raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down") from None
 
     def close(self) -> None:
         """Refuse new requests, finish those that were accepted, then stop."""
@@ -197,21 +233,36 @@ class Engine:
         return len(self._inflight)
 
     def _admit(
-        self, data: bytes | bytearray, options: RequestOptions, answer: "Future[SegmentReply]", span: RequestSpan
-    ) -> Request:
+        self, exchange: Exchange, pictures: Sequence[bytes | bytearray], options: RequestOptions
+    ) -> list[Request]:
         config = self._config
         schedule = self._model.schedule if options.schedule is None else options.schedule
         if schedule not in self._offered:
             allowed = ", ".join(sorted(map(format_schedule, self._offered)))
             raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
-        height, width = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
-        tokens = self._plan(height, width).num_windows * self._tokens_of_window
-        request = Request(options, schedule, answer, monotonic(), tokens, span)
-        self._admission.enter(tokens)
+        requests = []
+        for i, data in enumerate(pictures):
+            try:
+                size = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
+                tokens = self._plan(*size).num_windows * self._tokens_of_window
+            except ServingError as error:
+                raise error.of_picture(i, len(pictures)) from None
+            name = options.request_id if len(pictures) == 1 else f"{options.request_id}:{i}"
+            own = replace(options, request_id=name)
+            requests.append(Request(own, schedule, Future(), monotonic(), tokens, exchange.span))
+        total = sum(request.tokens for request in requests)
+        if len(requests) > 1 and total > config.max_inflight_tokens:
+            raise ServingError(
+                ErrorKind.TOO_LARGE,
+                f"expected a batch of at most {config.max_inflight_tokens} tokens, got {len(requests)} pictures of "
+                f"{total}; send them in several requests",
+            )
+        self._admission.enter(total)
         with self._lock:
-            self._inflight[answer] = request
-        answer.add_done_callback(self._leave)  # which must not hold the request: whoever keeps its answer would too
-        return request
+            self._inflight |= {request.answer: request for request in requests}
+        for request in requests:
+            request.answer.add_done_callback(self._leave)  # which must not hold the request: its answer may be kept
+        return requests
 
     def _leave(self, answer: "Future[SegmentReply]") -> None:
         with self._lock:
@@ -356,10 +407,9 @@ class Engine:
         while not self._stopped.wait(_WATCH_SECONDS):
             now = monotonic()
             with self._lock:
-                late = [r for r in self._inflight.values() if now - r.arrived > self._config.deadline_seconds]
-            for request in late:
-                seconds = self._config.deadline_seconds
-                _fail(request.answer, ServingError(ErrorKind.DEADLINE, f"not answered within {seconds:g} s"))
+                late = [exchange for exchange in self._open if now > exchange.deadline]
+            for exchange in late:
+                exchange.expire()
             started = self._group_started
             if started is not None and now - started > self._config.stall_seconds:
                 self._give_up(f"a group has been running for {now - started:.0f} s")
@@ -372,9 +422,9 @@ class Engine:
         logger.critical("giving up: %s", reason)
         self._admission.close()
         with self._lock:
-            lost = list(self._inflight.values())
-        for request in lost:
-            _fail(request.answer, ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
+            lost = list(self._open)
+        for exchange in lost:
+            exchange.fail(ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
         self._on_fatal()
 
     # Answering
@@ -414,13 +464,6 @@ class Engine:
 
     # Small parts
 
-    def _new_answer(self, request_id: str, span: RequestSpan) -> "Future[SegmentReply]":
-        """A future that is counted when it is done, by the metrics of the moment when it was asked for."""
-        answer: Future[SegmentReply] = Future()
-        start, metrics, trace_id = monotonic(), self.metrics, span.trace_id
-        answer.add_done_callback(lambda done: _record(metrics, done, monotonic() - start, request_id, trace_id))
-        return answer
-
     def _describe(self, device: torch.device) -> dict[str, str]:
         """The labels of `mpm_model_info`."""
         config = self._model.config
@@ -451,18 +494,6 @@ class Engine:
         except Exception:
             logger.exception("request %s failed", request.options.request_id)
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
-
-
-def _record(metrics: Metrics, answer: "Future[SegmentReply]", seconds: float, request_id: str, trace_id: str) -> None:
-    if answer.cancelled():
-        metrics.answered(None, seconds, request_id, trace_id)
-        return
-    error = answer.exception()
-    kind = error.kind if isinstance(error, ServingError) else ErrorKind.INTERNAL
-    metrics.answered(200 if error is None else kind.http_status, seconds, request_id, trace_id)
-    if error is None:
-        reply = answer.result()
-        metrics.replied(reply.num_windows, reply.seconds)
 
 
 def _is_fatal(error: Exception) -> bool:

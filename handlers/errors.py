@@ -39,6 +39,12 @@ class ServingError(Exception):
         self.kind = kind
         self.retry_after = retry_after
 
+    def of_picture(self, index: int, num_pictures: int) -> "ServingError":
+        """The error with the picture's place, where there are several."""
+        if num_pictures == 1:
+            return self
+        return ServingError(self.kind, f"picture {index} of {num_pictures}: {self}", retry_after=self.retry_after)
+
     def body(self, request_id: str) -> bytes:
         """One line of JSON."""
         fields = {"code": self.kind.http_status, "error": str(self), "request_id": request_id}

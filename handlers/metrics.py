@@ -27,7 +27,6 @@ _AGREEMENT = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.
 _CAPACITY_BUSY_SECONDS = 30.0  # of device time, over which the capacity is averaged
 _MAX_EXEMPLAR = 100  # characters of a request id; OpenMetrics allows 128 for the whole exemplar
 _REBIND_SECONDS = 0.5
-_CANCELLED = "499"  # the client, or the server in front, gave up
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Metrics:
         self._images = self._bound(Counter, "mpm_images", "Pictures answered with a mask or a view")
         self._windows = self._bound(Counter, "mpm_windows", "Windows of those pictures")
         self._request_seconds = self._bound(
-            Histogram, "mpm_request_seconds", "From submitting a picture to its answer", _REQUEST_SECONDS
+            Histogram, "mpm_request_seconds", "From the coming of a request to its answer", _REQUEST_SECONDS
         )
         steps = {
             "decode": "Decoding a picture and cutting it into windows, waiting for a thread included",
@@ -175,9 +174,9 @@ class Metrics:
         for lane in lanes:
             self._lane(lane)
 
-    def answered(self, code: int | None, seconds: float, request_id: str, trace_id: str = "") -> None:
-        """A request is over, whoever ended it; no code means that it was cancelled, no trace that none is recorded."""
-        self._requests.labels(self._model, _CANCELLED if code is None else str(code)).inc()
+    def answered(self, code: int, seconds: float, request_id: str, trace_id: str = "") -> None:
+        """A request is over, whoever ended it; 499 means that it was given up, no trace that none is recorded."""
+        self._requests.labels(self._model, str(code)).inc()
         exemplar = {"trace_id": trace_id} if trace_id else {"request_id": request_id}
         fits = trace_id or len(request_id) <= _MAX_EXEMPLAR
         self._request_seconds.observe(seconds, exemplar if fits else None)

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from mpm_ops.stages import parse_schedule
 
 from .errors import ErrorKind, ServingError
+from .tracing import CONTEXT_HEADERS
 
 MASK_TYPES = ("image/png", "application/json", "application/x-npy")
 VIEW_TYPES = ("image/png", "image/jpeg")
 VIEWS = ("overlay", "tokens", "confidence")
 PRIORITIES = ("interactive", "bulk")
+# All that Triton passes on of a request's headers, and takes as its parameters.
+OPTION_HEADERS = (
+    "x-mpm-outputs",
+    "x-mpm-priority",
+    "x-mpm-schedule",
+    "x-mpm-view",
+    "x-request-id",
+    *CONTEXT_HEADERS,
+)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")

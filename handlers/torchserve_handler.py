@@ -14,27 +14,24 @@ from typing import Any
 from .config import CONFIG_KEY, ServingConfig
 from .drain import Drain
 from .errors import ErrorKind, ServingError
-from .journal import describe_request
 from .loading import load_engine, warm_up_picture
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
-from .tracing import NO_SPAN, RequestSpan, make_tracing
+from .tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID_HEADER = "X-MPM-Request-Id"  # TorchServe overwrites X-Request-Id with an id of its own
 _MAX_WAIT_SECONDS = 1.0  # well below TorchServe's responseTimeout
 _BODY_PARTS = ("image", "body", "data")  # names under which TorchServe hands over what was posted
-_GONE = 499  # TorchServe gave the request up
 
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A request that is with the engine."""
+    """A request that waits for its answer."""
 
     request_id: str
     arrived: float
-    span: RequestSpan
     answer: "Future[SegmentReply]"
 
 
@@ -70,22 +67,14 @@ class SegmenterHandler:
         headers = {k.lower(): v for k, v in context.get_all_request_header(i).items() if isinstance(v, str)}
         request_id = request_id_from(headers, default=context.get_request_id(i))
         if draining := self._drain.take(headers):
-            return _Taken(request_id, arrived, NO_SPAN, draining)
+            return _Taken(request_id, arrived, draining)
         span = self._tracing.start(headers, request_id, arrived)
-        return _Taken(request_id, arrived, span, self._submit(parts, headers, request_id, span))
-
-    def _submit(
-        self, parts: Mapping[str, bytearray], headers: Mapping[str, str], request_id: str, span: RequestSpan
-    ) -> "Future[SegmentReply]":
-        try:
+        exchange = self._engine.open(request_id, arrived=arrived, span=span)
+        with exchange.guarded():
             self._drain.check()
-            return self._engine.submit(_image_bytes(parts), RequestOptions.from_headers(headers, request_id), span)
-        except ServingError as error:
-            return self._engine.refuse(error, request_id, span)
-        except Exception as error:
-            failed: Future[SegmentReply] = Future()
-            failed.set_exception(error)
-            return failed
+            options = RequestOptions.from_headers(headers, request_id)
+            self._engine.take(exchange, [_image_bytes(parts)], options)
+        return _Taken(request_id, arrived, exchange.answer)
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""
@@ -108,9 +97,7 @@ class ContinuousHandler(SegmenterHandler):
         """Answer those requests of the batch that are done; None for the others."""
         job_ids = [context.get_request_id(i) for i in range(len(data))]
         for gone in self._pending.keys() - set(job_ids):
-            request = self._pending.pop(gone)
-            request.answer.cancel()
-            _close(request, _GONE)
+            self._pending.pop(gone).answer.cancel()
         for i, job_id in enumerate(job_ids):
             if job_id not in self._pending:
                 self._pending[job_id] = self._take(i, data[i], context)
@@ -171,7 +158,6 @@ def _succeed(context: Any, i: int, request: _Taken, reply: SegmentReply) -> byte
     context.set_response_header(i, _REQUEST_ID_HEADER, request.request_id)
     context.set_response_header(i, "Server-Timing", ", ".join(timings))
     context.set_response_header(i, "X-MPM-Tokens", f"in={reply.tokens[0]}, out={reply.tokens[-1]}")
-    _close(request, 200, replies=[reply])
     return reply.body
 
 
@@ -185,12 +171,4 @@ def _fail(context: Any, i: int, request: _Taken, error: Exception) -> bytes:
     context.set_response_header(i, _REQUEST_ID_HEADER, request.request_id)
     if error.retry_after is not None:
         context.set_response_header(i, "Retry-After", str(error.retry_after))
-    _close(request, status, error=str(error))
     return error.body(request.request_id)
-
-
-def _close(request: _Taken, code: int, **told: Any) -> None:
-    """End the request's span and write its line in the log."""
-    request.span.end(code)
-    seconds = monotonic() - request.arrived
-    logger.info(describe_request(request.request_id, code, seconds, trace_id=request.span.trace_id, **told))

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from .health import UnhealthyError, check_model
 from .launching import MODEL_NAME, Server, ServerError, add_ending_options, check_port, free_port, run_in_foreground
-from .tracing import CONTEXT_HEADERS
+from .options import OPTION_HEADERS
 
 ADMIN_HEADER = "x-admin"
 ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
 
-_FORWARDED = f"(?i)(x-mpm-.*|x-request-id|{'|'.join(CONTEXT_HEADERS)})"
+# Triton looks for the pattern anywhere in a header's name, and what it finds becomes a parameter of the request.
+_FORWARDED = f"^(?i:{'|'.join(map(re.escape, OPTION_HEADERS))})$"
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9/._-]+")
 _SHM_FOLDER = Path("/dev/shm")

@@ -25,12 +25,12 @@ import yaml
 
 from .config import ServingConfig
 from .errors import ErrorKind, ServingError
+from .exchange import Exchange
 from .frames import read_header
-from .journal import describe_request
 from .loading import load_engine
-from .options import RequestOptions, request_id_from
+from .options import OPTION_HEADERS, RequestOptions, request_id_from
 from .replies import SegmentReply
-from .tracing import CONTEXT_HEADERS, NO_SPAN, RequestSpan, make_tracing
+from .tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ OUTPUTS = {"MASK": "application/x-npy", "MASK_PNG": "image/png", "RESULT_JSON": 
 MAX_INFLIGHT_KEY = "max_inflight"  # a parameter in config.pbtxt
 
 _VIEWED = "MASK_PNG"  # the output that holds a view, where one is asked for
-_OPTIONS = ("x-mpm-outputs", "x-mpm-priority", "x-mpm-schedule", "x-mpm-view", "x-request-id", *CONTEXT_HEADERS)
 _POLL_SECONDS = 0.05
 
 
@@ -61,12 +60,11 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         config = ServingConfig.from_mapping(yaml.safe_load((folder / "serving.yaml").read_text()) or {})
         parameters = json.loads(args["model_config"])["parameters"]
-        self._deadline_seconds = config.deadline_seconds
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
         self._tracing = make_tracing(args["model_name"])
         self._engine = load_engine(folder, config, name=args["model_name"])
         self._engine.warm_up([picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
-        self._exchanges: set[_Exchange] = set()
+        self._open: dict[_Channel, Exchange] = {}
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._watcher.start()
@@ -74,16 +72,8 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[None]:
         """Take requests; blocks while too much is in flight."""
-        exchanges = [_Exchange(request, self._deadline_seconds) for request in requests]
-        self._exchanges.update(exchanges)
-        for exchange in exchanges:
-            try:
-                self._take(exchange)
-            except ServingError as error:
-                self._engine.refuse(error, exchange.request_id, exchange.span)
-                self._fail(exchange, error)
-            except Exception as error:
-                self._fail(exchange, error)
+        for channel in [_Channel(request) for request in requests]:
+            self._take(channel)
         return [None] * len(requests)
 
     def finalize(self) -> None:
@@ -94,130 +84,73 @@ class TritonPythonModel:
         self._tracing.close()
         logger.info("stopped with %d pictures in flight", self._gate.inflight)
 
-    def _take(self, exchange: "_Exchange") -> None:
-        with exchange.asked() as request:
-            if request is None:
-                return
-            headers = _headers(request)
-            exchange.request_id = request_id_from(headers, default=exchange.request_id)
-            exchange.span = self._tracing.start(headers, exchange.request_id, exchange.arrived)
-            exchange.outputs = _outputs(request, headers)
-            options = _options(headers, exchange.outputs, exchange.request_id)
-            pictures = _pictures(request)
-        if not self._gate.enter(len(pictures), give_up=lambda: exchange.done):
-            return
-        for i, picture in enumerate(pictures):
-            name = exchange.request_id if len(pictures) == 1 else f"{exchange.request_id}:{i}"
-            answer = self._submit(picture, replace(options, request_id=name), exchange.span)
-            answer.add_done_callback(lambda _: self._gate.leave())
-            exchange.answers.append(answer)
-        for answer in exchange.answers:
-            answer.add_done_callback(lambda answer: self._on_answer(exchange, answer))
-        if exchange.done:  # it ended in between, without these
-            exchange.cancel_work()
-
-    def _submit(self, picture: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
-        try:
-            return self._engine.submit(picture, options, span)
-        except Exception as error:
-            failed: Future[SegmentReply] = Future()
-            failed.set_exception(error)
-            return failed
-
-    def _on_answer(self, exchange: "_Exchange", answer: "Future[SegmentReply]") -> None:
-        """One picture of a request is through; called in the engine's threads, or at once."""
-        if answer.cancelled():  # by the end of its exchange
-            return
-        try:
-            answer.result()
-            if exchange.is_last_answer():
-                replies = [answer.result() for answer in exchange.answers]
-                response = pb_utils.InferenceResponse(_tensors(replies, exchange.outputs))
-                self._end(exchange, 200, response, replies=replies)
-        except ServingError as error:
-            self._fail(exchange, _of_picture(error, exchange.answers.index(answer), len(exchange.answers)))
-        except Exception as error:
-            self._fail(exchange, error)
-
-    def _fail(self, exchange: "_Exchange", error: Exception) -> None:
-        if not isinstance(error, ServingError):
-            logger.error("a request failed", exc_info=error)
-            error = ServingError(ErrorKind.INTERNAL, "the request failed inside the server")
-        code = getattr(pb_utils.TritonError, error.kind.triton_code)
-        self._end(exchange, error.kind.http_status, _refusal(str(error), code), error=str(error))
-
-    def _end(self, exchange: "_Exchange", code: int, response: Any, **told: Any) -> None:
-        if not exchange.answer(response):
-            return
-        self._exchanges.discard(exchange)
-        exchange.cancel_work()
-        exchange.span.end(code)
-        seconds = monotonic() - exchange.arrived
-        logger.info(describe_request(exchange.request_id, code, seconds, trace_id=exchange.span.trace_id, **told))
+    def _take(self, channel: "_Channel") -> None:
+        exchange = self._engine.open(
+            channel.request_id,
+            arrived=channel.arrived,
+            timeout_seconds=channel.timeout_seconds,
+            render=lambda replies: pb_utils.InferenceResponse(_tensors(replies, channel.outputs)),
+        )
+        exchange.answer.add_done_callback(channel.send)
+        self._open[channel] = exchange
+        exchange.answer.add_done_callback(lambda _: self._open.pop(channel, None))
+        with exchange.guarded():
+            with channel.asked() as request:
+                if request is None:
+                    return
+                headers = _headers(request)
+                exchange.request_id = request_id_from(headers, default=exchange.request_id)
+                exchange.span = self._tracing.start(headers, exchange.request_id, exchange.arrived)
+                channel.outputs = _outputs(request, headers)
+                options = _options(headers, channel.outputs, exchange.request_id)
+                pictures = _pictures(request)
+            num_pictures = len(pictures)
+            if self._gate.enter(num_pictures, give_up=exchange.answer.done):
+                exchange.answer.add_done_callback(lambda _: self._gate.leave(num_pictures))
+                self._engine.take(exchange, pictures, options)
 
     def _watch(self) -> None:
-        """Deadlines hold and cancelled work is dropped even when nothing else moves."""
+        """Nobody tells that a client went away; it has to be asked for."""
         while not self._stopped.wait(_POLL_SECONDS):
-            now = monotonic()
-            for exchange in list(self._exchanges):
-                if now > exchange.deadline:
-                    seconds = exchange.deadline - exchange.arrived
-                    self._fail(exchange, ServingError(ErrorKind.DEADLINE, f"not answered within {seconds:g} s"))
-                elif exchange.is_cancelled():
-                    self._end(exchange, 499, _refusal("cancelled", pb_utils.TritonError.CANCELLED))
+            for channel, exchange in list(self._open.items()):
+                if channel.is_cancelled():
+                    exchange.cancel()
 
 
-class _Exchange:
-    """One request and its one response. The lock keeps everyone off the request once its response is out."""
+class _Channel:
+    """A request and its one response. The lock keeps everyone off the request once its response is out."""
 
-    def __init__(self, request: Any, deadline_seconds: float) -> None:
+    def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
         self._request = request
         self._lock = threading.Lock()
-        self._num_answered = 0
-        self.done = False
+        self._sent = False
         self.arrived = monotonic()
-        wanted = request.timeout() / 1e6  # microseconds; 0 is none
-        self.deadline = self.arrived + (min(wanted, deadline_seconds) if wanted else deadline_seconds)
+        self.timeout_seconds = request.timeout() / 1e6  # from microseconds; 0 is none
         self.request_id = request_id_from({"x-request-id": request.request_id()}, default=str(uuid4()))
-        self.span: RequestSpan = NO_SPAN
         self.outputs: tuple[str, ...] = ()
-        self.answers: list[Future[SegmentReply]] = []
 
     @contextmanager
     def asked(self) -> Iterator[Any]:
         """The request for a while, None if it is answered already."""
         with self._lock:
-            yield None if self.done else self._request
+            yield None if self._sent else self._request
 
     def is_cancelled(self) -> bool:
         with self._lock:
-            return not self.done and bool(self._request.is_cancelled())
+            return not self._sent and bool(self._request.is_cancelled())
 
-    def is_last_answer(self) -> bool:
-        """Count one picture; True at the last."""
+    def send(self, answer: "Future[Any]") -> None:
+        """Send what the request is answered with; what can't be sent becomes an error."""
         with self._lock:
-            self._num_answered += 1
-            return self._num_answered == len(self.answers)
-
-    def answer(self, response: Any) -> bool:
-        """Send the response unless there was one before; what can't be sent becomes an error."""
-        with self._lock:
-            if self.done:
-                return False
-            self.done = True
-            for attempt in (response, _refusal("the answer could not be sent", pb_utils.TritonError.INTERNAL)):
+            self._sent = True
+            for response in (_response(answer), _refusal("the answer could not be sent", "INTERNAL")):
                 try:
-                    self._sender.send(attempt, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                    self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                     break
                 except Exception:  # no room in shared memory, for one
                     logger.exception("request %s: the answer could not be sent", self.request_id)
             del self._request, self._sender
-            return True
-
-    def cancel_work(self) -> None:
-        for answer in self.answers:
-            answer.cancel()
 
 
 class _Gate:
@@ -238,9 +171,9 @@ class _Gate:
             self.inflight += num_pictures
             return True
 
-    def leave(self) -> None:
+    def leave(self, num_pictures: int) -> None:
         with self._changed:
-            self.inflight -= 1
+            self.inflight -= num_pictures
             self._changed.notify_all()
 
 
@@ -248,9 +181,9 @@ def _headers(request: Any) -> dict[str, str]:
     """Options by lower-case name, from parameters and from the HTTP headers that Triton passes on as such."""
     headers = {}
     for name, value in json.loads(request.parameters() or "{}").items():
-        if name.lower() not in _OPTIONS:
+        if name.lower() not in OPTION_HEADERS:
             raise ServingError(
-                ErrorKind.BAD_REQUEST, f"parameters: expected some of {', '.join(_OPTIONS)}, got {name[:40]!r}"
+                ErrorKind.BAD_REQUEST, f"parameters: expected some of {', '.join(OPTION_HEADERS)}, got {name[:40]!r}"
             )
         if not isinstance(value, str):
             raise ServingError(ErrorKind.BAD_REQUEST, f"{name}: expected text, got {value!r}")
@@ -316,12 +249,14 @@ def _stack(masks: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(masks)
 
 
-def _of_picture(error: ServingError, index: int, num_pictures: int) -> ServingError:
-    """The error with the picture's place, where there are several."""
-    if num_pictures == 1:
-        return error
-    return ServingError(error.kind, f"picture {index} of {num_pictures}: {error}", retry_after=error.retry_after)
+def _response(answer: "Future[Any]") -> Any:
+    if answer.cancelled():
+        return _refusal("cancelled", "CANCELLED")
+    error = answer.exception()
+    if isinstance(error, ServingError):
+        return _refusal(str(error), error.kind.triton_code)
+    return answer.result()
 
 
-def _refusal(message: str, code: Any) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+def _refusal(message: str, code: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))

@@ -19,6 +19,7 @@ from handlers.codec import encode_picture
 from handlers.config import CONFIG_KEY
 from handlers.drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from handlers.errors import ErrorKind, ServingError
+from handlers.exchange import Exchange
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
 from handlers.torchserve_handler import ContinuousHandler, SegmenterHandler
@@ -47,7 +48,11 @@ class ObedientEngine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Nothing here is cold."""
 
-    def submit(self, data: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
+    def open(self, request_id: str, *, arrived: float, span: RequestSpan) -> Exchange:
+        return Exchange(request_id, arrived, arrived + 60, span=span)
+
+    def take(self, exchange: Exchange, pictures: Sequence[bytes], options: RequestOptions) -> None:
+        (data,) = pictures
         self.seen.append((bytes(data), options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
@@ -60,12 +65,7 @@ class ObedientEngine:
             answer.set_exception(ServingError(ErrorKind.TOO_LARGE, "too\r\nlarge"))
         else:
             answer.set_result(OK)
-        return answer
-
-    def refuse(self, error: ServingError, request_id: str, span: RequestSpan) -> "Future[SegmentReply]":
-        answer: Future[SegmentReply] = Future()
-        answer.set_exception(error)
-        return answer
+        exchange.gather([answer])
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,6 @@ class TestOfAnEngine:
     ) -> None:
         span = tracing.start(parent_of(7), "mine", time.monotonic())
         reply = engine.submit(encoded(0), RequestOptions(request_id="mine"), span).result(WAIT_SECONDS)
-        span.end(200)
         spans = exporter.get_finished_spans()
         (root,) = (s for s in spans if s.name == "segment")
         assert root.parent is not None
@@ -135,9 +134,8 @@ class TestOfAnEngine:
         spans = {n: tracing.start(parent_of(n), f"request-{n}", time.monotonic()) for n in range(1, 9)}
         answers = {n: engine.submit(encoded(n), RequestOptions(request_id=f"{n}"), s) for n, s in spans.items()}
         held.set()
-        for n, answer in answers.items():
+        for answer in answers.values():
             answer.result(WAIT_SECONDS)
-            spans[n].end(200)
         found = exporter.get_finished_spans()
         assert {s.context.trace_id for s in found} == set(spans)
         groups: dict[object, list[ReadableSpan]] = {}
@@ -163,7 +161,6 @@ class TestOfAnEngine:
         span = tracing.start({}, "mine", time.monotonic())
         with pytest.raises(ServingError):
             engine.submit(b"no picture", RequestOptions(request_id="mine"), span).result(WAIT_SECONDS)
-        span.end(400)
         tracing.start({}, "other", time.monotonic()).end(503)
         mine, other = exporter.get_finished_spans()
         assert mine.status.is_ok or mine.status.is_unset
@@ -187,7 +184,6 @@ class TestOfAnEngine:
         span = tracing.start(unsampled, "mine", time.monotonic())
         assert span is NO_SPAN
         engine.submit(encoded(0), RequestOptions(request_id="mine"), span).result(WAIT_SECONDS)
-        span.end(200)
         assert not exporter.get_finished_spans()
 
     def test_exemplars_name_the_trace(self, engine: Engine, tracing: OpenTelemetry) -> None:

@@ -134,6 +134,21 @@ class TestAnswers:
             found = client.infer("tiny", [image], headers={"x-request-id": "mine"}).as_numpy("RESULT_JSON")
             assert json.loads(found[0, 0])["request_id"] == "mine"
 
+    @pytest.mark.parametrize(
+        "header", ["X-MPM-Request-Id", "elastic-apm-traceparent", "ce-traceparent", "traceparent-x", "X-MPM-Viewer"]
+    )
+    def test_headers_of_others_are_none_of_ours(self, triton: Triton, jpeg: bytes, header: str) -> None:
+        """Proxies and agents add theirs; TorchServe ignores them too."""
+        assert raw_outputs(infer_raw(triton.url, "tiny", jpeg, **{header: "1"}, X_MPM_Outputs="MASK_PNG"))
+        with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
+            image = tritonclient.grpc.InferInput("IMAGE", [1, 1], "BYTES")
+            image.set_data_from_numpy(np.array([[jpeg]], dtype=object))
+            assert client.infer("tiny", [image], headers={header.lower(): "1"}).as_numpy("MASK") is not None
+
+    @pytest.mark.parametrize("header", ["x-mpm-outputs", "X-MPM-OUTPUTS"])
+    def test_headers_in_any_case(self, triton: Triton, jpeg: bytes, header: str) -> None:
+        assert set(raw_outputs(infer_raw(triton.url, "tiny", jpeg, **{header: "MASK"}))) == {"MASK"}
+
     def test_batch_of_one_size(
         self, infer: Infer, photo: Callable[..., np.ndarray], expected: Callable[[bytes], np.ndarray]
     ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import requests
 import tritonclient.grpc
+from prometheus_client.parser import text_string_to_metric_families
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 
 from handlers.codec import encode_picture
@@ -30,30 +32,22 @@ SECONDS_TO_START = 150
 # The adapter and the engine as they are, with a valve between them: closed while a file exists.
 MODEL_WITH_VALVE = """
 import os, threading, time
-from concurrent.futures import Future
 from handlers.triton_model import TritonPythonModel as Served
 
 class TritonPythonModel(Served):
     def initialize(self, args):
         super().initialize(args)
-        submit, closed = self._engine.submit, os.path.join(args["model_repository"], "closed")
+        take, closed = self._engine.take, os.path.join(args["model_repository"], "closed")
 
-        def submit_when_open(data, options, *span):
-            answer = Future()
-
-            def pass_on(done):
-                if answer.set_running_or_notify_cancel():
-                    answer.set_exception(done.exception()) if done.exception() else answer.set_result(done.result())
-
+        def take_when_open(*request):
             def wait():
                 while os.path.exists(closed):
                     time.sleep(0.01)
-                submit(data, options, *span).add_done_callback(pass_on)
+                take(*request)
 
             threading.Thread(target=wait, daemon=True).start()
-            return answer
 
-        self._engine.submit = submit_when_open
+        self._engine.take = take_when_open
 """
 
 
@@ -63,9 +57,14 @@ def picture(photo: Callable[..., np.ndarray]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def own_repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def own_repository(checkpoint: Path, own_metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("own repository")
-    serving = {"schedule": [0, 1], "deadline_seconds": 4}
+    serving = {"schedule": [0, 1], "deadline_seconds": 4, "metrics_port": own_metrics_port}
     build_model(checkpoint, name="tiny", out=out, serving=serving, max_inflight=2, max_queue_size=3)
     (out / "tiny" / "1" / "model.py").write_text(MODEL_WITH_VALVE)
     return out
@@ -124,6 +123,13 @@ def is_healthy(server: Triton, *, timeout_seconds: float) -> bool:
     return done.returncode == 0
 
 
+def num_requests(metrics_port: int) -> Counter[str]:
+    """Requests by the code that they ended with."""
+    text = requests.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=TIMEOUT).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return Counter({s.labels["code"]: int(s.value) for s in samples if s.name == "mpm_requests_total"})
+
+
 def ready(server: Triton) -> int:
     return requests.get(f"{server.url}/v2/health/ready", headers={"Connection": "close"}, timeout=TIMEOUT).status_code
 
@@ -169,8 +175,13 @@ class TestDeathAndRecovery:
         assert is_healthy(own_triton, timeout_seconds=20)
         assert infer_raw(own_triton.url, "tiny", picture).status_code == 200
 
-    def test_stuck_engine(self, own_triton: Triton, picture: bytes, valve: Path) -> None:
-        """Requests end by the deadline in the model, and no place in it is lost."""
+    def test_stuck_engine(self, own_triton: Triton, own_metrics_port: int, picture: bytes, valve: Path) -> None:
+        """Requests end by the deadline in the model, also those that wait for room, and no place in it is lost."""
+        before = num_requests(own_metrics_port)
+        with ThreadPoolExecutor(3) as clients:  # one more than the model takes
+            answers = list(clients.map(lambda _: infer_raw(own_triton.url, "tiny", picture), range(3)))
+        assert {answer.json()["error"] for answer in answers} == {"not answered within 4 s"}
+        assert num_requests(own_metrics_port) - before == {"504": 3}
         assert not is_healthy(own_triton, timeout_seconds=2)
         assert ready(own_triton) == 200
         response = infer_raw(own_triton.url, "tiny", picture)

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,11 @@ import yaml
 
 from handlers import loading
 from handlers.codec import encode_npy
+from handlers.config import ServingConfig
 from handlers.errors import ErrorKind, ServingError
+from handlers.exchange import Exchange
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
-from handlers.tracing import RequestSpan
 
 pytest_plugins = ("tiny_server",)
 
@@ -144,8 +145,9 @@ class Request:
 class ObedientEngine:
     """Answers; a picture that names an error gets it, and one that begins with `later` waits."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.refused: list[str] = []
+    def __init__(self, _model: Any, _classes: Any, config: ServingConfig, **__: Any) -> None:
+        self.deadline_seconds = config.deadline_seconds
+        self.ended: list[int] = []
         self.seen: list[tuple[bytes, RequestOptions]] = []
         self.later: dict[bytes, Future[SegmentReply]] = {}
         self.closed = False
@@ -153,10 +155,20 @@ class ObedientEngine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Nothing here is cold."""
 
-    def refuse(self, error: ServingError, request_id: str, span: RequestSpan) -> None:
-        self.refused.append(str(error))
+    def open(self, request_id: str, *, arrived: float, timeout_seconds: float, render: Any) -> Exchange:
+        deadline = arrived + min(timeout_seconds or self.deadline_seconds, self.deadline_seconds)
+        on_end = lambda exchange, code, replies: self.ended.append(code)  # noqa: E731
+        exchange = Exchange(request_id, arrived, deadline, render=render, on_end=on_end)
+        watchdog = threading.Timer(deadline - arrived, exchange.expire)
+        watchdog.daemon = True
+        watchdog.start()
+        exchange.answer.add_done_callback(lambda _: watchdog.cancel())
+        return exchange
 
-    def submit(self, data: bytes, options: RequestOptions, span: RequestSpan) -> "Future[SegmentReply]":
+    def take(self, exchange: Exchange, pictures: Sequence[bytes], options: RequestOptions) -> None:
+        exchange.gather([self._submit(picture, options) for picture in pictures])
+
+    def _submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
         self.seen.append((data, options))
         answer: Future[SegmentReply] = Future()
         if data == b"raise":
@@ -267,6 +279,7 @@ class TestEveryPathAnswersOnce:
         model.execute([request])
         assert request.error() == ("unavailable", "not answered within 0.2 s")
         assert model._engine.later[b"later"].cancelled()
+        assert model._engine.ended == [504]
 
     def test_timeout_of_the_client(self, start: Callable[..., Any]) -> None:
         request = Request(b"later", timeout_us=100_000)
@@ -342,6 +355,7 @@ class TestOrderAndRoom:
         assert late.error()[0] == "unavailable"
         assert cancelled.error()[0] == "cancelled"
         assert len(model._engine.seen) == 1
+        assert model._engine.ended == [504, 499]
 
     def test_a_batch_counts_its_pictures(self, start: Callable[..., Any]) -> None:
         model = start(max_inflight=3)
@@ -396,7 +410,7 @@ class TestOutputs:
         model.execute([request])
         shapes = {tensor.name(): tensor.as_numpy().shape for tensor in request.response().tensors}
         assert shapes == {"MASK": (2, 2, 3), "MASK_PNG": (2, 1)}
-        assert [options.request_id for _, options in model._engine.seen] == ["named:0", "named:1"]
+        assert [data for data, _ in model._engine.seen] == [b"x", b"y"]
 
     def test_ragged_masks(self, start: Callable[..., Any]) -> None:
         model = start()
@@ -407,6 +421,7 @@ class TestOutputs:
         code, message = request.error()
         assert code == "invalid"
         assert "got 3x2, 4x5; ask for MASK_PNG" in message
+        assert model._engine.ended == [400]
 
     def test_place_of_a_bad_picture_in_its_batch(self, start: Callable[..., Any]) -> None:
         request = Request(b"x", b"refuse", b"x")
