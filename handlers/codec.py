@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -38,6 +38,10 @@ _MAX_SEGMENTS = 10_000
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")  # those that a length follows, and the end of the picture
 
 _TIFF_TILE_SIZE = (322, 323)
+
+# What decoding takes at most for each pixel: 4 in Pillow's memory, 4 more while it is turned or 3 in the array.
+DECODING_BYTES = 8
+_STRIP_PIXELS = 2**20
 
 # EXIF orientations that cameras write, and what turns them upright; the mirrored ones are left to Pillow.
 _TURNS = {1: None, 3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
@@ -79,7 +83,7 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
         if pixels is not None:
             return pixels
         ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_to_rgb(image))
+        return _rgb_pixels(image)
     except Exception as error:
         width, height = image.size
         raise ServingError(
@@ -184,15 +188,35 @@ def _decode_jpeg(data: bytes | bytearray, image: Image.Image, needed: Size | Non
     return pixels if rotation is None else cv2.rotate(pixels, rotation)
 
 
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 RGB [H, W, 3], converted strip by strip: as a whole it would take several times the picture's memory."""
+    height, rows = image.height, max(1, _STRIP_PIXELS // image.width)
+    if image.mode in ("I", "F"):  # no fixed range: show what is there, as an image viewer does
+        extremes = [(values.min(), values.max()) for values in map(_finite, _strips(image, rows))]
+        lowest = min(low for low, _ in extremes)
+        scale = 255 / (max(high for _, high in extremes) - lowest or 1.0)
+        grey = (((_finite(strip) - lowest) * scale).astype(np.uint8) for strip in _strips(image, rows))
+        parts = (np.broadcast_to(part[..., None], (*part.shape, 3)) for part in grey)
+    else:
+        parts = (np.asarray(_to_rgb(strip)) for strip in _strips(image, rows))
+    pixels = np.empty((height, image.width, 3), np.uint8)
+    for top, part in zip(range(0, height, rows), parts, strict=True):
+        pixels[top : top + rows] = part
+    return pixels
+
+
+def _strips(image: Image.Image, rows: int) -> Iterator[Image.Image]:
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _finite(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # no fixed range: show what is there, as an image viewer does
-        values = np.array(image, dtype=np.float64)
-        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        values -= values.min()
-        values *= 255 / (values.max() or 1.0)
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         picture = Image.new("RGB", rgba.size, "white")

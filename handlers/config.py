@@ -33,7 +33,10 @@ class ServingConfig:
         max_group_windows: windows computed together.
         max_group_delay_ms: how long a window waits for mates while the device has other work.
         bulk_patience_seconds: by how much a bulk request counts as younger than it is.
-        max_inflight_tokens: requests that would exceed it, before merging, are refused.
+        max_inflight_tokens: requests that would exceed it, before merging, are refused; it is less on a device that
+            would not get through so many before the deadline.
+        max_inflight_mib: memory for pictures, that is bodies, pixels and what decoding and drawing them takes;
+            requests that would exceed it are refused. Together with TorchServe's own it fits into 4 GiB.
         deadline_seconds: requests that take longer are answered with an error.
         stall_seconds: a group that takes longer means that the device hangs, and ends the process.
         jpeg_draft: decode a JPEG that is at least twice as large as the network needs at a fraction of its size. Saves
@@ -63,6 +66,7 @@ class ServingConfig:
     max_group_delay_ms: float = 20
     bulk_patience_seconds: float = 10
     max_inflight_tokens: int = 65_536
+    max_inflight_mib: int = 384
     deadline_seconds: float = 60
     stall_seconds: float = 100
     jpeg_draft: bool = False
@@ -81,6 +85,7 @@ class ServingConfig:
             "max_batch_tokens",
             "max_group_windows",
             "max_inflight_tokens",
+            "max_inflight_mib",
             "codec_threads",
         ):
             _check_integer(name, getattr(self, name), minimum=1)

@@ -27,10 +27,10 @@ from mpm_ops.classes import Classes
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.transfers import stack, upload, use_own_stream
 from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
-from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
+from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 
 from . import codec
-from .admission import Admission
+from .admission import Admission, Ticket
 from .agreement import Agreement, Sampler
 from .clock import DeviceClock
 from .config import ServingConfig
@@ -38,8 +38,8 @@ from .costs import measure_cost
 from .errors import ErrorKind, ServingError
 from .exchange import Exchange, only_reply
 from .metrics import Metrics
-from .options import RequestOptions
-from .replies import Segmented, SegmentReply, encode_reply
+from .options import VIEWS_OF_PIXELS, RequestOptions
+from .replies import Segmented, SegmentReply, encode_reply, encoding_bytes
 from .scheduler import Group, Lane, Scheduler, Waiting
 from .tracing import NO_SPAN, RequestSpan
 from .work import Request, Window, by_request
@@ -109,12 +109,17 @@ class Engine:
             if config.padded
             else None,
         )
-        self._admission = Admission(config.max_inflight_tokens)
+        self._admission = Admission(
+            config.max_inflight_tokens,
+            config.max_inflight_mib * 2**20,
+            config.deadline_seconds,
+            capacity=lambda: self.metrics.capacity,
+        )
         self._lock = threading.Lock()
         self._inflight: dict[Future[Any], Request] = {}  # by answer; guarded by the lock
         self._open: set[Exchange] = set()  # guarded by the lock
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
-        self.metrics.watch_inflight(lambda: len(self._inflight))
+        self.metrics.watch_inflight(lambda: len(self._inflight), lambda: self._admission.inflight_bytes)
         self.metrics.expect(Lane(stage.index, model.schedule) for stage in self._stages[model.schedule])
         sampler = Sampler(config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction))
         patch_size = model.config.patch_size
@@ -244,20 +249,22 @@ class Engine:
         for i, data in enumerate(pictures):
             try:
                 size = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
-                tokens = self._plan(*size).num_windows * self._tokens_of_window
+                ticket = Ticket(self._plan(*size).num_windows * self._tokens_of_window, len(data))
             except ServingError as error:
                 raise error.of_picture(i, len(pictures)) from None
             name = options.request_id if len(pictures) == 1 else f"{options.request_id}:{i}"
             own = replace(options, request_id=name)
-            requests.append(Request(own, schedule, Future(), monotonic(), tokens, exchange.span))
-        total = sum(request.tokens for request in requests)
+            pixels = size[0] * size[1]
+            requests.append(Request(own, schedule, Future(), monotonic(), ticket, pixels, exchange.span))
+        tickets = [request.ticket for request in requests]
+        total = sum(ticket.tokens for ticket in tickets)
         if len(requests) > 1 and total > config.max_inflight_tokens:
             raise ServingError(
                 ErrorKind.TOO_LARGE,
                 f"expected a batch of at most {config.max_inflight_tokens} tokens, got {len(requests)} pictures of "
                 f"{total}; send them in several requests",
             )
-        self._admission.enter(total)
+        self._admission.enter(tickets)
         with self._lock:
             self._inflight |= {request.answer: request for request in requests}
         for request in requests:
@@ -267,17 +274,24 @@ class Engine:
     def _leave(self, answer: "Future[SegmentReply]") -> None:
         with self._lock:
             request = self._inflight.pop(answer)
-        self._admission.leave(request.tokens)
+        self._admission.leave(request.ticket)
 
     def _prepare(self, request: Request, data: bytes | bytearray) -> None:
-        config = self._config
+        config, view = self._config, request.options.view
         limits = {"max_bytes": config.max_image_bytes, "max_pixels": config.max_image_pixels}
-        if config.jpeg_draft and request.options.view is None:  # views show all pixels
-            image, size = codec.decode_reduced(data, **limits, enough=lambda *whole: self._plan(*whole).fitted_size)
-        else:
-            image = codec.decode_image(data, **limits)
-            size = (image.shape[0], image.shape[1])
-        self._enqueue(request, image, self._plan(*size))
+        with self._admission.working(codec.DECODING_BYTES * request.pixels):
+            if config.jpeg_draft and view is None:  # views show all pixels
+                image, size = codec.decode_reduced(
+                    data, **limits, enough=lambda *whole: self._plan(*whole).fitted_size
+                )
+            else:
+                image = codec.decode_image(data, **limits)
+                size = (image.shape[0], image.shape[1])
+            plan = self._plan(*size)
+            if view not in VIEWS_OF_PIXELS:
+                image = fit_picture(image, plan)  # a picture's pixels are its largest part by far
+        self._admission.resize(request.ticket, image.nbytes)
+        self._enqueue(request, image, plan)
 
     def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:
         """Cut a picture into windows that wait for the first stage."""
@@ -447,7 +461,8 @@ class Engine:
                 torch.cuda.current_stream(segmented.logits.device).synchronize()
             request.answer.set_result(segmented)
             return
-        reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
+        with self._admission.working(encoding_bytes(request.options) * request.pixels):
+            reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
         encode_seconds, now = reply.seconds["encode"], monotonic()
         request.span.step("labels", now - encode_seconds, reply.seconds["labels"])
         request.span.step("encode", now, encode_seconds)
@@ -458,7 +473,7 @@ class Engine:
 
     def _compute_unmerged(self, merged: Segmented, options: RequestOptions) -> "Future[Segmented]":
         """Compute a picture again without merging, for ourselves: not admitted, not counted and never late."""
-        again = Request(options, (), Future(), monotonic(), 0, NO_SPAN, encoded=False)
+        again = Request(options, (), Future(), monotonic(), Ticket(0, 0), 0, NO_SPAN, encoded=False)
         self._guard(again, self._enqueue, again, merged.image, merged.plan)
         return again.answer
 

@@ -135,9 +135,7 @@ class Exchange:
         self._on_end(self, code, replies)
         self.span.end(code)
         trace_id = self.span.trace_id
-        logger.info(
-            describe_request(self.request_id, code, seconds, trace_id=trace_id, replies=replies, error=error)
-        )
+        logger.info(describe_request(self.request_id, code, seconds, trace_id=trace_id, replies=replies, error=error))
         return True
 
     def _drop_parts(self) -> None:

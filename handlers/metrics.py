@@ -114,6 +114,9 @@ class Metrics:
             "Tokens of pictures, before merging, per second of a device that is always busy, as measured lately",
         )
         self._inflight = self._bound(Gauge, "mpm_inflight_requests", "Requests accepted and not yet answered")
+        self._inflight_bytes = self._bound(
+            Gauge, "mpm_inflight_bytes", "What pictures hold, and what decoding and encoding them takes just now"
+        )
         self._agreement = self._bound(
             Histogram,
             "mpm_agreement_ratio",
@@ -129,6 +132,7 @@ class Metrics:
         )
         self._make(Gauge, "mpm_model_info", "What is served, and on what", *info).labels(model, *info.values()).set(1)
         self._lanes: dict[Lane, _LaneMetrics] = {}
+        self.capacity = 0.0  # tokens per second; 0 while unknown
         self._busy_seconds = self._finished_tokens = 0.0  # both fade, so that their ratio follows the load
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
@@ -166,8 +170,9 @@ class Metrics:
 
         return stop
 
-    def watch_inflight(self, count: Callable[[], int]) -> None:
+    def watch_inflight(self, count: Callable[[], int], size: Callable[[], int]) -> None:
         self._inflight.set_function(count)
+        self._inflight_bytes.set_function(size)
 
     def expect(self, lanes: Iterable[Lane]) -> None:
         """Show these lanes at zero, so that `rate` sees the first windows in them."""
@@ -229,7 +234,8 @@ class Metrics:
             self._merge_seconds.labels(self._model, str(lane.stage), schedule).observe(merge_seconds)
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
-        self._capacity.set(self._finished_tokens / self._busy_seconds)
+        self.capacity = self._finished_tokens / self._busy_seconds
+        self._capacity.set(self.capacity)
         if self._busy_seconds > _CAPACITY_BUSY_SECONDS:
             self._busy_seconds /= 2
             self._finished_tokens /= 2

@@ -12,6 +12,7 @@ from .tracing import CONTEXT_HEADERS
 MASK_TYPES = ("image/png", "application/json", "application/x-npy")
 VIEW_TYPES = ("image/png", "image/jpeg")
 VIEWS = ("overlay", "tokens", "confidence")
+VIEWS_OF_PIXELS = ("overlay", "tokens")  # which show the picture itself
 PRIORITIES = ("interactive", "bulk")
 # All that Triton passes on of a request's headers, and takes as its parameters.
 OPTION_HEADERS = (

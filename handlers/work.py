@@ -11,6 +11,7 @@ from torch import Tensor
 from mpm_ops.stages import WindowBatch
 from mpm_ops.windows import WindowPlan
 
+from .admission import Ticket
 from .options import RequestOptions
 from .tracing import RequestSpan
 
@@ -23,7 +24,8 @@ class Request:
     schedule: tuple[int, ...]
     answer: "Future[Any]"
     arrived: float
-    tokens: int  # admitted
+    ticket: Ticket
+    pixels: int  # of the whole picture
     span: RequestSpan
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
     ready_at: float = 0.0

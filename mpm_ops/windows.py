@@ -105,6 +105,17 @@ def plan_windows(height: int, width: int, inference: InferenceConfig) -> WindowP
     return WindowPlan((height, width), fitted, frame, window, tuple(tops), tuple(lefts))
 
 
+def fit_picture(image: np.ndarray, plan: WindowPlan) -> np.ndarray:
+    """Resize a picture by the plan; all that `cut_windows` needs of it.
+
+    Args:
+        image: uint8 RGB [H, W, 3], of the size that was planned, or a reduction of that picture.
+    """
+    if plan.fitted_size == image.shape[:2]:
+        return image
+    return cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
 def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig) -> Tensor:
     """Resize, normalise and cut a picture.
 
@@ -114,9 +125,7 @@ def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig)
     Returns:
         float32 [num_windows, 3, window_size, window_size].
     """
-    fitted = image
-    if plan.fitted_size != image.shape[:2]:
-        fitted = cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
+    fitted = fit_picture(image, plan)
     planes, tables, size = cv2.split(fitted), _normalized_values(inference.normalization), plan.window_size
     windows = np.empty((plan.num_windows, 3, size, size), np.float32)
     origins = list(product(plan.tops, plan.lefts))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from handlers import codec
 from handlers.config import ServingConfig
 from handlers.engine import Engine
 from handlers.errors import ErrorKind, ServingError
@@ -23,7 +24,6 @@ from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import WindowBatch
-from mpm_ops.windows import cut_windows
 
 CONFIG = ServingConfig(
     schedule=(1, 2), runtime="torch", max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250
@@ -144,11 +144,16 @@ def test_jpegs_are_reduced_only_where_asked_and_no_one_looks(
 ) -> None:
     decoded: list[tuple[int, ...]] = []
 
-    def remember(image: np.ndarray, *args: Any) -> torch.Tensor:
-        decoded.append(image.shape[:2])
-        return cut_windows(image, *args)
+    def watch(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def remember(*args: Any, **options: Any) -> Any:
+            found = decode(*args, **options)
+            decoded.append((found[0] if isinstance(found, tuple) else found).shape[:2])
+            return found
 
-    monkeypatch.setattr("handlers.engine.cut_windows", remember)
+        return remember
+
+    monkeypatch.setattr(codec, "decode_image", watch(codec.decode_image))
+    monkeypatch.setattr(codec, "decode_reduced", watch(codec.decode_reduced))
     engine = start(replace(CONFIG, jpeg_draft=draft))
     buffer = io.BytesIO()
     smooth = cv2.resize(picture(0, 8, 12), (600, 400), interpolation=cv2.INTER_CUBIC)
@@ -419,6 +424,110 @@ def test_overload_is_refused_at_once_with_a_time_to_retry(
     for answer in accepted:
         np.testing.assert_array_equal(labels_of(answer), expected)
     assert engine.inflight == 0
+
+
+class TestMemory:
+    """Pictures of 2400x1600 are two windows of the network, like small ones, and 11.5 MB of pixels."""
+
+    @pytest.fixture(scope="class")
+    def large(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(cv2.resize(picture(0), (2400, 1600))).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    @pytest.fixture
+    def held(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """What is computed waits for it."""
+        event = threading.Event()
+        break_embed(monkeypatch, lambda windows: assert_none(event.wait(60)))
+        return event
+
+    def test_what_waits_holds_no_more_than_the_network_needs(
+        self, start: Callable[..., Engine], held: threading.Event, large: bytes
+    ) -> None:
+        engine = start()
+        answers = [engine.submit(large, NPY) for _ in range(20)]
+        wait_until(lambda: waiting_windows(engine) >= 2 * 20 - 8)  # decoded, all but those in the first group
+        fitted = 64 * 96 * 3
+        assert bytes_held(engine) == 20 * fitted
+        shown = engine.submit(large, RequestOptions(request_id="test", view="tokens"))
+        wait_until(lambda: bytes_held(engine) == 20 * fitted + 2400 * 1600 * 3)
+        held.set()
+        wait([*answers, shown], 250)
+        assert shown.exception() is None
+        assert bytes_held(engine) == 0
+
+    def test_too_many_bytes_are_refused_and_a_lone_picture_never(
+        self, start: Callable[..., Engine], held: threading.Event, large: bytes
+    ) -> None:
+        engine = start(replace(CONFIG, max_inflight_mib=1))
+        shown = RequestOptions(request_id="test", view="overlay")
+        alone = engine.submit(large, shown)
+        wait_until(lambda: bytes_held(engine) == 2400 * 1600 * 3)
+        error = error_of(engine.submit(large, NPY))
+        assert error.kind is ErrorKind.OVERLOADED
+        assert str(error).startswith("the server is busy: pictures in flight hold 11520000 bytes, this one would hold")
+        assert error.retry_after == 1
+        held.set()
+        assert alone.exception(250) is None
+        assert bytes_held(engine) == 0
+        assert engine.submit(large, shown).exception(250) is None
+
+    def test_pictures_are_decoded_one_by_one_where_memory_is_short(
+        self, model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode, at_once, most = codec.decode_image, [0], [0]
+
+        def watched(*args: Any, **options: Any) -> np.ndarray:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+            time.sleep(0.05)
+            at_once[0] -= 1
+            return decode(*args, **options)
+
+        monkeypatch.setattr(codec, "decode_image", watched)
+        small = [encode(picture(i, 360, 480)) for i in range(4)]  # 0.5 MB encoded, 1.4 MB while they are decoded
+        for mib, expected in ((3, 1), (64, 2)):
+            engine = start(replace(CONFIG, max_inflight_mib=mib, codec_threads=2))
+            most[0] = 0
+            answers = [engine.submit(data, NPY) for data in small]
+            for i, answer in enumerate(answers):
+                np.testing.assert_array_equal(labels_of(answer), model.segment(picture(i, 360, 480)))
+            assert most[0] == expected
+
+
+def bytes_held(engine: Engine) -> float | None:
+    return engine.metrics.registry.get_sample_value("mpm_inflight_bytes", {"model": "segmenter"})
+
+
+def waiting_windows(engine: Engine) -> float:
+    labels = {"model": "segmenter", "stage": "0", "schedule": "1,2"}
+    return engine.metrics.registry.get_sample_value("mpm_waiting_windows", labels) or 0.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_no_more_is_admitted_than_the_device_can_answer(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of at most 8 windows takes a second: 4 pictures of two windows each."""
+    slow_embed(monkeypatch, 1.0)
+    engine = start(replace(CONFIG, deadline_seconds=4))
+    data = encode(picture(0))
+    wait([engine.submit(data, NPY) for _ in range(4)], 60)  # measures
+    answers = [engine.submit(data, NPY) for _ in range(40)]
+    errors = [answer.exception(60) for answer in answers]
+    kinds = Counter(error.kind if isinstance(error, ServingError) else "served" for error in errors)
+    assert set(kinds) == {"served", ErrorKind.OVERLOADED}, "what was admitted was answered in time"
+    assert kinds["served"] >= 2
+    told = next(str(error) for error in errors if error is not None)
+    assert "a second are computed and 4 s is the deadline; try again later" in told
+    assert engine.submit(data, NPY).exception(60) is None, "an idle server refuses nothing"
 
 
 def test_close_answers_what_was_accepted_and_leaves_no_thread(model: Segmenter) -> None:

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import requests
 import tritonclient.grpc
-from prometheus_client.parser import text_string_to_metric_families
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
+from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.codec import encode_picture
 from handlers.launching import ServerError, free_port
