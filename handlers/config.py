@@ -10,6 +10,7 @@ from mpm_ops.runtime import PRECISIONS, RUNTIMES
 CONFIG_KEY = "mpm"  # our section in the configuration files of servers
 
 _MAX_PORT = 65_535
+_MAX_INT = 2**31 - 1  # of Java, and so of a length in TorchServe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,16 @@ class ServingConfig:
             _check_schedule("allowed_schedules", schedule)
         if not isinstance(self.inference, Mapping):
             raise ValueError(f"inference: expected a mapping, got {self.inference!r}")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """What a server in front should let through: up to there the engine says what is wrong with a picture."""
+        return min(self.max_image_bytes + 2**20, _MAX_INT)
+
+    @property
+    def max_reply_bytes(self) -> int:
+        """No reply is longer. That is enough for the largest view of nothing but noise."""
+        return min(4 * self.max_image_pixels + 2**20, _MAX_INT)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "ServingConfig":

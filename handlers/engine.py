@@ -64,6 +64,7 @@ class Engine:
         on_fatal: called when the device is beyond help, after everything in flight has failed. By
             default the process ends, for its supervisor to start another.
         observer: called after each group with the group and its seconds.
+        keeps_bodies: whoever calls keeps the pictures that came until they are answered, so they count as long.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         name: str = "segmenter",
         on_fatal: Callable[[], None] = lambda: os._exit(70),
         observer: Callable[[Group["Window"], float], None] = lambda group, seconds: None,
+        keeps_bodies: bool = False,
     ) -> None:
         if len(classes) != model.config.n_cls:
             raise ValueError(f"classes: expected {model.config.n_cls}, got {len(classes)}")
@@ -83,6 +85,7 @@ class Engine:
         self._config = config
         self._on_fatal = on_fatal
         self._observer = observer
+        self._keeps_bodies = keeps_bodies
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
         self._runtime = make_runtime(
@@ -290,7 +293,7 @@ class Engine:
             plan = self._plan(*size)
             if view not in VIEWS_OF_PIXELS:
                 image = fit_picture(image, plan)  # a picture's pixels are its largest part by far
-        self._admission.resize(request.ticket, image.nbytes)
+        self._admission.resize(request.ticket, image.nbytes + (len(data) if self._keeps_bodies else 0))
         self._enqueue(request, image, plan)
 
     def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:

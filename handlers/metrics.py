@@ -25,6 +25,7 @@ _GROUP_WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _AGREEMENT = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998, 0.999, 1)
 
 _CAPACITY_BUSY_SECONDS = 30.0  # of device time, over which the capacity is averaged
+_KNOWN_GROUPS, _KNOWN_BUSY_SECONDS = 8, 5.0  # the first ones compile
 _MAX_EXEMPLAR = 100  # characters of a request id; OpenMetrics allows 128 for the whole exemplar
 _REBIND_SECONDS = 0.5
 
@@ -132,7 +133,8 @@ class Metrics:
         )
         self._make(Gauge, "mpm_model_info", "What is served, and on what", *info).labels(model, *info.values()).set(1)
         self._lanes: dict[Lane, _LaneMetrics] = {}
-        self.capacity = 0.0  # tokens per second; 0 while unknown
+        self.capacity = 0.0  # tokens per second; 0 until enough was measured to refuse anything by it
+        self._num_finished = 0  # groups
         self._busy_seconds = self._finished_tokens = 0.0  # both fade, so that their ratio follows the load
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
@@ -234,8 +236,11 @@ class Metrics:
             self._merge_seconds.labels(self._model, str(lane.stage), schedule).observe(merge_seconds)
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
-        self.capacity = self._finished_tokens / self._busy_seconds
-        self._capacity.set(self.capacity)
+        capacity = self._finished_tokens / self._busy_seconds
+        self._capacity.set(capacity)
+        self._num_finished += 1
+        if self._num_finished >= _KNOWN_GROUPS and self._busy_seconds >= _KNOWN_BUSY_SECONDS:
+            self.capacity = capacity
         if self._busy_seconds > _CAPACITY_BUSY_SECONDS:
             self._busy_seconds /= 2
             self._finished_tokens /= 2
