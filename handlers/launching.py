@@ -20,10 +20,12 @@ from typing import Self, TypeVar
 import psutil
 
 from .readiness import Readiness
+from .supervision import supervise
 
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_PORT = 65_535
+_LOST_SECONDS = 5.0
 _START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
 
@@ -49,6 +51,7 @@ class Server(ABC):
         self.log = log
         check_port(host, self.port)
         self._kind = kind
+        self._stop_seconds = 10.0
         self._folder = Path(tempfile.mkdtemp(prefix=f"{kind.lower()}-"))
         self._process: subprocess.Popen[bytes]
 
@@ -82,17 +85,30 @@ class Server(ABC):
         """
         return self._process.wait(timeout_seconds)
 
+    @property
+    @abstractmethod
+    def watched(self) -> Mapping[str, str]:
+        """Where each model answers, and where it tells how it gets on."""
+
+    @abstractmethod
+    def ailment(self) -> str:
+        """What can be seen of a dead model without asking it; empty if nothing can."""
+
+    @abstractmethod
+    def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
+        """Whether a server that was found ill so often in a row, for so long, may still mend itself."""
+
     @abstractmethod
     def drain(self) -> None:
         """Have what comes from now on refused, and return once `stop` loses nothing that was accepted before."""
 
-    def stop(self, timeout_seconds: float = 10.0) -> None:
-        """End the server and its workers, and remove their folder."""
+    def stop(self, timeout_seconds: float | None = None) -> None:
+        """End the server and its workers, and remove their folder; what does not end in time is killed."""
         if self._process.poll() is None:
             workers = psutil.Process(self._process.pid).children(recursive=True)
             self._process.terminate()
             try:
-                self._process.wait(timeout_seconds)
+                self._process.wait(self._stop_seconds if timeout_seconds is None else timeout_seconds)
             except subprocess.TimeoutExpired:
                 workers = psutil.Process(self._process.pid).children(recursive=True)
                 self._process.kill()
@@ -143,7 +159,7 @@ def run_in_foreground(
     ready_port: int = 0,
     lame_duck_seconds: float = 0.0,
 ) -> int:
-    """Run a server until it ends or SIGINT or SIGTERM comes; returns the exit status of the command.
+    """Run a server until it ends, a model is dead for good, or SIGINT or SIGTERM comes; returns the exit status.
 
     SIGINT is a person's, and stops at once. SIGTERM is an orderly end: `ready_port` says 503 from now on, the
     server goes on for `lame_duck_seconds`, in which whoever sends requests should notice, and drains.
@@ -165,7 +181,9 @@ def run_in_foreground(
                 readiness.ready = True
                 greet(server)
                 print("\nCtrl-C stops the server.", flush=True)
-                return server.wait()
+                status = supervise(server, readiness)
+                server.stop(_LOST_SECONDS)  # there is nobody left to be waited for
+                return status
             except _Terminated:
                 readiness.ready = False
                 with suppress(subprocess.TimeoutExpired):
@@ -187,7 +205,7 @@ def add_ending_options(parser: argparse.ArgumentParser) -> None:
     """How a server ends on SIGTERM, for the commands of both."""
     parser.add_argument(
         "--ready-port",
-        type=_port,
+        type=parse_port,
         default=0,
         metavar="PORT",
         help="answers 200 while requests should be sent here, 503 while starting and from SIGTERM on (none)",
@@ -201,7 +219,8 @@ def add_ending_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _port(text: str) -> int:
+def parse_port(text: str) -> int:
+    """A port from the command line, for argparse."""
     if not text.isdecimal() or not 0 <= int(text) <= _MAX_PORT:
         raise argparse.ArgumentTypeError(f"expected a port within 0..{_MAX_PORT}, got {text!r}")
     return int(text)

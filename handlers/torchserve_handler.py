@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,9 +14,11 @@ from typing import Any
 from .config import CONFIG_KEY, ServingConfig
 from .drain import Drain
 from .errors import ErrorKind, ServingError
+from .exchange import only_reply
 from .loading import load_engine, warm_up_picture
 from .options import RequestOptions, request_id_from
 from .replies import SegmentReply
+from .served import with_watch
 from .tracing import make_tracing
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,18 @@ class SegmenterHandler:
         logging.getLogger(__package__).setLevel(logging.INFO)
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # bodies stay bytes, whatever type they claim to be
         folder = Path(context.system_properties["model_dir"])
-        config = ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {}))
         name = context.model_name
+        config = with_watch(ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {})), name)
         self._drain = Drain()
+        self._max_reply_bytes = config.max_reply_bytes
         self._tracing = make_tracing(name)
-        self._engine = load_engine(folder, config, name=name, observer=lambda group, seconds: self._on_group())
+        self._engine = load_engine(
+            folder,
+            config,
+            name=name,
+            observer=lambda group, seconds: self._on_group(),
+            keeps_bodies=True,  # Java does, and hands them over again at every step
+        )
         self._engine.warm_up([warm_up_picture()])
         logger.info("ready")
 
@@ -69,12 +78,23 @@ class SegmenterHandler:
         if draining := self._drain.take(headers):
             return _Taken(request_id, arrived, draining)
         span = self._tracing.start(headers, request_id, arrived)
-        exchange = self._engine.open(request_id, arrived=arrived, span=span)
+        exchange = self._engine.open(request_id, arrived=arrived, span=span, render=self._fitting_reply)
         with exchange.guarded():
             self._drain.check()
             options = RequestOptions.from_headers(headers, request_id)
             self._engine.take(exchange, [_image_bytes(parts)], options)
         return _Taken(request_id, arrived, exchange.answer)
+
+    def _fitting_reply(self, replies: Sequence[SegmentReply]) -> SegmentReply:
+        """The reply, if TorchServe can pass it on: one that is longer than it was told would end the worker."""
+        reply = only_reply(replies)
+        if len(reply.body) > self._max_reply_bytes:
+            raise ServingError(
+                ErrorKind.TOO_LARGE,
+                f"reply: expected at most {self._max_reply_bytes} bytes, got {len(reply.body)}; "
+                "ask for a smaller picture, or for another form of reply",
+            )
+        return reply
 
     def _on_group(self) -> None:
         """Called by the engine after every group."""

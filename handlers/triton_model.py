@@ -30,6 +30,7 @@ from .frames import read_header
 from .loading import load_engine
 from .options import OPTION_HEADERS, RequestOptions, request_id_from
 from .replies import SegmentReply
+from .served import with_watch
 from .tracing import make_tracing
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class TritonPythonModel:
         logging.getLogger(__package__).setLevel(logging.INFO)
         folder = Path(args["model_repository"]) / args["model_version"]
         config = ServingConfig.from_mapping(yaml.safe_load((folder / "serving.yaml").read_text()) or {})
+        config = with_watch(config, args["model_name"])
         parameters = json.loads(args["model_config"])["parameters"]
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
         self._tracing = make_tracing(args["model_name"])

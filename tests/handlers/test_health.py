@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 from PIL import Image
 
-from handlers.health import UnhealthyError, check_model, main, tiny_picture
+from handlers.health import UnhealthyError, check_model, main, read_progress, tiny_picture
 
 MASK = io.BytesIO()
 Image.new("P", (16, 16)).save(MASK, "PNG")
@@ -73,6 +74,86 @@ def test_busy_for_ever(serve: Callable[..., str]) -> None:
         check_model(serve((503, b"busy")), timeout_seconds=0.5)
 
 
+class Metrics:
+    """Metrics whose counters grow by so much at every look."""
+
+    def __init__(self, serve_text: Callable[[Callable[[], str]], str], model: str = "x") -> None:
+        self.tokens, self.growth, self.model = 0, 0, model
+        self.url = serve_text(self.text)
+
+    def text(self) -> str:
+        self.tokens += self.growth
+        return (
+            'mpm_images_total{model="other"} 99.0\n'
+            f'mpm_images_total{{model="{self.model}"}} 3.0\n'
+            f'mpm_tokens_total{{model="{self.model}",point="in",stage="0"}} {self.tokens}.0\n'
+            f'mpm_tokens_total{{model="{self.model}",point="out",stage="0"}} 1e3\n'
+            'mpm_tokens_created{model="x"} 5.0\n'
+        )
+
+
+@pytest.fixture
+def metrics() -> Iterator[Metrics]:
+    servers = []
+
+    def serve_text(text: Callable[[], str]) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(text().encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}/metrics"
+
+    yield Metrics(serve_text)
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+class TestOverload:
+    @pytest.mark.parametrize("model_url", ["http://h/predictions/x", "http://h/v2/models/x"])
+    def test_progress(self, metrics: Metrics, model_url: str) -> None:
+        assert read_progress(metrics.url, model_url) == (3, 1000)
+        assert read_progress(metrics.url, model_url + "2") == (0, 0)
+        assert read_progress("", model_url) is None
+        assert read_progress("http://127.0.0.1:1/metrics", model_url) is None
+
+    def test_no_room_while_it_computes(self, serve: Callable[..., str], metrics: Metrics) -> None:
+        metrics.growth = 64
+        check_model(serve((503, b"busy")), timeout_seconds=30, metrics_url=metrics.url)
+
+    def test_no_room_while_it_does_nothing(self, serve: Callable[..., str], metrics: Metrics) -> None:
+        with pytest.raises(UnhealthyError, match="last it said status 503: busy"):
+            check_model(serve((503, b"busy")), timeout_seconds=0.5, metrics_url=metrics.url)
+
+    @pytest.mark.parametrize("growth", [0, 64])
+    def test_late(self, metrics: Metrics, growth: int) -> None:
+        metrics.growth = growth
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/predictions/x"
+            with nullcontext() if growth else pytest.raises(UnhealthyError, match=r"not answered within 0\.3 s"):
+                check_model(url, timeout_seconds=0.3, metrics_url=metrics.url)
+
+    def test_what_computes_and_fails_is_ill(self, serve: Callable[..., str], metrics: Metrics) -> None:
+        metrics.growth = 64
+        with pytest.raises(UnhealthyError, match="status 500: broken") as caught:
+            check_model(serve((500, b"broken")), timeout_seconds=10, metrics_url=metrics.url)
+        assert caught.value.status == 500
+
+    def test_of_the_command(self, serve: Callable[..., str], metrics: Metrics) -> None:
+        metrics.growth = 64
+        command = [sys.executable, "-m", "handlers.health", serve((503, b"busy")), "--timeout", "1"]
+        assert subprocess.run([*command, "--metrics", metrics.url]).returncode == 0
+        assert subprocess.run([*command, "--metrics", ""], stderr=subprocess.DEVNULL).returncode == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -99,7 +180,7 @@ def test_nobody_listens() -> None:
 def test_silence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        with pytest.raises(UnhealthyError, match="timed out"):
+        with pytest.raises(UnhealthyError, match=r"not answered within 0\.3 s"):
             check_model(f"http://127.0.0.1:{silent.getsockname()[1]}/predictions/x", timeout_seconds=0.3)
         assert time.monotonic() - start < 5
 

@@ -48,8 +48,8 @@ class ObedientEngine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Nothing here is cold."""
 
-    def open(self, request_id: str, *, arrived: float, span: RequestSpan) -> Exchange:
-        return Exchange(request_id, arrived, arrived + 60, span=span)
+    def open(self, request_id: str, *, arrived: float, span: RequestSpan, render: Any) -> Exchange:
+        return Exchange(request_id, arrived, arrived + 60, span=span, render=render)
 
     def take(self, exchange: Exchange, pictures: Sequence[bytes], options: RequestOptions) -> None:
         (data,) = pictures
@@ -190,6 +190,14 @@ def test_a_part_is_no_header(handler: SegmenterHandler) -> None:
     handler.handle([body(b"x")], context)
     _, options = engine_of(handler).seen[-1]
     assert options == RequestOptions(request_id="own-0", media_type="application/json", view=None)
+
+
+def test_a_reply_that_would_end_the_worker(handler: SegmenterHandler) -> None:
+    handler._max_reply_bytes = 1
+    context = batch_of({})
+    (reply,) = handler.handle([body(b"x")], context)
+    assert context.get_response_status(0)[0] == 413
+    assert "reply: expected at most 1 bytes, got 2;" in json.loads(reply)["error"]
 
 
 def test_one_line_a_request_in_the_log(handler: SegmenterHandler, caplog: pytest.LogCaptureFixture) -> None:

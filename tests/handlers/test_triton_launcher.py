@@ -170,8 +170,10 @@ class TestDeathAndRecovery:
         stub_of(own_triton, "tiny").kill()
         assert ready(own_triton) == 200  # which is why the model has to be asked
         assert not is_healthy(own_triton, timeout_seconds=3)
+        assert own_triton.ailment() == "1 of the processes that hold models ended"
         change(own_triton, "tiny", "unload")
         change(own_triton, "tiny", "load")
+        assert not own_triton.ailment()
         assert is_healthy(own_triton, timeout_seconds=20)
         assert infer_raw(own_triton.url, "tiny", picture).status_code == 200
 
