@@ -32,7 +32,7 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
         torch.cuda.set_device(device)
     model = load_segmenter(folder / "checkpoint.pth", config.schedule, config.align, inference=config.inference)
     model = model.to(device)
-    classes = load_classes(folder / "classes.csv", model.config.n_cls)
+    classes = load_classes(folder, model.config.n_cls)
     return Engine(model, classes, config, **options)
 
 

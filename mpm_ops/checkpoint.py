@@ -80,6 +80,12 @@ def read_variant(path: Path) -> dict[str, Any]:
     return variant
 
 
+def trained_on(variant: Mapping[str, Any]) -> str:
+    """The dataset that a variant.yml says its network was trained on; empty if it does not."""
+    dataset = variant.get("dataset_kwargs") or {}
+    return str(dataset.get("dataset", "")) if isinstance(dataset, dict) else ""
+
+
 class _VariantLoader(yaml.SafeLoader):
     pass
 
@@ -126,7 +132,7 @@ def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) 
     window = stored.get("window_size", dataset.get("crop_size"))
     values = {
         "im_size": stored.get("im_size", dataset.get("image_size")),
-        "max_ratio": stored.get("max_ratio", _MAX_RATIOS.get(str(dataset.get("dataset")), _DEFAULT_MAX_RATIO)),
+        "max_ratio": stored.get("max_ratio", _MAX_RATIOS.get(trained_on(variant), _DEFAULT_MAX_RATIO)),
         "window_size": window,
         "window_stride": stored.get("window_stride", window),
         "normalization": dataset.get("normalization", variant["net_kwargs"].get("normalization")),
