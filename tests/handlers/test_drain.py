@@ -14,6 +14,10 @@ WAIT_SECONDS = 10
 ASKED = {DRAIN_HEADER.lower(): "secret"}
 
 
+def wait_for(event: threading.Event) -> None:
+    event.wait(WAIT_SECONDS)
+
+
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DRAIN_SECRET_VARIABLE, "secret")
@@ -58,7 +62,7 @@ def test_nobody_asked() -> None:
 
 def test_it_is_answered_after_what_was_recorded_is_sent() -> None:
     sent = threading.Event()
-    drain = Drain(flush=lambda: sent.wait(WAIT_SECONDS) and None)
+    drain = Drain(flush=lambda: wait_for(sent))
     asked = drain.take(ASKED)
     assert asked is not None
     drain.end([asked])
@@ -71,7 +75,7 @@ def test_it_is_answered_after_what_was_recorded_is_sent() -> None:
 def test_what_can_not_be_sent_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handlers.drain._FLUSH_SECONDS", 0.05)
     never = threading.Event()
-    drain = Drain(flush=lambda: never.wait(WAIT_SECONDS) and None)
+    drain = Drain(flush=lambda: wait_for(never))
     asked = drain.take(ASKED)
     assert asked is not None
     drain.end([asked])
