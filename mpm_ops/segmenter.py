@@ -1,6 +1,6 @@
 """The Segmenter: a ViT encoder with Mutual Pair Merging, a decoder, and the official inference around them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +129,11 @@ class Segmenter(nn.Module):
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
-        return batch.merged(num_special=self.encoder.num_special, align=self.align)
+        return self.merging(batch)()
+
+    def merging(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
+        """Launch `merge`; the call that is returned waits for the device, and nothing before it does."""
+        return batch.merging(num_special=self.encoder.num_special, align=self.align)
 
     def decode(self, batch: WindowBatch) -> Tensor:
         """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""
