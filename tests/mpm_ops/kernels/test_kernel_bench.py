@@ -11,6 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
+from fake_cuda import Rerun
+
 from mpm_ops import Segmenter, attention
 from mpm_ops.bench import __main__ as bench
 from mpm_ops.bench import gpu as bench_gpu
@@ -18,7 +20,7 @@ from mpm_ops.bench import gpu_networks
 from mpm_ops.bench.gpu_networks import TINY, flops
 from mpm_ops.bench.timing import Laps, Report, Timer, in_turn
 from mpm_ops.packed import PackedTokens
-from mpm_ops.runtime.graphs import Captured, GraphRuntime
+from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.segmenter import SegmenterConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -54,17 +56,12 @@ def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     return torch.cat([o.transpose(0, 1) for o in out])
 
 
-def rerun(function: Callable[[], Tensor]) -> Captured:
-    result = function()
-    return lambda: result.copy_(function()), result
-
-
 @pytest.fixture
 def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the bounds, windows decoded together, and graphs that run their function again."""
 
     def graphs(model: Segmenter, precision: str) -> GraphRuntime:
-        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
+        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=Rerun())
 
     monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
     monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
