@@ -22,6 +22,7 @@ import torch
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.graphs import PATIENCE
 from mpm_ops.stages import cut_stages, format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
@@ -153,14 +154,18 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
 
+        Where graphs are captured, each as often as it takes until those of its shapes are.
+
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
+        times = PATIENCE + 1 if self._config.graph_mib else 1
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                self.submit(picture, RequestOptions(request_id="warm-up")).result()
+                for _ in range(times):
+                    self.submit(picture, RequestOptions(request_id="warm-up")).result()
         finally:
             self.metrics, self._agreement = metrics, agreement
 

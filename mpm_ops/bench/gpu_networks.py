@@ -210,7 +210,7 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
 
 def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
     """ToMe on the same weights, dense; attention is proportional, as it needs to be without training."""
-    halved = model if precision == "fp32" else copy.deepcopy(model, {id(model.runtime): None}).to(DTYPES[precision])
+    halved = model if precision == "fp32" else copy.deepcopy(model).to(DTYPES[precision])
     rival, windows = ToMe(halved, r=r), windows.to(DTYPES[precision])
     grid = (windows.shape[2] // model.config.patch_size, windows.shape[3] // model.config.patch_size)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from mpm_ops import Segmenter, labels
+from mpm_ops import Segmenter, attention, labels
 from mpm_ops.packed import bounds_of
 from mpm_ops.runtime.graphs import Captured
 
@@ -166,3 +166,20 @@ class Rerun:
     def renew(self) -> None:
         self.renewed += 1
         self._pool = 0
+
+
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    """A kernel over ragged sequences that knows nothing but the bounds on its device."""
+    assert bounds[-1] == len(q)
+    assert int(bounds.diff().max()) <= longest
+    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
+    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
+    return torch.cat([o.transpose(0, 1) for o in out])
+
+
+def compute_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the CPU do what a GPU does: attention by the bounds, named flash, and all windows decoded at once."""
+    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
+    for module in ("decoders", "segmenter"):
+        monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)

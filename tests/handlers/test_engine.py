@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from fake_cuda import Rerun, compute_packed
 from PIL import Image
 
 from handlers.computing import Computer, Times
@@ -25,6 +26,7 @@ from handlers.work import Window
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
 from mpm_ops.windows import cut_windows
 
@@ -463,6 +465,22 @@ def test_a_group_that_hangs_behind_another_is_noticed(
     assert fatal.wait(10)
     assert {error_of(answer).kind for answer in answers} == {ErrorKind.INTERNAL}
     release.set()
+
+
+def test_graphs_of_what_warms_up_are_there_before_traffic(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_packed(monkeypatch)
+    graphs = GraphRuntime(model, attention="flash", budget_bytes=2**30, capture=Rerun())
+    monkeypatch.setattr("handlers.engine.make_runtime", lambda *_, **__: graphs)
+    engine = start(replace(CONFIG, graph_mib=1024))
+    data = encode(picture(1, 64, 64))
+    engine.warm_up([data])
+    warm = dict(graphs.policy.counts)
+    labels_of(engine.submit(data, NPY))
+    assert graphs.policy.counts["capture"] == warm["capture"] == 4, "three stages and the decoder"
+    assert graphs.policy.counts["eager"] == warm["eager"]
+    assert graphs.policy.counts["replay"] == warm["replay"] + 4
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from fake_cuda import Rerun, fake_gpu, on_cuda
 from mpm_ops import Segmenter, labels
 from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import PRECISIONS, Runtime, make_runtime
+from mpm_ops.runtime.eager import TorchRuntime
 from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.windows import WindowPlan
 
@@ -83,3 +84,16 @@ def test_a_merge_is_launched_without_waiting(
             batch = merging()
             assert log == ["mark", "wait", "read"]
             assert batch.tokens.lengths == (12, 12, 12)
+
+
+def test_a_model_that_is_moved_before_its_first_use_computes_as_suits_the_device(
+    tiny_model: Callable[..., Segmenter],
+) -> None:
+    model = tiny_model()
+    with fake_gpu():
+        on_cuda(model)
+        assert isinstance(model.runtime, TorchRuntime)
+        assert model.runtime is model.runtime
+        backends = {getattr(part, "attention_backend", None) for part in model.runtime._network.modules()}
+        assert backends == {None, "efficient"}
+        assert not hasattr(model.encoder.blocks[0].attn, "attention_backend"), "other runtimes keep their attention"

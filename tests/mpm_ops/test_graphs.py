@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import Rerun
+from fake_cuda import Rerun, compute_packed
 from torch import Tensor
 
-from mpm_ops import Segmenter, attention
+from mpm_ops import Segmenter
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
@@ -100,22 +100,9 @@ def test_a_call_copies_its_arguments_into_place_and_runs_on_them() -> None:
     assert [call.num_bytes(growth) for growth in (0, 16, 100)] == [3 * 16, 3 * 16, 2 * 16 + 100]
 
 
-def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    """A kernel over ragged sequences that knows nothing but the bounds on its device."""
-    assert bounds[-1] == len(q)
-    assert int(bounds.diff().max()) <= longest
-    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
-    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
-    return torch.cat([o.transpose(0, 1) for o in out])
-
-
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, on the CPU: attention by the bounds, all windows decoded at once."""
-    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
-    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
-    for module in ("decoders", "segmenter"):
-        monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)
+    compute_packed(monkeypatch)
 
 
 def graph_runtime(model: Segmenter, budget: int = 2**30, capture: Rerun | None = None) -> GraphRuntime:

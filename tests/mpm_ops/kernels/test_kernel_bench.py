@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
-from fake_cuda import Rerun
+from fake_cuda import Rerun, compute_packed
 
-from mpm_ops import Segmenter, attention
+from mpm_ops import Segmenter
 from mpm_ops.bench import __main__ as bench
 from mpm_ops.bench import gpu as bench_gpu
 from mpm_ops.bench import gpu_networks
@@ -50,12 +50,6 @@ def test_no_figure_where_parity_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "tokens merge otherwise at N=130 D=64 float32; no figures reported" in sections[0]["error"]
 
 
-def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
-    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
-    return torch.cat([o.transpose(0, 1) for o in out])
-
-
 @pytest.fixture
 def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the bounds, windows decoded together, and graphs that run their function again."""
@@ -63,10 +57,7 @@ def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def graphs(model: Segmenter, precision: str) -> GraphRuntime:
         return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=Rerun())
 
-    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
-    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
-    monkeypatch.setattr("mpm_ops.decoders.decodes_together", lambda values: True)
-    monkeypatch.setattr("mpm_ops.segmenter.decodes_together", lambda values: True)
+    compute_packed(monkeypatch)
     monkeypatch.setattr(gpu_networks, "make_graphs", graphs)
 
 
