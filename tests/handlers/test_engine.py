@@ -438,6 +438,7 @@ def test_groups_launched_ahead_change_no_mask(
         calls = "".join(call[0] for call in computers[-1].calls)
         assert ("llf" in calls) == bool(lookahead), "launched before the one that ran was through"
         assert "lll" not in calls
+        computers[-1]._stream.shutdown()
 
 
 def test_a_group_that_hangs_behind_another_is_noticed(
