@@ -104,8 +104,9 @@ def whole_windows(scale: Scale) -> InferenceConfig:
 
 
 def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ...] = (2, 5)) -> Segmenter:
-    """A network with seeded random weights."""
-    with device:
+    """A network with seeded random weights, the same in every call."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)  # biases start random
         model = Segmenter(config_of(scale, name), whole_windows(scale), schedule=schedule).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -518,13 +518,15 @@ def test_half_a_minute_at_three_times_capacity_loses_nothing(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("graph_mib", [0, 512])
-def test_an_engine_on_a_gpu_gives_the_masks_of_the_cpu(tiny_model: Callable[..., Segmenter], graph_mib: int) -> None:
+@pytest.mark.parametrize(("graph_mib", "lookahead"), [(0, 0), (0, 1), (512, 1)])
+def test_an_engine_on_a_gpu_gives_the_masks_of_the_cpu(
+    tiny_model: Callable[..., Segmenter], graph_mib: int, lookahead: int
+) -> None:
     """float32 there and here; near-ties may pair other tokens, so a few labels may differ."""
     pictures = [picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300)])]
     expected = [tiny_model(schedule=(1, 2), **TINY).segment(image) for image in pictures]
     config = replace(CONFIG, precision="fp32", codec_threads=4, graph_mib=graph_mib)
-    engine = Engine(tiny_model(schedule=(1, 2), **TINY).cuda(), CLASSES, config)
+    engine = Engine(tiny_model(schedule=(1, 2), **TINY).cuda(), CLASSES, config, lookahead=lookahead)
     try:
         answers = [engine.submit(encode(image), NPY) for image in pictures * 40]
         agreement = [(labels_of(answer) == expected[i % 3]).mean() for i, answer in enumerate(answers)]
