@@ -62,7 +62,7 @@ def load_segmenter(
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
     _load_strictly(model, _read_weights(path), path)
     model.eval().to(device)
-    if (runtime, precision) != ("torch", "fp32") or model.encoder.pos_embed.is_cuda:
+    if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it
         model.runtime = make_runtime(model, runtime, precision)
     return model
 
