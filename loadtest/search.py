@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .__main__ import PAINTED, ensure_painted, parse_weights
 from .checking import check_integer, check_number, parse_seconds
 from .machine import describe_machine, installed_versions
+from .options import parse_weights
 from .pictures import load_mix
+from .preparing import PAINTED, ensure_painted
 from .running import RunError, run_load
 from .search_page import write_search_page
 from .servers import MODEL, Configuration, Served

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.__main__ import _parser
+from loadtest.options import make_parser
 
 COMPONENT = Path(__file__).resolve().parents[2] / "k8s" / "components" / "loadtest"
 
@@ -41,7 +41,7 @@ def pod(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_as_many_workers_are_expected_as_come(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
-    arguments = _parser().parse_args(pod(manifests["Job", "loadtest"])["containers"][0]["args"])
+    arguments = make_parser().parse_args(pod(manifests["Job", "loadtest"])["containers"][0]["args"])
     workers = manifests["Job", "loadtest-worker"]["spec"]
     assert arguments.workers == workers["parallelism"] == workers["completions"]
     assert arguments.bind.endswith(":5557")
