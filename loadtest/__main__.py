@@ -13,10 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .arrivals import Arrival, write_trace
-from .options import limits_of, load_settings, make_parser, metrics_of, parse_address
+from .options import limits_of, load_settings, make_parser, masks_of, metrics_of, parse_address, server_pid_of
 from .preparing import PAINTED, ensure_painted
 from .report import told, write_report
 from .running import RunError, RunResult, run_load, worker_command, worker_environment
@@ -32,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         settings, limits = load_settings(arguments), limits_of(arguments)
-        metrics = metrics_of(arguments, settings)
+        metrics, pid = metrics_of(arguments, settings), server_pid_of(arguments, settings)
         bind = parse_address("bind", arguments.bind) if arguments.bind else None
         if arguments.pictures is None:
             ensure_painted(arguments.paint)
-        result = run_load(settings, metrics=metrics, bind=bind, log=arguments.log)
+        settings = replace(settings, library=masks_of(arguments, metrics))
+        result = run_load(settings, metrics=metrics, server_pid=pid, bind=bind, log=arguments.log)
         summary = summarize(settings, result, limits)
         write_report(summary, arguments.out)
         if arguments.save_trace:

@@ -3,12 +3,15 @@
 import argparse
 import urllib.parse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from . import shapes
 from .arrivals import Arrival, read_trace
 from .checking import check_integer, parse_seconds, parse_share
-from .preparing import PAINTED
+from .memory import check_pid, find_server
+from .pictures import load_mix
+from .preparing import PAINTED, Library, draw_sample, library_masks, read_masks, served_library
 from .settings import LoadSettings
 from .slo import Slo
 from .summary import Limits
@@ -28,12 +31,20 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--url", action="append", help="of a server; several are asked in turn (loopback)")
     where.add_argument("--metrics", action="append", help="its metrics (port 8090 of the same hosts), or none")
     where.add_argument("--model", default="segmenter")
+    where.add_argument("--server-pid", metavar="PID", help="watch its memory, or auto: of who listens at --url")
     what = parser.add_argument_group("what")
     what.add_argument("--pictures", type=Path, help="a folder of pictures (painted ones)")
     what.add_argument("--paint", type=Path, default=PAINTED, help="where those are painted, if nothing is there")
     what.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
     for kind, help in (("bad", "what is no picture"), ("json", "asked for as JSON"), ("raw", "raw frames")):
         what.add_argument(f"--{kind}", type=_typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
+    right = parser.add_argument_group("what is right")
+    right.add_argument("--checkpoint", type=Path, help="that is served: its masks by the library are compared (none)")
+    right.add_argument("--library-sample", type=int, metavar="NUMBER", help="of pictures for that (8)")
+    right.add_argument("--schedule", help="of the checkpoint (as the server's metrics tell)")
+    right.add_argument("--align", type=int, help="of the checkpoint (as they tell; 1 with --schedule)")
+    right.add_argument("--library-masks", type=Path, metavar="FOLDER", help="of python -m loadtest.library, instead")
+    right.add_argument("--min-agreement", type=_typed(parse_share), default=0.99, metavar="SHARE", help="(99%%)")
     when = parser.add_argument_group("when")
     when.add_argument("--shape", choices=shapes.SHAPES, default="steady")
     when.add_argument("--rate", type=float, default=2.0, help="requests per second (2)")
@@ -47,10 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
     when.add_argument("--seed", type=int, default=0)
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument("--max-inflight", type=int, default=512, help="requests (512)")
+    bounds.add_argument(
+        "--connection-seconds",
+        type=_typed(parse_seconds),
+        help="how long one is used; 0 opens one a request, for balancers of connections (for ever)",
+    )
     bounds.add_argument("--timeout", type=_typed(parse_seconds), default=60.0, help="of a request (60s)")
     promised = parser.add_argument_group("promises")
     promised.add_argument("--slo", default="errors=0", help="such as p99=800ms,errors=0.1%% (errors=0)")
-    promised.add_argument("--min-agreement", type=_typed(parse_share), default=0.99, metavar="SHARE", help="(99%%)")
     promised.add_argument("--max-lateness", type=_typed(parse_seconds), default=0.05, help="of the client (50ms)")
     promised.add_argument("--max-growth", type=_typed(parse_share), help="of the server's memory (any; a soak 5%%)")
     who = parser.add_argument_group("who")
@@ -89,6 +104,7 @@ def load_settings(arguments: argparse.Namespace) -> LoadSettings:
         closed=arguments.closed,
         seed=arguments.seed,
         max_inflight=arguments.max_inflight,
+        connection_seconds=arguments.connection_seconds,
         timeout_seconds=arguments.timeout,
         min_agreement=arguments.min_agreement,
         num_workers=arguments.workers,
@@ -114,6 +130,34 @@ def _phases(arguments: argparse.Namespace, trace: Sequence[Arrival]) -> tuple[sh
     return shapes.steady(arguments.rate, seconds)
 
 
+def masks_of(arguments: argparse.Namespace, metrics: Sequence[str]) -> dict[str, str]:
+    """The library's masks of a sample of the pictures; none if nobody asked for them.
+
+    Raises:
+        ValueError: options contradict each other, or nothing tells how the checkpoint is served.
+        OSError: pictures or masks can't be read.
+        RunError: the library can't make them.
+    """
+    if arguments.checkpoint is None:
+        for name in ("schedule", "align", "library_sample"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"{name.replace('_', '-')}: expected with --checkpoint only")
+        return read_masks(arguments.library_masks) if arguments.library_masks else {}
+    if arguments.library_masks:
+        raise ValueError("library-masks: expected without --checkpoint")
+    number = 8 if arguments.library_sample is None else arguments.library_sample
+    check_integer("library-sample", number, minimum=1)
+    folder = arguments.pictures or arguments.paint
+    names = list(load_mix(folder, shares={}, weights=parse_weights(arguments.weights), seed=0).weights)
+    if arguments.schedule is None:
+        library = served_library(arguments.checkpoint, metrics)
+    else:
+        library = Library(checkpoint=arguments.checkpoint, schedule=arguments.schedule)
+    if arguments.align is not None:
+        library = replace(library, align=arguments.align)
+    return library_masks(library, draw_sample(folder, names, number, arguments.seed))
+
+
 def limits_of(arguments: argparse.Namespace) -> Limits:
     """What it is held against."""
     growth = _SOAK_GROWTH if arguments.shape == "soak" else None
@@ -132,6 +176,22 @@ def metrics_of(arguments: argparse.Namespace, settings: LoadSettings) -> list[st
         return [] if arguments.metrics == ["none"] else list(arguments.metrics)
     hosts = dict.fromkeys(urllib.parse.urlsplit(f"//{url.rpartition('//')[2]}").hostname for url in settings.urls)
     return [f"http://{host}:{_METRICS_PORT}/metrics" for host in hosts]
+
+
+def server_pid_of(arguments: argparse.Namespace, settings: LoadSettings) -> int | None:
+    """The process whose memory is watched; None for none.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if arguments.server_pid is None:
+        return None
+    if arguments.server_pid == "auto":
+        return find_server(urllib.parse.urlsplit(f"//{settings.urls[0].rpartition('//')[2]}").port or 80)
+    if not arguments.server_pid.isdecimal():
+        raise ValueError(f"server-pid: expected the id of a process, or auto, got {arguments.server_pid!r}")
+    check_pid(int(arguments.server_pid))
+    return int(arguments.server_pid)
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ python -m loadtest.report REPORT.json|- [--out REPORT.html]
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -17,7 +18,7 @@ from .charts import draw, format_time, format_value
 from .report_charts import charts_of
 
 _PAGE = Path(__file__).with_name("page.html")
-_NONE = "\N{EN DASH}"
+NONE = "\N{EN DASH}"
 
 
 def write_report(summary: Mapping[str, Any], out: Path) -> None:
@@ -56,6 +57,18 @@ def told(summary: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {_ms(latency[name])}" for name in ("p50", "p90", "p99", "max")),
         *(_told_check(check) for check in summary["checks"]),
     ]
+    library = library_of(summary)
+    lines.append(
+        f"       {library['compared']} pictures from the idle server have the library's masks, "
+        f"in at least {alike(library['least'])} of the pixels"
+        if library
+        else "       not held against the library's masks: no checkpoint was named"
+    )
+    if not summary.get("memory"):
+        lines.append("       memory of all of the server's processes: not watched")
+    if replicas := summary.get("replicas"):
+        shares = ", ".join(f"{row['name']} {100 * row['share']:.0f} %" for row in replicas)
+        lines.append(f"       who answered: {shares}")
     failed = {name: number for name, number in summary["outcomes"].items() if name != "ok"}
     lines += [f"  {number} x {name}" for name, number in failed.items()]
     lines += [f"NOT VALID: {doubt}" for doubt in summary["doubts"]]
@@ -124,7 +137,9 @@ def _tile_texts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "padding", f"{100 * server['padding_share']:.1f}", "% of tokens"
     agreement = summary["agreement"]
     if agreement["compared"]:
-        yield "masks compared", str(agreement["compared"]), f"≥ {100 * agreement['least']:.4g} % alike"
+        yield "masks compared", str(agreement["compared"]), f"≥ {alike(agreement['least'])} as when idle"
+    if library := library_of(summary):
+        yield "as the library", f"{library['compared']}", f"pictures, ≥ {alike(library['least'])} alike"
 
 
 def _tables(summary: Mapping[str, Any]) -> str:
@@ -134,6 +149,9 @@ def _tables(summary: Mapping[str, Any]) -> str:
         _request_table("By picture", "picture", summary["pictures"]),
         table("Outcomes", ["outcome", "requests"], [[name, str(n)] for name, n in summary["outcomes"].items()]),
     ]
+    if replicas := summary.get("replicas"):
+        rows = [[row["name"], f"{row['requests']:.0f}", f"{100 * row['share']:.1f} %"] for row in replicas]
+        parts.append(table("By replica", ["replica", "requests", "share"], rows))
     if stages:
         parts.append(_stage_table(stages))
     if steps:
@@ -165,7 +183,7 @@ def _stage_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             _number(stage["tokens_in"]),
             _number(stage["tokens_out"]),
-            _NONE if stage["merged_share"] is None else f"{100 * stage['merged_share']:.1f} %",
+            NONE if stage["merged_share"] is None else f"{100 * stage['merged_share']:.1f} %",
             _number(stage["mean_group"]),
             _number(stage["seconds"]),
         ]
@@ -214,13 +232,24 @@ def _ms(value: float | None) -> str:
     return f"{value / 1000:.1f} s" if value >= 10_000 else f"{_latency(value)} ms"
 
 
+def alike(share: float) -> str:
+    """Rounded down: what is not quite the same must not look so."""
+    return f"{math.floor(10_000 * share + 1e-6) / 100:g} %"
+
+
+def library_of(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """None where nothing was compared, or the JSON is older than that."""
+    library: Mapping[str, Any] = summary.get("library", {})
+    return library if library.get("compared") else None
+
+
 def _latency(value: float | None) -> str:
     """Milliseconds, to the last."""
     return f"{value:.0f}" if value is not None and value >= 100 else _number(value)
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else format_value(value)
+    return NONE if value is None else format_value(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def charts_of(summary: Mapping[str, Any]) -> list[Chart]:
         *_request_charts(series, end, bounds),
         _in_flight(series, end),
         *_token_charts(series["server"], end),
-        *_machine_charts(series["server"], end),
+        *_machine_charts(series["server"], series.get("memory"), end),
         _client(series["client"], end),
         _by_share(series["quantiles_ms"], bounds),
     ]
@@ -118,7 +118,7 @@ def _by_stage(server: Mapping[str, Any], what: str, prefix: str) -> Iterator[Lin
         yield _seen(server, f"{what} {stage}", f"{prefix}{stage}", color)
 
 
-def _machine_charts(server: Mapping[str, Any], end: float) -> Iterator[Chart]:
+def _machine_charts(server: Mapping[str, Any], memory: Mapping[str, Any] | None, end: float) -> Iterator[Chart]:
     yield Chart(
         title="Server",
         unit="cores used, and share of time computing",
@@ -126,8 +126,14 @@ def _machine_charts(server: Mapping[str, Any], end: float) -> Iterator[Chart]:
         top=1.0,
         lines=[_seen(server, "cores", "cpu", _BLUE), _seen(server, "computing", "busy", _GREEN)],
     )
-    memory = _seen(server, "", "memory_mib", _VIOLET, "area")
-    yield Chart(title="Server's memory", unit="MiB", x_max=end, lines=[memory])
+    engine = _seen(server, "", "memory_mib", _VIOLET, "area")
+    yield Chart(title="Memory of the process that computes", unit="MiB", x_max=end, lines=[engine])
+    if memory:
+        processes = [
+            _line(name, memory["at"], mib, color, "stack")
+            for (name, mib), color in zip(memory["mib"].items(), _LANES * 3, strict=False)
+        ]
+        yield Chart(title="Memory of all processes", unit="MiB, one on the other", x_max=end, lines=processes)
 
 
 def _client(client: Mapping[str, Any], end: float) -> Chart:

@@ -14,17 +14,17 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checking import check_integer, check_number, parse_seconds
+from .checking import check_integer, check_number, check_share, parse_seconds, parse_share
 from .machine import describe_machine, installed_versions
 from .options import parse_weights
 from .pictures import load_mix
-from .preparing import PAINTED, ensure_painted
+from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
 from .running import RunError, run_load
 from .search_page import write_search_page
 from .servers import MODEL, Configuration, Served
@@ -62,6 +62,8 @@ class SearchSettings:
         probe_users: of that loop.
         max_inflight: requests.
         timeout_seconds: of a request.
+        min_agreement: share of pixels that must have the class of the idle server's mask, and its of the library's.
+        library_sample: pictures that the library segments too, to compare; 0 for none.
     """
 
     slo: Slo
@@ -76,8 +78,12 @@ class SearchSettings:
     probe_users: int = 8
     max_inflight: int = 512
     timeout_seconds: float = 60.0
+    min_agreement: float = 0.99
+    library_sample: int = 8
 
     def __post_init__(self) -> None:
+        check_share("min_agreement", self.min_agreement)
+        check_integer("library_sample", self.library_sample, minimum=0)
         for name in ("repeats", "trials", "requests", "probe_users", "max_inflight"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("min_seconds", "max_seconds", "probe_seconds", "timeout_seconds"):
@@ -203,9 +209,10 @@ def search(
     """Start a server for each, search in turns, and stop them.
 
     Raises:
-        RunError: a server does not start or does not answer.
+        RunError: a server does not start, does not answer, or gives other masks than the library.
     """
     mix = load_mix(settings.pictures, shares={}, weights=settings.weights, seed=0)
+    masks = _library_masks(configurations, checkpoint, settings, list(mix.weights))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="search-")))
         servers = [
@@ -214,12 +221,13 @@ def search(
         ]
         for server in servers:
             server.wait_ready(mix.pictures[0])
-        probes = [_probe(server, settings) for server in servers]
-        for server, (rate, _) in zip(servers, probes, strict=True):
+        probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
+        for server, probe in zip(servers, probes, strict=True):
+            rate = probe["answered_per_second"]
             say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users")
 
         def try_rate(i: int, rate: float, repeat: int) -> Trial:
-            trial = _try(servers[i], settings, rate, repeat)
+            trial = _try(servers[i], settings, rate, repeat, masks[i])
             p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
             verdict = "held" if trial.held else "broke"
             for doubt in trial.doubts:
@@ -228,12 +236,12 @@ def search(
             return trial
 
         found = bisect_interleaved(
-            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate, _ in probes],
+            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate in (probe["answered_per_second"] for probe in probes)],
             try_rate,
             repeats=settings.repeats,
             trials=settings.trials,
         )
-    devices = sorted({device for _, device in probes})
+    devices = sorted({probe["device"] for probe in probes})
     return {
         "device": f"{', '.join(devices)} ({describe_machine()})",
         "versions": installed_versions(),
@@ -245,9 +253,10 @@ def search(
                 "configuration": configuration.as_dict(),
                 "name": configuration.name,
                 **summarize_search(bisections, found[0]),
-                "closed_loop_per_second": round(probe, 4),
+                "closed_loop_per_second": round(probe["answered_per_second"], 4),
+                "library": probe["library"],
             }
-            for configuration, bisections, (probe, _) in zip(configurations, found, probes, strict=True)
+            for configuration, bisections, probe in zip(configurations, found, probes, strict=True)
         ],
     }
 
@@ -262,22 +271,47 @@ def _load(server: Served, settings: SearchSettings, rate: float, seconds: float,
         phases=steady(rate, seconds),
         max_inflight=settings.max_inflight,
         timeout_seconds=settings.timeout_seconds,
+        min_agreement=settings.min_agreement,
         **more,
     )
 
 
-def _probe(server: Served, settings: SearchSettings) -> tuple[float, str]:
-    """What clients reach that wait for their answers, and on which device."""
-    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users)
-    summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
+def _library_masks(
+    configurations: Sequence[Configuration], checkpoint: Path, settings: SearchSettings, names: Sequence[str]
+) -> list[Mapping[str, str]]:
+    """For each configuration; before any server runs, which would make both slow."""
+    if not settings.library_sample:
+        return [{} for _ in configurations]
+    pictures = draw_sample(settings.pictures, names, settings.library_sample, seed=0)
+    made: dict[str, Mapping[str, str]] = {}
+    found = []
+    for configuration in configurations:
+        inference = configuration.serving.get("inference", {})
+        library = Library(
+            checkpoint=checkpoint, schedule=configuration.schedule, align=configuration.align, inference=inference
+        )
+        if str(library) not in made:
+            made[str(library)] = library_masks(library, pictures)
+        found.append(made[str(library)])
+    return found
+
+
+def _probe(server: Served, settings: SearchSettings, masks: Mapping[str, str]) -> dict[str, Any]:
+    """What clients reach that wait for their answers, whose masks the library's are held against."""
+    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users, library=masks)
+    try:
+        summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
+    except RunError as error:
+        raise RunError(f"{server.configuration.name}: {error}") from None
     if not summary["answered_per_second"]:
         raise RunError(f"{server.configuration.name}: answered nothing: {summary['outcomes']}")
     server.wait_idle()
-    return summary["answered_per_second"], summary["device"]
+    return summary
 
 
-def _try(server: Served, settings: SearchSettings, rate: float, repeat: int) -> Trial:
-    load = _load(server, settings, rate, settings.trial_seconds(rate), seed=1 + repeat, give_up=str(settings.slo))
+def _try(server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Mapping[str, str]) -> Trial:
+    seconds = settings.trial_seconds(rate)
+    load = _load(server, settings, rate, seconds, seed=1 + repeat, give_up=str(settings.slo), library=masks)
     for _ in range(2):
         summary = summarize(load, run_load(load), Limits(slo=settings.slo))
         server.wait_idle()
@@ -321,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("trials", 5, "of a bisection"),
         ("requests", 100, "of a trial at least"),
         ("probe-users", 8, "of the closed loop that finds where to search"),
+        ("library-sample", 8, "pictures whose masks have to be the library's; 0 for none"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
     for name, seconds, help in (
@@ -329,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("probe-seconds", "8", "of that loop"),
     ):
         parser.add_argument(f"--{name}", default=seconds, help=f"{help} ({seconds})")
+    parser.add_argument("--min-agreement", default="99%", metavar="SHARE", help="of pixels, of every mask (99%%)")
     parser.add_argument("--out", type=Path, default=Path("build/loadtest/search.json"))
     arguments = parser.parse_args(argv)
     try:
@@ -347,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             min_seconds=parse_seconds(arguments.min_seconds),
             max_seconds=parse_seconds(arguments.max_seconds),
             probe_seconds=parse_seconds(arguments.probe_seconds),
+            min_agreement=parse_share(arguments.min_agreement),
+            library_sample=arguments.library_sample,
         )
         if arguments.pictures is None:
             ensure_painted(PAINTED)

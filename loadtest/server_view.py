@@ -2,17 +2,20 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from .memory import MemorySample
 from .running import RunResult
 from .scraping import Sample
 
 _INFO = ("variant", "schedule", "align", "runtime", "precision", "device")
 _STEPS = ("decode", "queue", "labels", "encode", "request")
 _EARLIER_SECONDS = 1.5  # the last reading before the beginning counts too
+
+AnySample = TypeVar("AnySample", Sample, MemorySample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,13 @@ class ServerView:
             "busy_share": run.rate("mpm_stage_seconds_sum"),
         }
 
+    def images_by_replica(self) -> dict[str, float]:
+        """What each server segmented, by its address."""
+        if len(self.samples) < 2:
+            return {}
+        first, last = self.samples[0].images, self.samples[-1].images
+        return {address: images - first.get(address, 0.0) for address, images in sorted(last.items())}
+
     def memory_growth(self) -> float | None:
         """Of the process that computes."""
         return memory_growth([sample.total("process_resident_memory_bytes") for sample in self.samples])
@@ -71,11 +81,7 @@ class ServerView:
     def series(self, seconds: float) -> dict[str, list[float | None]]:
         """Gauges, and counters as rates since the reading so many seconds before."""
         found: dict[str, list[float | None]] = defaultdict(list)
-        chosen = self.samples[:1]
-        for sample in self.samples[1:]:
-            if sample.at - chosen[-1].at >= 0.9 * seconds:
-                chosen.append(sample)
-        for before, after in pairwise(chosen):
+        for before, after in pairwise(_every(self.samples, seconds)):
             for name, value in self._point(_Interval(before, after)):
                 found[name].append(value)
         return dict(found)
@@ -121,6 +127,33 @@ class ServerView:
         return ", ".join(self._last.labels("mpm_model_info", label)) if self._last else ""
 
 
+class MemoryView:
+    """The memory of all of the server's processes, from the beginning of the run on."""
+
+    def __init__(self, result: RunResult) -> None:
+        self._began_at = result.began_at
+        self.samples = [sample for sample in result.memory if sample.at >= result.began_at]
+
+    def figures(self) -> dict[str, Any] | None:
+        """By processes in the beginning and in the end, and how all grew; None if nobody watched."""
+        if not self.samples:
+            return None
+        first, last = (_rounded(self.samples[i].mib) for i in (0, -1))
+        return {"first_mib": first, "last_mib": last, "growth": self.growth()}
+
+    def growth(self) -> float | None:
+        return memory_growth([sample.total for sample in self.samples])
+
+    def series(self, seconds: float) -> dict[str, Any]:
+        """MiB over time, by names of processes."""
+        chosen = _every(self.samples, seconds)
+        names = sorted({name for sample in chosen for name in sample.mib})
+        return {
+            "at": [round(sample.at - self._began_at, 3) for sample in chosen],
+            "mib": {name: [round(sample.mib.get(name, 0.0), 2) for sample in chosen] for name in names},
+        }
+
+
 def memory_growth(readings: Sequence[float]) -> float | None:
     """By what share the median of the last quarter exceeds that of the second, which is when all is warm.
 
@@ -131,6 +164,19 @@ def memory_growth(readings: Sequence[float]) -> float | None:
         return None
     early = statistics.median(readings[quarter : 2 * quarter])
     return statistics.median(readings[-quarter:]) / early - 1
+
+
+def _every(samples: Sequence[AnySample], seconds: float) -> list[AnySample]:
+    """Those that are so far apart, but for how long a reading takes."""
+    chosen = list(samples[:1])
+    for sample in samples[1:]:
+        if sample.at - chosen[-1].at >= 0.9 * seconds:
+            chosen.append(sample)
+    return chosen
+
+
+def _rounded(mib: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(size, 1) for name, size in sorted(mib.items())}
 
 
 def _mean_ms(run: _Interval) -> Iterator[tuple[str, float]]:

@@ -5,7 +5,9 @@ that waits for answers before it asks again (a closed loop) asks a slow server l
 waiting it would have caused; that is called coordinated omission.
 """
 
+import base64
 import logging
+import math
 import time
 from collections.abc import Callable
 from itertools import count, islice
@@ -44,6 +46,7 @@ class Record(NamedTuple):
         kind, name: of the item.
         tokens_in, tokens_out: of the picture before and after merging, where the server tells.
         agreement: share of pixels as in the reference, where compared.
+        replica: who answered, where a proxy tells.
     """
 
     number: int
@@ -56,6 +59,7 @@ class Record(NamedTuple):
     tokens_in: int | None = None
     tokens_out: int | None = None
     agreement: float | None = None
+    replica: str | None = None
 
 
 class Pulse(NamedTuple):
@@ -94,6 +98,7 @@ class Session:
         self._mix: Mix
         self._client: Client
         self._references: dict[tuple[str, str], Reference] = {}
+        self._library = {name: Reference(base64.b64decode(png)) for name, png in settings.library.items()}
         self._arrivals: list[Arrival] = []
         self._bounds = Slo.parse(settings.give_up).bounds if settings.give_up else ()
         self._inflight: dict[int, tuple[float, Item]] = {}
@@ -103,6 +108,7 @@ class Session:
         self._given_up = Event()
         self.records: list[Record] = []
         self.pulses: list[Pulse] = []
+        self.library_agreement: dict[str, float] = {}
 
     @property
     def gave_up(self) -> bool:
@@ -113,7 +119,7 @@ class Session:
 
         Raises:
             ValueError, OSError: the pictures can't be used.
-            MaskError: a server does not answer, or not with masks.
+            MaskError: a server does not answer, or not with masks, or with other masks than the library.
         """
         settings = self.settings
         self._mix = load_mix(
@@ -130,18 +136,20 @@ class Session:
             except (KeyError, IndexError):
                 named = f"picture {arrival.picture!r}, kind {arrival.kind!r}"
                 raise ValueError(f"trace: expected what the mix holds, got {named} at {arrival.at:g} s") from None
-        self._client = WAYS[settings.way](settings.urls, settings.model)
+        if strangers := sorted(self._library.keys() - self._mix.weights.keys()):
+            raise ValueError(f"library: expected masks of pictures that are sent, got one of {strangers[0]!r}")
+        kept = math.inf if settings.connection_seconds is None else settings.connection_seconds
+        self._client = WAYS[settings.way](settings.urls, settings.model, kept)
         for item in self._mix.pictures:
-            reference = None
             for server, url in enumerate(settings.urls):
                 answer = self._ask_idle(item, server)
+                reference = self._references.get((item.kind, item.name))
                 outcome, _ = check_answer(item, answer, reference, min_agreement=settings.min_agreement)
                 if outcome != OK:
                     said = "" if answer.status == 200 else f": {answer.body[:200]!r}"
                     raise MaskError(f"{item.name} from {url} when idle: {outcome}{said}")
-                reference = reference or Reference(answer.body)
-            assert reference is not None
-            self._references[item.kind, item.name] = reference
+                self._hold_against_library(item, answer, url)
+                self._references.setdefault((item.kind, item.name), Reference(answer.body))
 
     def run(self) -> None:
         """Send what becomes due to this worker, and wait for the answers."""
@@ -219,6 +227,18 @@ class Session:
             gevent.sleep(1)  # other workers ask too
         raise AssertionError("unreachable")
 
+    def _hold_against_library(self, item: Item, answer: Answer, url: str) -> None:
+        if item.name not in self._library:
+            return
+        least = self.settings.min_agreement
+        outcome, agreement = check_answer(item, answer, self._library[item.name], min_agreement=least)
+        if agreement is None:
+            raise MaskError(f"{item.name} from {url} when idle, held against the library's mask: {outcome}")
+        if agreement < least:
+            shares = f"{100 * agreement:.4g} % of the pixels agree, expected at least {100 * least:.4g} %"
+            raise MaskError(f"{item.name} from {url} when idle: not the library's mask: {shares}")
+        self.library_agreement[item.name] = min(agreement, self.library_agreement.get(item.name, 1.0))
+
     def _ask(self, number: int, item: Item, due: float) -> None:
         sent = time.monotonic()
         left = self.settings.timeout_seconds - (sent - due)
@@ -241,8 +261,8 @@ class Session:
         finally:
             self._inflight.pop(number, None)
         before, after = (answer.tokens if answer else None) or (None, None)
-        at, late = due - self._start, sent - due
-        record = Record(number, at, late, taken, outcome, item.kind, item.name, before, after, agreement)
+        at, late, replica = due - self._start, sent - due, answer.replica if answer else None
+        record = Record(number, at, late, taken, outcome, item.kind, item.name, before, after, agreement, replica)
         self._keep(record, len(answer.body) if answer else 0)
 
     def _keep(self, record: Record, num_bytes: int) -> None:

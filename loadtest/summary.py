@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ from .machine import describe_machine, installed_versions
 from .masks import OK
 from .running import RunResult
 from .series import Bins, client_over_time, good_seconds, requests_over_time
-from .server_view import ServerView
+from .server_view import MemoryView, ServerView
 from .session import UNSENT, Pulse, Record
 from .settings import LoadSettings
 from .slo import Slo, hold_against, quantile
@@ -28,7 +28,8 @@ class Limits:
     Attributes:
         slo: promises of the server.
         max_lateness: seconds by which the client may send late, in 99 of 100 requests.
-        max_growth: by what share the server's memory may grow between the second and the last quarter; None for any.
+        max_growth: by what share the server's memory, and that of all its processes where they are watched, may grow
+            between the second and the last quarter; None for any.
     """
 
     slo: Slo
@@ -43,8 +44,8 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
     tells nothing about the server, good or bad. `latency_ms` is that of answers; `at_least_ms` counts what failed too,
     with the time after which it did.
     """
-    served = ServerView(result)
-    checks = list(_checks(result, limits, served))
+    served, memory = ServerView(result), MemoryView(result)
+    checks = list(_checks(result, limits, served, memory))
     doubts = list(_doubts(settings, result, limits))
     elapsed = max([settings.seconds, *(record.at + record.seconds for record in result.records)])
     return {
@@ -53,21 +54,28 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
         "client": describe_machine(),
         "versions": installed_versions(),
         "served": served.info(),
-        "settings": asdict(settings) | {"trace": len(settings.trace)},
+        "settings": asdict(settings) | {"trace": len(settings.trace), "library": sorted(settings.library)},
         "slo": str(limits.slo),
         "held": all(bool(check["kept"]) for check in checks),
         "valid": not doubts,
         "doubts": doubts,
         "checks": checks,
         **_request_figures(settings, result.records, elapsed),
+        "library": {
+            "compared": len(result.library),
+            "least": min(result.library.values(), default=None),
+            "pictures": dict(sorted(result.library.items())),
+        },
+        "replicas": _replicas(result.records, served),
         "server": served.figures(),
         "memory_growth": served.memory_growth(),
+        "memory": memory.figures(),
         "metrics_missed": result.num_missed,
-        "series": _series(result, served, elapsed),
+        "series": _series(result, served, memory, elapsed),
     }
 
 
-def _checks(result: RunResult, limits: Limits, served: ServerView) -> Iterator[dict[str, Any]]:
+def _checks(result: RunResult, limits: Limits, served: ServerView, memory: MemoryView) -> Iterator[dict[str, Any]]:
     """Every promise, and how it fared."""
     asked = [record for record in result.records if record.kind != "bad"]
     for kept in hold_against(limits.slo, [record.seconds if record.outcome == OK else math.inf for record in asked]):
@@ -82,6 +90,8 @@ def _checks(result: RunResult, limits: Limits, served: ServerView) -> Iterator[d
     yield {"name": "wrong answers", "value": wrong, "limit": 0, "unit": "count", "kept": wrong == 0}
     if limits.max_growth is not None:
         yield _growth_check("memory growth", served.memory_growth(), limits.max_growth)
+        if memory.samples:
+            yield _growth_check("memory growth, all processes", memory.growth(), limits.max_growth)
     if result.gave_up:
         yield {"name": "gave up early", "value": 1, "limit": 0, "unit": "count", "kept": False}
 
@@ -114,6 +124,16 @@ def _request_figures(settings: LoadSettings, records: Sequence[Record], elapsed:
         "agreement": {"compared": len(agreements), "least": min(agreements, default=None)},
         "lateness_ms": latencies_ms(_lateness(records)),
     }
+
+
+def _replicas(records: Sequence[Record], served: ServerView) -> list[dict[str, Any]]:
+    """How requests spread: by who answered where a proxy tells, or by the metrics of several servers."""
+    counts: Mapping[str, float] = Counter(record.replica for record in records if record.replica)
+    counts = counts or served.images_by_replica()
+    total = sum(counts.values())
+    if not total or len(counts) < 2:
+        return []
+    return [{"name": name, "requests": counts[name], "share": counts[name] / total} for name in sorted(counts)]
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], str]) -> list[dict[str, Any]]:
@@ -166,12 +186,13 @@ def _doubts_of_worker(pulses: Sequence[Pulse], worker: int, limits: Limits) -> I
         yield f"client worker {worker} noticed answers up to {1000 * lag:.0f} ms late, second by second"
 
 
-def _series(result: RunResult, served: ServerView, elapsed: float) -> dict[str, Any]:
+def _series(result: RunResult, served: ServerView, memory: MemoryView, elapsed: float) -> dict[str, Any]:
     """Everything over time, in bins."""
     bins = Bins(elapsed, len(result.records))
     return {
         **requests_over_time(bins, result.records),
         "client": client_over_time(bins, result.pulses),
         "server": served.series(bins.width),
+        "memory": memory.series(bins.width),
         "quantiles_ms": latency_curve(good_seconds(result.records)),
     }
