@@ -12,6 +12,7 @@ from .checking import check_integer, parse_seconds, parse_share
 from .memory import check_pid, find_server
 from .pictures import load_mix
 from .preparing import PAINTED, Library, draw_sample, library_masks, read_masks, served_library
+from .scraping import check_metrics_url
 from .settings import LoadSettings
 from .slo import Slo
 from .summary import Limits
@@ -169,11 +170,18 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 
 
 def metrics_of(arguments: argparse.Namespace, settings: LoadSettings) -> list[str]:
-    """Metrics pages: as given, or where our servers have them."""
+    """Metrics pages: as given, or where our servers have them.
+
+    Raises:
+        ValueError: a URL is not one of metrics, or no worker is expected.
+    """
     if arguments.bind:
         check_integer("workers", arguments.workers, minimum=1)
     if arguments.metrics:
-        return [] if arguments.metrics == ["none"] else list(arguments.metrics)
+        given = [] if arguments.metrics == ["none"] else list(arguments.metrics)
+        for url in given:
+            check_metrics_url(url)
+        return given
     hosts = dict.fromkeys(urllib.parse.urlsplit(f"//{url.rpartition('//')[2]}").hostname for url in settings.urls)
     return [f"http://{host}:{_METRICS_PORT}/metrics" for host in hosts]
 
