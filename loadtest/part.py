@@ -11,7 +11,8 @@ from locust.env import Environment
 from locust.runners import LocalRunner, WorkerRunner
 
 from .masks import OK
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .settings import LoadSettings
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Part:
                 grpc.experimental.gevent.init_gevent()  # or a call would block every greenlet
             self.session = Session(settings, index, self._fire)
             self.session.prepare()
-            agreement = self.session.library_agreement
+            agreement = self.session.references.library_agreement
         except (OSError, ValueError) as error:
             problem = str(error)
         self._send(READY, {"problem": problem, "library": agreement})

@@ -15,9 +15,9 @@ from typing import Any
 
 from .memory import MemorySample, read_memory
 from .ports import free_port
+from .records import Pulse, Record
 from .sampling import Sampler
 from .scraping import Sample, check_metrics_url, read_metrics
-from .session import Pulse, Record
 from .settings import LoadSettings
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .latencies import latencies_ms
 from .masks import OK
-from .session import Pulse, Record
+from .records import Pulse, Record
 
 _MIN_BINS, _MAX_BINS = 8, 180
 _REQUESTS_OF_A_BIN = 5  # quantiles of fewer say nothing

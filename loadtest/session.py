@@ -5,79 +5,29 @@ that waits for answers before it asks again (a closed loop) asks a slow server l
 waiting it would have caused; that is called coordinated omission.
 """
 
-import base64
 import logging
 import math
 import time
 from collections.abc import Callable
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
 from .arrivals import Arrival
-from .masks import OK, MaskError, Reference, check_answer
+from .hope import Hope
 from .pictures import Item, Mix, load_mix
+from .records import GIVEN_UP, TIMEOUT, UNSENT, Pulse, Record
+from .references import References
 from .settings import LoadSettings
-from .slo import Slo
 from .ways import WAYS, Answer, Client, NoAnswerError
 
 logger = logging.getLogger(__name__)
 
-UNSENT = "unsent: too many in flight"
-GIVEN_UP = "given up: there was no hope for the run"
-TIMEOUT = "timeout"
 _PULSE_SECONDS = 0.02
-_REFERENCE_TRIES = 3
-
-
-class Record(NamedTuple):
-    """One request.
-
-    Attributes:
-        number: of the arrival.
-        at: when it was due, in seconds of the run.
-        late: seconds after that it was sent.
-        seconds: from when it was due to its answer or failure.
-        outcome: `masks.OK`, or what went wrong.
-        kind, name: of the item.
-        tokens_in, tokens_out: of the picture before and after merging, where the server tells.
-        agreement: share of pixels as in the reference, where compared.
-        replica: who answered, where a proxy tells.
-    """
-
-    number: int
-    at: float
-    late: float
-    seconds: float
-    outcome: str
-    kind: str
-    name: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    agreement: float | None = None
-    replica: str | None = None
-
-
-class Pulse(NamedTuple):
-    """A second of the worker's own life: a client that can't keep up would measure itself.
-
-    Attributes:
-        at: end of the second, in seconds of the run.
-        worker: its index.
-        lag: by how much its loop was late at most, in seconds.
-        cpu: share of a core that it used.
-        inflight: requests at the end.
-    """
-
-    at: float
-    worker: int
-    lag: float
-    cpu: float
-    inflight: int
 
 
 class Session:
@@ -97,18 +47,15 @@ class Session:
         self._report = report
         self._mix: Mix
         self._client: Client
-        self._references: dict[tuple[str, str], Reference] = {}
-        self._library = {name: Reference(base64.b64decode(png)) for name, png in settings.library.items()}
+        self.references: References
         self._arrivals: list[Arrival] = []
-        self._bounds = Slo.parse(settings.give_up).bounds if settings.give_up else ()
         self._inflight: dict[int, tuple[float, Item]] = {}
-        self._broken = [0] * len(self._bounds)
+        self._hope: Hope
         self._start = 0.0
         self._numbers = count(index, settings.num_workers)
         self._given_up = Event()
         self.records: list[Record] = []
         self.pulses: list[Pulse] = []
-        self.library_agreement: dict[str, float] = {}
 
     @property
     def gave_up(self) -> bool:
@@ -130,26 +77,17 @@ class Session:
             raw=any(arrival.kind == "raw" for arrival in settings.trace),
         )
         self._arrivals = settings.arrivals()
+        self._hope = Hope(settings.give_up, len(self._arrivals))
         for number, arrival in enumerate(settings.trace):
             try:
                 self._mix.choose(number, arrival)
             except (KeyError, IndexError):
                 named = f"picture {arrival.picture!r}, kind {arrival.kind!r}"
                 raise ValueError(f"trace: expected what the mix holds, got {named} at {arrival.at:g} s") from None
-        if strangers := sorted(self._library.keys() - self._mix.weights.keys()):
-            raise ValueError(f"library: expected masks of pictures that are sent, got one of {strangers[0]!r}")
         kept = math.inf if settings.connection_seconds is None else settings.connection_seconds
         self._client = WAYS[settings.way](settings.urls, settings.model, kept)
-        for item in self._mix.pictures:
-            for server, url in enumerate(settings.urls):
-                answer = self._ask_idle(item, server)
-                reference = self._references.get((item.kind, item.name))
-                outcome, _ = check_answer(item, answer, reference, min_agreement=settings.min_agreement)
-                if outcome != OK:
-                    said = "" if answer.status == 200 else f": {answer.body[:200]!r}"
-                    raise MaskError(f"{item.name} from {url} when idle: {outcome}{said}")
-                self._hold_against_library(item, answer, url)
-                self._references.setdefault((item.kind, item.name), Reference(answer.body))
+        self.references = References(settings, self._client)
+        self.references.take(self._mix.pictures)
 
     def run(self) -> None:
         """Send what becomes due to this worker, and wait for the answers."""
@@ -200,14 +138,8 @@ class Session:
     def check_hope(self) -> None:
         """Give up if the promises can't be kept any more, by what is recorded and what is already too old."""
         now = time.monotonic()
-        for bound, broken in zip(self._bounds, self._broken, strict=True):
-            old = 0
-            for due, _ in self._inflight.values():  # oldest first
-                if not bound.broken_by(now - due):
-                    break
-                old += 1
-            if broken + old > bound.allowed(len(self._arrivals)):
-                self._given_up.set()
+        if not self._hope.holds(now - due for due, _ in self._inflight.values()):
+            self._given_up.set()
 
     def _begin(self) -> None:
         self._start = time.monotonic()
@@ -215,29 +147,6 @@ class Session:
     def _pulse_until_over(self) -> None:
         with _Pulse(self):
             gevent.sleep(self.settings.seconds)
-
-    def _ask_idle(self, item: Item, server: int) -> Answer:
-        for tried in range(1, _REFERENCE_TRIES + 1):
-            try:
-                answer = self._client.ask(item, server, self.settings.timeout_seconds)
-            except (NoAnswerError, TimeoutError) as error:
-                raise MaskError(f"{self.settings.urls[server]}: {error or 'no answer in time'}") from None
-            if answer.status != 503 or tried == _REFERENCE_TRIES:
-                return answer
-            gevent.sleep(1)  # other workers ask too
-        raise AssertionError("unreachable")
-
-    def _hold_against_library(self, item: Item, answer: Answer, url: str) -> None:
-        if item.name not in self._library:
-            return
-        least = self.settings.min_agreement
-        outcome, agreement = check_answer(item, answer, self._library[item.name], min_agreement=least)
-        if agreement is None:
-            raise MaskError(f"{item.name} from {url} when idle, held against the library's mask: {outcome}")
-        if agreement < least:
-            shares = f"{100 * agreement:.4g} % of the pixels agree, expected at least {100 * least:.4g} %"
-            raise MaskError(f"{item.name} from {url} when idle: not the library's mask: {shares}")
-        self.library_agreement[item.name] = min(agreement, self.library_agreement.get(item.name, 1.0))
 
     def _ask(self, number: int, item: Item, due: float) -> None:
         sent = time.monotonic()
@@ -249,8 +158,7 @@ class Session:
             with gevent.Timeout(left + 1, TimeoutError):  # reads one by one may each be in time and all together not
                 answer = self._client.ask(item, number, max(left, 0.001))
             taken = time.monotonic() - due
-            reference = self._references.get(("raw" if item.kind == "raw" else "png", item.name))
-            outcome, agreement = check_answer(item, answer, reference, min_agreement=self.settings.min_agreement)
+            outcome, agreement = self.references.check(item, answer)
         except TimeoutError:
             taken, outcome = time.monotonic() - due, TIMEOUT
         except NoAnswerError as error:
@@ -267,10 +175,7 @@ class Session:
 
     def _keep(self, record: Record, num_bytes: int) -> None:
         self.records.append(record)
-        if record.kind != "bad":
-            seconds = record.seconds if record.outcome == OK else float("inf")
-            for i, bound in enumerate(self._bounds):
-                self._broken[i] += bound.broken_by(seconds)
+        self._hope.learn(record)
         self._report(record, num_bytes)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from .latencies import latencies_ms, latency_curve
 from .machine import describe_machine, installed_versions
 from .masks import OK
+from .records import UNSENT, Pulse, Record
 from .running import RunResult
 from .series import Bins, client_over_time, good_seconds, requests_over_time
 from .server_view import MemoryView, ServerView
-from .session import UNSENT, Pulse, Record
 from .settings import LoadSettings
 from .slo import Slo, hold_against, quantile
 

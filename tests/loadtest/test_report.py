@@ -13,10 +13,10 @@ import pytest
 from loadtest import report
 from loadtest.charts import Chart, Line, draw, nice_ticks, time_ticks
 from loadtest.masks import OK
+from loadtest.records import Pulse, Record
 from loadtest.report import render, told
 from loadtest.running import RunResult
 from loadtest.scraping import Key, Sample
-from loadtest.session import Pulse, Record
 from loadtest.settings import LoadSettings
 from loadtest.shapes import steady
 from loadtest.slo import Slo

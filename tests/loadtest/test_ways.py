@@ -39,7 +39,7 @@ def test_a_connection_ends_in_time(
 
 def test_a_channel_of_grpc_ends_in_time(fake: FakeServer, pictures: Path) -> None:
     item = load_mix(pictures, shares={}, weights={}, seed=0).pictures[0]
-    peers = set()
+    peers: set[str] = set()
     with serve_grpc(fake, peers.add) as address:
         for connection_seconds, channels in ((float("inf"), 1), (0.0, NUM_REQUESTS)):
             client = WAYS["triton-grpc"]([address], "fake", connection_seconds)
