@@ -132,14 +132,14 @@ def _tile_texts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     stages = server.get("stages", {})
     if stages and (first := stages[min(stages)]["tokens_in"]):
         merged = 1 - stages[max(stages)]["tokens_in"] / first
-        yield "merged on the way", f"{100 * merged:.1f}", "% of tokens"
+        yield "merged", f"{100 * merged:.1f}", "% of tokens"
     if server.get("padding_share") is not None:
         yield "padding", f"{100 * server['padding_share']:.1f}", "% of tokens"
     agreement = summary["agreement"]
     if agreement["compared"]:
-        yield "masks compared", str(agreement["compared"]), f"≥ {alike(agreement['least'])} as when idle"
+        yield "as when idle", str(agreement["compared"]), f"≥ {alike(agreement['least'])} alike"
     if library := library_of(summary):
-        yield "as the library", f"{library['compared']}", f"pictures, ≥ {alike(library['least'])} alike"
+        yield "as the library", str(library["compared"]), f"≥ {alike(library['least'])} alike"
 
 
 def _tables(summary: Mapping[str, Any]) -> str:

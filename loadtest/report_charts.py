@@ -7,7 +7,7 @@ from typing import Any
 from .charts import Chart, Line, Point
 
 _BLUE, _GREEN, _ORANGE, _RED, _VIOLET, _GREY = range(6)
-_FAILURES = (_RED, _ORANGE, _VIOLET, _GREY)
+_FAILURES = (_RED, _ORANGE, _VIOLET, _GREY, _BLUE)
 _LANES = (_BLUE, _GREEN, _ORANGE, _VIOLET, _GREY)
 _NINES = ((0.0, "0 %"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %"))
 

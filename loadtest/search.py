@@ -25,6 +25,7 @@ from .machine import describe_machine, installed_versions
 from .options import parse_weights
 from .pictures import load_mix
 from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
+from .report import alike, library_of
 from .running import RunError, run_load
 from .search_page import write_search_page
 from .servers import MODEL, Configuration, Served
@@ -223,8 +224,9 @@ def search(
             server.wait_ready(mix.pictures[0])
         probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
         for server, probe in zip(servers, probes, strict=True):
-            rate = probe["answered_per_second"]
-            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users")
+            rate, library = probe["answered_per_second"], library_of(probe)
+            right = f"; masks are the library's in at least {alike(library['least'])}" if library else ""
+            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users{right}")
 
         def try_rate(i: int, rate: float, repeat: int) -> Trial:
             trial = _try(servers[i], settings, rate, repeat, masks[i])

@@ -91,7 +91,7 @@ def _checks(result: RunResult, limits: Limits, served: ServerView, memory: Memor
     if limits.max_growth is not None:
         yield _growth_check("memory growth", served.memory_growth(), limits.max_growth)
         if memory.samples:
-            yield _growth_check("memory growth, all processes", memory.growth(), limits.max_growth)
+            yield _growth_check("memory growth, total", memory.growth(), limits.max_growth)
     if result.gave_up:
         yield {"name": "gave up early", "value": 1, "limit": 0, "unit": "count", "kept": False}
 

@@ -92,7 +92,7 @@ def test_a_run_watches(fake: FakeServer, pictures: Path) -> None:
 def test_growth_is_bounded(fake: FakeServer, pictures: Path) -> None:
     def growth(*totals: float) -> dict[str, object]:
         checks = summarize(settings(fake, pictures), watched(*totals), LIMITS)["checks"]
-        found: dict[str, object] = next(check for check in checks if check["name"] == "memory growth, all processes")
+        found: dict[str, object] = next(check for check in checks if check["name"] == "memory growth, total")
         return found
 
     assert growth(*[200.0] * 16)["kept"]
