@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, limits = load_settings(arguments), limits_of(arguments)
         metrics, pid = metrics_of(arguments, settings), server_pid_of(arguments, settings)
+        if arguments.server_pid and pid is None:
+            print(f"server-pid: this user sees nobody listen at {settings.urls[0]} here", file=sys.stderr)
         bind = parse_address("bind", arguments.bind) if arguments.bind else None
         if arguments.pictures is None:
             ensure_painted(arguments.paint)

@@ -173,6 +173,9 @@ def _doubts(settings: LoadSettings, result: RunResult, limits: Limits) -> Iterat
         yield from _doubts_of_worker([pulse for pulse in result.pulses if pulse.worker == worker], worker, limits)
     if (lost := settings.num_workers - result.workers_finished) > 0:
         yield f"{lost} of {settings.num_workers} workers were lost"
+    due = 0 if settings.closed or result.gave_up else len(settings.arrivals())
+    if (missing := due - len(result.records)) > 0:
+        yield f"of {missing} of {due} requests nothing is known"
     if any(record.outcome.startswith("client:") for record in result.records):
         yield "requests failed inside of the client; see its log"
 

@@ -14,6 +14,7 @@ from fake_server import FakeServer
 
 from loadtest.__main__ import main
 from loadtest.memory import MemorySample, check_pid, find_server, read_memory
+from loadtest.options import load_settings, make_parser, server_pid_of
 from loadtest.ports import free_port
 from loadtest.report import render, told
 from loadtest.running import RunResult, run_load
@@ -73,7 +74,10 @@ def test_a_process_that_ended() -> None:
 def test_who_listens() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         assert find_server(listening.getsockname()[1]) == os.getpid()
-    assert find_server(free_port()) is None
+    port = free_port()
+    assert find_server(port) is None
+    arguments = make_parser().parse_args(["--url", f"http://127.0.0.1:{port}", "--server-pid", "auto"])
+    assert server_pid_of(arguments, load_settings(arguments)) is None
 
 
 def test_a_run_watches(fake: FakeServer, pictures: Path) -> None:
