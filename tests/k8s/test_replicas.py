@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -406,7 +406,11 @@ def accepts(address: str) -> bool:
 
 
 def has_child(pid: int, word: str) -> bool:
-    return any(word in child.cmdline() for child in psutil.Process(pid).children())
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if word in child.cmdline():
+                return True
+    return False
 
 
 def ask_ready(port: int) -> int:
