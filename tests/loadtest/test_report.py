@@ -132,6 +132,15 @@ def test_the_page_stands_alone() -> None:
     assert "nan" not in re.findall(r'd="([^"]*)"', page)
 
 
+def test_a_page_of_an_older_run() -> None:
+    found = summary()
+    for name in ("library", "memory", "replicas"):
+        del found[name]
+    del found["series"]["memory"]
+    assert render(found).count("<svg") == 10
+    assert "not watched" in told(found)
+
+
 def test_a_page_from_the_end_of_a_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
