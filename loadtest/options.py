@@ -38,20 +38,20 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--paint", type=Path, default=PAINTED, help="where those are painted, if nothing is there")
     what.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
     for kind, help in (("bad", "what is no picture"), ("json", "asked for as JSON"), ("raw", "raw frames")):
-        what.add_argument(f"--{kind}", type=_typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
+        what.add_argument(f"--{kind}", type=typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
     right = parser.add_argument_group("what is right")
     right.add_argument("--checkpoint", type=Path, help="that is served: its masks by the library are compared (none)")
     right.add_argument("--library-sample", type=int, metavar="NUMBER", help="of pictures for that (8)")
     right.add_argument("--schedule", help="of the checkpoint (as the server's metrics tell)")
     right.add_argument("--align", type=int, help="of the checkpoint (as they tell; 1 with --schedule)")
     right.add_argument("--library-masks", type=Path, metavar="FOLDER", help="of python -m loadtest.library, instead")
-    right.add_argument("--min-agreement", type=_typed(parse_share), default=0.99, metavar="SHARE", help="(99%%)")
+    right.add_argument("--min-agreement", type=typed(parse_share), default=0.99, metavar="SHARE", help="(99%%)")
     when = parser.add_argument_group("when")
     when.add_argument("--shape", choices=shapes.SHAPES, default="steady")
     when.add_argument("--rate", type=float, default=2.0, help="requests per second (2)")
     when.add_argument("--peak", type=float, help="of a spike (three times the rate)")
     when.add_argument("--rates", help="of steps, as 1,2,4")
-    when.add_argument("--seconds", type=_typed(parse_seconds), help="of arrivals (30; a soak 30m)")
+    when.add_argument("--seconds", type=typed(parse_seconds), help="of arrivals (30; a soak 30m)")
     when.add_argument("--process", choices=["poisson", "even"], default="poisson")
     when.add_argument("--trace", type=Path, help="arrivals to replay, .jsonl or .csv; see loadtest/arrivals.py")
     when.add_argument("--speed", type=float, default=1.0, help="of the replay (1)")
@@ -61,14 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
     bounds.add_argument("--max-inflight", type=int, default=512, help="requests (512)")
     bounds.add_argument(
         "--connection-seconds",
-        type=_typed(parse_seconds),
+        type=typed(parse_seconds),
         help="how long one is used; 0 opens one a request, for balancers of connections (for ever)",
     )
-    bounds.add_argument("--timeout", type=_typed(parse_seconds), default=60.0, help="of a request (60s)")
+    bounds.add_argument("--timeout", type=typed(parse_seconds), default=60.0, help="of a request (60s)")
     promised = parser.add_argument_group("promises")
     promised.add_argument("--slo", default="errors=0", help="such as p99=800ms,errors=0.1%% (errors=0)")
-    promised.add_argument("--max-lateness", type=_typed(parse_seconds), default=0.05, help="of the client (50ms)")
-    promised.add_argument("--max-growth", type=_typed(parse_share), help="of the server's memory (any; a soak 5%%)")
+    promised.add_argument("--max-lateness", type=typed(parse_seconds), default=0.05, help="of the client (50ms)")
+    promised.add_argument("--max-growth", type=typed(parse_share), help="of the server's memory (any; a soak 5%%)")
     who = parser.add_argument_group("who")
     who.add_argument("--workers", type=int, default=1, help="processes that send (1)")
     who.add_argument("--bind", help="HOST:PORT where as many workers from elsewhere are expected instead")
@@ -228,8 +228,8 @@ def parse_address(name: str, text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _typed(parse: Callable[[str], float]) -> Callable[[str], float]:
-    """For argparse, which shows the message of no ValueError."""
+def typed(parse: Callable[[str], float]) -> Callable[[str], float]:
+    """A type for argparse, which shows the message of no ValueError."""
 
     def parsed(text: str) -> float:
         try:

@@ -11,7 +11,6 @@ trial by trial, and in each repeat get the same arrivals: what disturbs the mach
 import argparse
 import json
 import signal
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bisection import Trial, bisect_interleaved, summarize_search
 from .checking import check_integer, check_number, check_share, parse_seconds, parse_share
 from .machine import describe_machine, installed_versions
-from .options import parse_weights
+from .options import parse_weights, typed
 from .pictures import load_mix
 from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
 from .report import alike, library_of
@@ -43,7 +43,6 @@ PRESETS = {
 }
 
 _GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
-_CLOSE = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,112 +91,6 @@ class SearchSettings:
 
     def trial_seconds(self, rate: float) -> float:
         return min(self.max_seconds, max(self.min_seconds, self.requests / rate))
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What came of one rate."""
-
-    rate: float
-    held: bool
-    p50_ms: float | None
-    p99_ms: float | None
-    requests: int
-    doubts: Sequence[str] = ()
-
-
-@dataclass(slots=True)
-class Bisection:
-    """Narrows down the highest rate that holds, from a guess: an end that no trial confirms moves on.
-
-    Attributes:
-        low: a rate that held, or the guess of one.
-        high: a rate that did not, or the guess of one.
-        trials: all so far.
-    """
-
-    low: float
-    high: float
-    trials: list[Trial] = field(default_factory=list)
-
-    @property
-    def next_rate(self) -> float:
-        return (self.low + self.high) / 2
-
-    def learn(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        close = _CLOSE * self.high
-        if trial.held:
-            self.low = trial.rate
-            if self.high - self.low < close and all(other.held for other in self.trials):
-                self.high *= 1.25
-        else:
-            self.high = trial.rate
-            if self.high - self.low < close and not any(other.held for other in self.trials):
-                self.low /= 4
-
-    @property
-    def rate(self) -> float:
-        """The highest that held; 0 if none did."""
-        return self.best.rate if self.best else 0.0
-
-    @property
-    def best(self) -> Trial | None:
-        """The trial at the highest rate that held."""
-        held = [trial for trial in self.trials if trial.held]
-        return max(held, key=lambda trial: trial.rate, default=None)
-
-
-def bisect_interleaved(
-    guesses: Sequence[tuple[float, float]], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
-) -> list[list[Bisection]]:
-    """Search for several at once, in turns.
-
-    Args:
-        guesses: for each a rate that should hold and one that should not.
-        try_rate: given which, a rate and the repeat.
-
-    Returns:
-        For each, its bisections, one a repeat.
-    """
-    found: list[list[Bisection]] = [[] for _ in guesses]
-    for repeat in range(repeats):
-        for bisections, (low, high) in zip(found, guesses, strict=True):
-            bisections.append(Bisection(low, high))
-        for step in range(trials):
-            for turn in range(len(found)):
-                i = (turn + step + repeat) % len(found)  # nobody is always the first
-                found[i][-1].learn(try_rate(i, found[i][-1].next_rate, repeat))
-    return found
-
-
-def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]) -> dict[str, Any]:
-    """A configuration's result, and how it compares with the first one, repeat by repeat."""
-    rates = [bisection.rate for bisection in bisections]
-    middle = sorted(bisections, key=lambda bisection: bisection.rate)[(len(bisections) - 1) // 2]
-    ratios = [mine.rate / other.rate for mine, other in zip(bisections, first, strict=True) if other.rate]
-    best = middle.best
-    return {
-        "rate_per_second": round(statistics.median(rates), 4),
-        "low": round(min(rates), 4),
-        "high": round(max(bisection.high for bisection in bisections), 4),
-        "p50_ms": best.p50_ms if best else None,
-        "p99_ms": best.p99_ms if best else None,
-        "repeats": [round(rate, 4) for rate in rates],
-        "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
-        "ratio_to_first": {
-            "median": round(statistics.median(ratios), 4),
-            "low": round(min(ratios), 4),
-            "high": round(max(ratios), 4),
-        }
-        if ratios
-        else None,
-        "trials": [
-            {"repeat": i, "rate": round(trial.rate, 4), "held": trial.held, "p99_ms": trial.p99_ms}
-            for i, bisection in enumerate(bisections)
-            for trial in bisection.trials
-        ],
-    }
 
 
 def search(
@@ -340,6 +233,30 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.configuration and arguments.compare:
+            raise ValueError("compare: expected without --configuration")
+        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
+        configurations = [Configuration.parse(text) for text in texts]
+        settings = _settings(arguments)
+        if arguments.pictures is None:
+            ensure_painted(PAINTED)
+        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_search_page(report, arguments.out.with_suffix(".html"))
+    except (OSError, ValueError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    print_table(report)
+    print(f"\n{arguments.out.with_suffix('.html')}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.search", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--slo", required=True, help="such as p99=800ms,errors=0.1%%")
     parser.add_argument(
@@ -365,43 +282,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("max-seconds", "60", "of a trial"),
         ("probe-seconds", "8", "of that loop"),
     ):
-        parser.add_argument(f"--{name}", default=seconds, help=f"{help} ({seconds})")
-    parser.add_argument("--min-agreement", default="99%", metavar="SHARE", help="of pixels, of every mask (99%%)")
+        parser.add_argument(f"--{name}", type=typed(parse_seconds), default=seconds, help=f"{help} ({seconds})")
+    parser.add_argument(
+        "--min-agreement",
+        type=typed(parse_share),
+        default=0.99,
+        metavar="SHARE",
+        help="of pixels, of every mask (99%%)",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/loadtest/search.json"))
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.configuration and arguments.compare:
-            raise ValueError("compare: expected without --configuration")
-        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
-        configurations = [Configuration.parse(text) for text in texts]
-        settings = SearchSettings(
-            slo=Slo.parse(arguments.slo),
-            pictures=arguments.pictures or PAINTED,
-            weights=parse_weights(arguments.weights),
-            repeats=arguments.repeats,
-            trials=arguments.trials,
-            requests=arguments.requests,
-            probe_users=arguments.probe_users,
-            min_seconds=parse_seconds(arguments.min_seconds),
-            max_seconds=parse_seconds(arguments.max_seconds),
-            probe_seconds=parse_seconds(arguments.probe_seconds),
-            min_agreement=parse_share(arguments.min_agreement),
-            library_sample=arguments.library_sample,
-        )
-        if arguments.pictures is None:
-            ensure_painted(PAINTED)
-        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        write_search_page(report, arguments.out.with_suffix(".html"))
-    except (OSError, ValueError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 1
-    print_table(report)
-    print(f"\n{arguments.out.with_suffix('.html')}")
-    return 0
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> SearchSettings:
+    return SearchSettings(
+        slo=Slo.parse(arguments.slo),
+        pictures=arguments.pictures or PAINTED,
+        weights=parse_weights(arguments.weights),
+        repeats=arguments.repeats,
+        trials=arguments.trials,
+        requests=arguments.requests,
+        probe_users=arguments.probe_users,
+        min_seconds=arguments.min_seconds,
+        max_seconds=arguments.max_seconds,
+        probe_seconds=arguments.probe_seconds,
+        min_agreement=arguments.min_agreement,
+        library_sample=arguments.library_sample,
+    )
 
 
 if __name__ == "__main__":
