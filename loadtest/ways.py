@@ -161,7 +161,7 @@ class TritonGrpcClient(Client):
         self._grpc, self._messages, self._model = grpc, service_pb2, model
         self._connection_seconds = connection_seconds
         self._targets = [_target_of(url) for url in urls]
-        self._channels = [_Channel(self._open(target)) for target in self._targets]
+        self._channels = [self._open(target) for target in self._targets]
 
     def ask(self, item: Item, number: int, timeout_seconds: float) -> Answer:
         messages = self._messages
@@ -175,7 +175,7 @@ class TritonGrpcClient(Client):
         )
         channel = self._channel(number % len(self._channels))
         try:
-            reply: Any = channel.infer(request, timeout_seconds, self._messages)
+            reply: Any = channel.infer(request, timeout_seconds)
         except self._grpc.RpcError as error:
             code = error.code().name
             if code == "DEADLINE_EXCEEDED":
@@ -190,7 +190,7 @@ class TritonGrpcClient(Client):
         for channel in self._channels:
             channel.retire()
 
-    def _open(self, target: str) -> Any:
+    def _open(self, target: str) -> "_Channel":
         options = [
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -198,22 +198,27 @@ class TritonGrpcClient(Client):
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
-        return self._grpc.insecure_channel(target, options)
+        return _Channel(self._grpc.insecure_channel(target, options), self._messages)
 
     def _channel(self, server: int) -> "_Channel":
         channel = self._channels[server]
         if channel.used and channel.age >= self._connection_seconds:
             channel.retire()
-            channel = self._channels[server] = _Channel(self._open(self._targets[server]))
+            channel = self._channels[server] = self._open(self._targets[server])
         return channel
 
 
 class _Channel:
     """A channel that ends once it is retired and all its calls are answered."""
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, messages: Any) -> None:
         self.used = False
         self._channel = channel
+        self._call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=messages.ModelInferRequest.SerializeToString,
+            response_deserializer=messages.ModelInferResponse.FromString,
+        )
         self._opened = time.monotonic()
         self._calls = 0
         self._retired = False
@@ -222,16 +227,11 @@ class _Channel:
     def age(self) -> float:
         return time.monotonic() - self._opened
 
-    def infer(self, request: Any, timeout_seconds: float, messages: Any) -> Any:
-        call = self._channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=messages.ModelInferRequest.SerializeToString,
-            response_deserializer=messages.ModelInferResponse.FromString,
-        )
+    def infer(self, request: Any, timeout_seconds: float) -> Any:
         self.used = True
         self._calls += 1
         try:
-            return call(request, timeout=timeout_seconds)
+            return self._call(request, timeout=timeout_seconds)
         finally:
             self._calls -= 1
             self._end()
