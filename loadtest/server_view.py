@@ -13,7 +13,6 @@ from .scraping import Sample
 
 _INFO = ("variant", "schedule", "align", "runtime", "precision", "device")
 _STEPS = ("decode", "queue", "labels", "encode", "request")
-_EARLIER_SECONDS = 1.5  # the last reading before the beginning counts too
 
 AnySample = TypeVar("AnySample", Sample, MemorySample)
 
@@ -37,7 +36,9 @@ class ServerView:
 
     def __init__(self, result: RunResult) -> None:
         self._began_at = result.began_at
-        self.samples = [sample for sample in result.samples if sample.at >= result.began_at - _EARLIER_SECONDS]
+        earlier = [sample for sample in result.samples if sample.at <= result.began_at]
+        later = [sample for sample in result.samples if sample.at > result.began_at]
+        self.samples = [*earlier[-1:], *later]  # in the second before may lie answers of the idle server
         self._last = self.samples[-1] if self.samples else None
         # Pictures that the server computes without merging, to compare, are not the load's.
         self._schedule = {"schedule": schedule} if (schedule := self._told("schedule")) else {}

@@ -63,7 +63,8 @@ def test_every_way_gives_the_masks_of_the_idle_server(way: str, scenes: Path, tm
     summary = summarize(settings, result, Limits(slo=Slo.parse("errors=0")))
     assert summary["held"]
     assert summary["served"]["schedule"] == "2,5"
-    assert summary["server"]["images"] == pytest.approx(sum(r.kind != "bad" for r in result.records), abs=2)
+    idle = summary["server"]["images"] - sum(record.kind != "bad" for record in result.records)
+    assert 0 <= idle <= 4  # two scenes in two forms, as far as the last reading before the load was before them
     assert 0.05 < summary["server"]["stages"]["0"]["merged_share"] < 0.6
     if way == "torchserve":
         crowded, empty = (
