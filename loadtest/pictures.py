@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .arrivals import Arrival
 from .checking import check_number, check_share
@@ -128,6 +128,24 @@ def load_mix(
     )
 
 
+def read_frame(path: Path) -> np.ndarray:
+    """A picture as a person sees it: uint8 RGB [H, W, 3], upright, transparency over white.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if not picture.has_transparency_data:
+                return np.asarray(picture.convert("RGB"))
+            clear, opaque = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
+            opaque.paste(clear, mask=clear)
+            return np.asarray(opaque)
+    except (UnidentifiedImageError, OSError):
+        raise ValueError(f"{path}: not a picture that can be read") from None
+
+
 def paint_pictures(
     out: Path, *, clutter: Sequence[float], sizes: Sequence[tuple[int, int]], num_seeds: int
 ) -> list[Path]:
@@ -161,15 +179,14 @@ def _forms(path: Path, *, raw: bool) -> list[Item]:
         with Image.open(io.BytesIO(body)) as opened:
             turned = opened.getexif().get(274, 1) >= 5  # orientation: the server answers upright
             width, height = opened.size[::-1] if turned else opened.size
-            frame = np.asarray(opened.convert("RGB")) if raw else None
     except (UnidentifiedImageError, OSError):
         raise ValueError(f"{path}: not a picture that can be read") from None
     content_type = _SUFFIXES[path.suffix.lower()]
     found = [Item(path.name, kind, body, content_type, (height, width)) for kind in ("png", "json")]
-    if frame is not None:
+    if raw:
         buffer = io.BytesIO()
-        np.save(buffer, frame)
-        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (frame.shape[0], frame.shape[1])))
+        np.save(buffer, read_frame(path))
+        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (height, width)))
     return found
 
 

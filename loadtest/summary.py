@@ -3,26 +3,21 @@
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
+from .latencies import latencies_ms, latency_curve
 from .machine import describe_machine, installed_versions
 from .masks import OK
+from .records import UNSENT, Pulse, Record
 from .running import RunResult
-from .scraping import Sample
-from .session import UNSENT, Record
+from .series import Bins, client_over_time, good_seconds, requests_over_time
+from .server_view import MemoryView, ServerView
 from .settings import LoadSettings
 from .slo import Slo, hold_against, quantile
 
-QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
-_MIN_BINS, _MAX_BINS = 8, 180
-_REQUESTS_OF_A_BIN = 5  # quantiles of fewer say nothing
-_BIN_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 3600)
-_MAX_DOTS = 3000
 _MAX_CPU = 0.85  # of a core: one more request would wait for the client
 
 
@@ -33,7 +28,8 @@ class Limits:
     Attributes:
         slo: promises of the server.
         max_lateness: seconds by which the client may send late, in 99 of 100 requests.
-        max_growth: by what share the server's memory may grow between the second and the last quarter; None for any.
+        max_growth: by what share the server's memory, and that of all its processes where they are watched, may grow
+            between the second and the last quarter; None for any.
     """
 
     slo: Slo
@@ -48,73 +44,99 @@ def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict
     tells nothing about the server, good or bad. `latency_ms` is that of answers; `at_least_ms` counts what failed too,
     with the time after which it did.
     """
-    records = result.records
-    asked = [record for record in records if record.kind != "bad"]
-    latencies = [record.seconds if record.outcome == OK else math.inf for record in asked]
-    served = _ServerView(settings, result)
-    doubts = _doubts(settings, result, limits)
-    checks = [
-        {
-            "name": kept.bound.name,
-            "value": kept.value if math.isfinite(kept.value) else None,
-            "limit": kept.bound.limit,
-            "unit": "share" if kept.bound.quantile is None else "seconds",
-            "kept": kept.kept,
-        }
-        for kept in hold_against(limits.slo, latencies)
-    ]
-    wrong = sum(record.outcome.startswith("wrong") or _never_refused(record) for record in records)
-    checks.append({"name": "wrong answers", "value": wrong, "limit": 0, "unit": "count", "kept": wrong == 0})
-    growth = served.memory_growth()
-    if limits.max_growth is not None:
-        kept = growth is not None and growth <= limits.max_growth
-        limit = limits.max_growth
-        checks.append({"name": "memory growth", "value": growth, "limit": limit, "unit": "share", "kept": kept})
-    if result.gave_up:
-        checks.append({"name": "gave up early", "value": 1, "limit": 0, "unit": "count", "kept": False})
-    answered = [record for record in asked if record.outcome == OK]
-    elapsed = max([settings.seconds, *(record.at + record.seconds for record in records)])
-    good = sorted(record.seconds for record in answered)
-    agreements = [record.agreement for record in records if record.agreement is not None]
+    served, memory = ServerView(result), MemoryView(result)
+    checks = list(_checks(result, limits, served, memory))
+    doubts = list(_doubts(settings, result, limits))
+    elapsed = max([settings.seconds, *(record.at + record.seconds for record in result.records)])
     return {
         "began_at": datetime.fromtimestamp(result.began_at, UTC).isoformat(timespec="seconds"),
         "device": served.device(),
         "client": describe_machine(),
         "versions": installed_versions(),
         "served": served.info(),
-        "settings": asdict(settings) | {"trace": len(settings.trace)},
+        "settings": asdict(settings) | {"trace": len(settings.trace), "library": sorted(settings.library)},
         "slo": str(limits.slo),
         "held": all(bool(check["kept"]) for check in checks),
         "valid": not doubts,
         "doubts": doubts,
         "checks": checks,
+        **_request_figures(settings, result.records, elapsed),
+        "library": {
+            "compared": len(result.library),
+            "least": min(result.library.values(), default=None),
+            "pictures": dict(sorted(result.library.items())),
+        },
+        "replicas": _replicas(result.records, served),
+        "server": served.figures(),
+        "memory_growth": served.memory_growth(),
+        "memory": memory.figures(),
+        "metrics_missed": result.num_missed,
+        "series": _series(result, served, memory, elapsed),
+    }
+
+
+def _checks(result: RunResult, limits: Limits, served: ServerView, memory: MemoryView) -> Iterator[dict[str, Any]]:
+    """Every promise, and how it fared."""
+    asked = [record for record in result.records if record.kind != "bad"]
+    for kept in hold_against(limits.slo, [record.seconds if record.outcome == OK else math.inf for record in asked]):
+        yield {
+            "name": kept.bound.name,
+            "value": kept.value if math.isfinite(kept.value) else None,
+            "limit": kept.bound.limit,
+            "unit": "share" if kept.bound.quantile is None else "seconds",
+            "kept": kept.kept,
+        }
+    wrong = sum(record.outcome.startswith("wrong") or _never_refused(record) for record in result.records)
+    yield {"name": "wrong answers", "value": wrong, "limit": 0, "unit": "count", "kept": wrong == 0}
+    if limits.max_growth is not None:
+        yield _growth_check("memory growth", served.memory_growth(), limits.max_growth)
+        if memory.samples:
+            yield _growth_check("memory growth, total", memory.growth(), limits.max_growth)
+    if result.gave_up:
+        yield {"name": "gave up early", "value": 1, "limit": 0, "unit": "count", "kept": False}
+
+
+def _growth_check(name: str, growth: float | None, limit: float) -> dict[str, Any]:
+    """What is not known to be kept is not kept."""
+    kept = growth is not None and growth <= limit
+    return {"name": name, "value": growth, "limit": limit, "unit": "share", "kept": kept}
+
+
+def _never_refused(record: Record) -> bool:
+    """What is bad has to be refused by an answer; one that never came is a server that broke on it."""
+    return record.kind == "bad" and record.outcome.startswith(("connection", "timeout"))
+
+
+def _request_figures(settings: LoadSettings, records: Sequence[Record], elapsed: float) -> dict[str, Any]:
+    asked = [record for record in records if record.kind != "bad"]
+    answered = [record for record in asked if record.outcome == OK]
+    agreements = [record.agreement for record in records if record.agreement is not None]
+    return {
         "requests": len(records),
         "outcomes": dict(Counter(record.outcome for record in records).most_common()),
         "offered_per_second": len(records) / settings.seconds,
         "answered_per_second": len(answered) / elapsed,
         "elapsed_seconds": elapsed,
-        "latency_ms": _latencies(good),
-        "at_least_ms": _latencies(sorted(record.seconds for record in asked)),
+        "latency_ms": latencies_ms(good_seconds(records)),
+        "at_least_ms": latencies_ms(sorted(record.seconds for record in asked)),
         "kinds": _by(records, lambda record: record.kind),
         "pictures": _by(answered, lambda record: record.name),
         "agreement": {"compared": len(agreements), "least": min(agreements, default=None)},
-        "lateness_ms": _latencies(sorted(record.late for record in records if record.outcome != UNSENT)),
-        "server": served.figures(),
-        "memory_growth": growth,
-        "metrics_missed": result.num_missed,
-        "series": _series(settings, result, served, elapsed),
+        "lateness_ms": latencies_ms(_lateness(records)),
     }
 
 
-def _latencies(ascending: Sequence[float]) -> dict[str, float | None]:
-    """Milliseconds by the names of quantiles; None where nothing was answered."""
-    named = {f"p{100 * share:g}": quantile(ascending, share) for share in QUANTILES}
-    named["max"] = ascending[-1] if ascending else math.nan
-    named["mean"] = statistics.fmean(ascending) if ascending else math.nan
-    return {name: round(1000 * value, 3) if math.isfinite(value) else None for name, value in named.items()}
+def _replicas(records: Sequence[Record], served: ServerView) -> list[dict[str, Any]]:
+    """How requests spread: by who answered where a proxy tells, or by the metrics of several servers."""
+    counts: Mapping[str, float] = Counter(record.replica for record in records if record.replica)
+    counts = counts or served.images_by_replica()
+    total = sum(counts.values())
+    if not total or len(counts) < 2:
+        return []
+    return [{"name": name, "requests": counts[name], "share": counts[name] / total} for name in sorted(counts)]
 
 
-def _by(records: Iterable[Record], key: Any) -> list[dict[str, Any]]:
+def _by(records: Iterable[Record], key: Callable[[Record], str]) -> list[dict[str, Any]]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
@@ -127,7 +149,7 @@ def _by(records: Iterable[Record], key: Any) -> list[dict[str, Any]]:
                 "name": name,
                 "requests": len(found),
                 "failed": len(found) - len(good),
-                "latency_ms": _latencies(good),
+                "latency_ms": latencies_ms(good),
                 "tokens_in": statistics.fmean(before for before, _ in tokens) if tokens else None,
                 "tokens_out": statistics.fmean(after for _, after in tokens) if tokens else None,
             }
@@ -135,205 +157,45 @@ def _by(records: Iterable[Record], key: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _never_refused(record: Record) -> bool:
-    """What is bad has to be refused by an answer; one that never came is a server that broke on it."""
-    return record.kind == "bad" and record.outcome.startswith(("connection", "timeout"))
+def _lateness(records: Iterable[Record]) -> list[float]:
+    return sorted(record.late for record in records if record.outcome != UNSENT)
 
 
-def _doubts(settings: LoadSettings, result: RunResult, limits: Limits) -> list[str]:
+def _doubts(settings: LoadSettings, result: RunResult, limits: Limits) -> Iterator[str]:
     """Why the figures may be the client's rather than the server's."""
-    found = []
-    sent = sorted(record.late for record in result.records if record.outcome != UNSENT)
+    sent = _lateness(result.records)
     late = quantile(sent, 0.99)
     if not sent:
-        found.append("nothing was sent")
+        yield "nothing was sent"
     elif late > limits.max_lateness:
-        found.append(f"requests left {1000 * late:.0f} ms late (p99), more than {1000 * limits.max_lateness:.0f} ms")
+        yield f"requests left {1000 * late:.0f} ms late (p99), more than {1000 * limits.max_lateness:.0f} ms"
     for worker in sorted({pulse.worker for pulse in result.pulses}):
-        beats = [pulse for pulse in result.pulses if pulse.worker == worker]
-        cpu = statistics.fmean(pulse.cpu for pulse in beats)
-        if cpu > _MAX_CPU:
-            found.append(f"client worker {worker} used {100 * cpu:.0f} % of its core; start more workers")
-        lag = statistics.median(pulse.lag for pulse in beats)
-        if lag > limits.max_lateness:
-            found.append(f"client worker {worker} noticed answers up to {1000 * lag:.0f} ms late, second by second")
-    if result.workers_finished < settings.num_workers:
-        found.append(f"{settings.num_workers - result.workers_finished} of {settings.num_workers} workers were lost")
+        yield from _doubts_of_worker([pulse for pulse in result.pulses if pulse.worker == worker], worker, limits)
+    if (lost := settings.num_workers - result.workers_finished) > 0:
+        yield f"{lost} of {settings.num_workers} workers were lost"
+    due = 0 if settings.closed or result.gave_up else len(settings.arrivals())
+    if (missing := due - len(result.records)) > 0:
+        yield f"of {missing} of {due} requests nothing is known"
     if any(record.outcome.startswith("client:") for record in result.records):
-        found.append("requests failed inside of the client; see its log")
-    return found
+        yield "requests failed inside of the client; see its log"
 
 
-class _ServerView:
-    """The server's metrics between the beginning and the end of the run."""
-
-    def __init__(self, settings: LoadSettings, result: RunResult) -> None:
-        self._began_at = result.began_at
-        self.samples = [sample for sample in result.samples if sample.at >= result.began_at - 1.5]
-        last = self.samples[-1] if self.samples else None
-        self._schedule = {"schedule": schedule} if (schedule := self._info(last, "schedule")) else {}
-        self._stages = last.labels("mpm_tokens_total", "stage") if last else []
-
-    def info(self) -> dict[str, str]:
-        """Labels of `mpm_model_info`, as far as they are the same everywhere."""
-        if not self.samples:
-            return {}
-        names = ("variant", "schedule", "align", "runtime", "precision", "device")
-        return {name: value for name in names if (value := self._info(self.samples[-1], name))}
-
-    def device(self) -> str:
-        told = self.info().get("device", "unknown")
-        return told if self.samples else "unknown"
-
-    def figures(self) -> dict[str, Any]:
-        """Totals over the run."""
-        if len(self.samples) < 2:
-            return {}
-        first, last = self.samples[0], self.samples[-1]
-
-        def grown(name: str, **labels: str) -> float:
-            return last.total(name, **labels) - first.total(name, **labels)
-
-        stages: dict[str, dict[str, Any]] = {}
-        for stage in self._stages:
-            lane = {"stage": stage, **self._schedule}
-            before, after = (grown("mpm_tokens_total", point=point, **lane) for point in ("in", "out"))
-            groups = grown("mpm_group_windows_count", **lane)
-            stages[stage] = {
-                "tokens_in": before,
-                "tokens_out": after,
-                "merged_share": 1 - after / before if before else None,
-                "seconds": grown("mpm_stage_seconds_sum", **lane),
-                "mean_group": grown("mpm_group_windows_sum", **lane) / groups if groups else None,
-            }
-        padding = grown("mpm_padding_tokens_total")
-        computed = sum(stage["tokens_in"] for stage in stages.values())
-        requests = grown("mpm_request_seconds_count")
-        steps = {}
-        for step in ("decode", "queue", "labels", "encode", "request"):
-            number = grown(f"mpm_{step}_seconds_count")
-            if number:
-                steps[step] = 1000 * grown(f"mpm_{step}_seconds_sum") / number
-        return {
-            "images": grown("mpm_images_total"),
-            "requests": requests,
-            "stages": stages,
-            "padding_share": padding / (padding + computed) if padding + computed else None,
-            "mean_ms": steps,
-            "busy_share": grown("mpm_stage_seconds_sum") / (last.at - first.at),
-        }
-
-    def memory_growth(self) -> float | None:
-        """By what share the median of the last quarter exceeds that of the second, which is when all is warm."""
-        memory = [sample.total("process_resident_memory_bytes") for sample in self.samples]
-        quarter = len(memory) // 4
-        if quarter < 2 or not all(memory):
-            return None
-        early = statistics.median(memory[quarter : 2 * quarter])
-        return statistics.median(memory[-quarter:]) / early - 1
-
-    def series(self, seconds: float) -> dict[str, list[float | None]]:
-        """Gauges, and counters as rates since the reading so many seconds before."""
-        found: dict[str, list[float | None]] = defaultdict(list)
-        chosen = self.samples[:1]
-        for sample in self.samples[1:]:
-            if sample.at - chosen[-1].at >= 0.9 * seconds:
-                chosen.append(sample)
-        for before, after in pairwise(chosen):
-            rate = partial(_rate, before, after)
-            found["at"].append(round(after.at - self._began_at, 3))
-            found["waiting_tokens"].append(after.total("mpm_waiting_tokens"))
-            found["waiting_windows"].append(after.total("mpm_waiting_windows"))
-            found["inflight"].append(after.total("mpm_inflight_requests"))
-            found["images"].append(rate("mpm_images_total"))
-            found["memory_mib"].append(after.total("process_resident_memory_bytes") / 2**20)
-            found["cpu"].append(rate("process_cpu_seconds_total"))
-            found["busy"].append(rate("mpm_stage_seconds_sum"))
-            total = 0.0
-            for i, stage in enumerate(self._stages):
-                into, out = (
-                    rate("mpm_tokens_total", point=point, stage=stage, **self._schedule) for point in ("in", "out")
-                )
-                total += into
-                found[f"tokens_into_{stage}"].append(into)
-                if i < len(self._stages) - 1:
-                    found[f"merged_{stage}"].append(1 - out / into if into else None)
-            padding = rate("mpm_padding_tokens_total")
-            found["padding"].append(padding / (padding + total) if padding + total else None)
-        return dict(found)
-
-    @staticmethod
-    def _info(sample: Sample | None, label: str) -> str:
-        values = sample.labels("mpm_model_info", label) if sample else []
-        return ", ".join(values)
+def _doubts_of_worker(pulses: Sequence[Pulse], worker: int, limits: Limits) -> Iterator[str]:
+    cpu = statistics.fmean(pulse.cpu for pulse in pulses)
+    if cpu > _MAX_CPU:
+        yield f"client worker {worker} used {100 * cpu:.0f} % of its core; start more workers"
+    lag = statistics.median(pulse.lag for pulse in pulses)
+    if lag > limits.max_lateness:
+        yield f"client worker {worker} noticed answers up to {1000 * lag:.0f} ms late, second by second"
 
 
-def _rate(before: Sample, after: Sample, name: str, **labels: str) -> float:
-    grown = after.total(name, **labels) - before.total(name, **labels)
-    return grown / (after.at - before.at)
-
-
-def _series(settings: LoadSettings, result: RunResult, served: _ServerView, elapsed: float) -> dict[str, Any]:
+def _series(result: RunResult, served: ServerView, memory: MemoryView, elapsed: float) -> dict[str, Any]:
     """Everything over time, in bins."""
-    least = max(elapsed / _MAX_BINS, _REQUESTS_OF_A_BIN * elapsed / max(1, len(result.records)))
-    width = next((width for width in _BIN_SECONDS if width >= min(least, elapsed / _MIN_BINS)), _BIN_SECONDS[-1])
-    bins = max(1, math.ceil(elapsed / width - 0.5))  # what is left at the end is no bin of its own
-    starts = [i * width for i in range(bins)]
-    widths = [*(float(width) for _ in starts[1:]), elapsed - starts[-1]]
-    due: list[list[Record]] = [[] for _ in range(bins)]
-    done: list[Counter[str]] = [Counter() for _ in range(bins)]
-    for record in result.records:
-        due[min(bins - 1, int(record.at / width))].append(record)
-        done[min(bins - 1, int((record.at + record.seconds) / width))][record.outcome] += 1
-    outcomes = sorted({outcome for counted in done for outcome in counted} - {OK})
-    latency: dict[str, list[float | None]] = {name: [] for name in ("p50", "p90", "p99", "max")}
-    for records in due:
-        named = _latencies(sorted(r.seconds for r in records if r.outcome == OK and r.kind != "bad"))
-        for name, values in latency.items():
-            values.append(named[name])
-    pulses = defaultdict(list)
-    for pulse in result.pulses:
-        pulses[min(bins - 1, int(pulse.at / width))].append(pulse)
-    pictured = [record for record in result.records if record.kind != "bad"]
-    spread = max(1, len(pictured) // _MAX_DOTS)
+    bins = Bins(elapsed, len(result.records))
     return {
-        "bin_seconds": width,
-        "at": [round(start + wide / 2, 3) for start, wide in zip(starts, widths, strict=True)],
-        "offered": [len(records) / wide for records, wide in zip(due, widths, strict=True)],
-        "answered": [counted[OK] / wide for counted, wide in zip(done, widths, strict=True)],
-        "failed": {
-            outcome: [counted[outcome] / wide for counted, wide in zip(done, widths, strict=True)]
-            for outcome in outcomes
-        },
-        "latency_ms": latency,
-        "requests": [
-            [round(record.at, 3), round(1000 * record.seconds, 1), record.outcome == OK]
-            for record in pictured[::spread]
-        ],
-        "client": {
-            "at": [(i + 0.5) * width for i in sorted(pulses)],
-            "lag_ms": [1000 * max(pulse.lag for pulse in pulses[i]) for i in sorted(pulses)],
-            "cpu": [max(pulse.cpu for pulse in pulses[i]) for i in sorted(pulses)],
-            "inflight": [_inflight(pulses[i]) for i in sorted(pulses)],
-        },
-        "server": served.series(width),
-        "quantiles_ms": _curve(sorted(r.seconds for r in result.records if r.outcome == OK and r.kind != "bad")),
+        **requests_over_time(bins, result.records),
+        "client": client_over_time(bins, result.pulses),
+        "server": served.series(bins.width),
+        "memory": memory.series(bins.width),
+        "quantiles_ms": latency_curve(good_seconds(result.records)),
     }
-
-
-def _inflight(pulses: Sequence[Any]) -> float:
-    """Of all workers: the mean of each, added up."""
-    by_worker: dict[int, list[int]] = defaultdict(list)
-    for pulse in pulses:
-        by_worker[pulse.worker].append(pulse.inflight)
-    return sum(statistics.fmean(counts) for counts in by_worker.values())
-
-
-def _curve(ascending: Sequence[float]) -> list[list[float]]:
-    """Latency over share, denser towards the slowest, as far as there are requests."""
-    shares = []
-    for nines in range(6):
-        for part in range(18):
-            shares.append(1 - 10**-nines * (1 - 0.05 * part))
-    resolved = [share for share in shares if len(ascending) * (1 - share) >= 1]
-    return [[share, round(1000 * quantile(ascending, share), 2)] for share in resolved]

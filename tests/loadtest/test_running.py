@@ -18,8 +18,9 @@ from loadtest.__main__ import main
 from loadtest.arrivals import Arrival
 from loadtest.masks import OK
 from loadtest.ports import free_port
+from loadtest.records import GIVEN_UP, TIMEOUT, UNSENT
 from loadtest.running import RunError, RunResult, run_load, worker_environment
-from loadtest.session import GIVEN_UP, TIMEOUT, UNSENT, Session
+from loadtest.session import Session
 from loadtest.settings import LoadSettings
 from loadtest.shapes import steady
 from loadtest.slo import Slo
