@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .arrivals import Arrival, write_trace
+from .client.arrivals import Arrival, write_trace
 from .options import limits_of, load_settings, make_parser, masks_of, metrics_of, parse_address, server_pid_of
 from .preparing import PAINTED, ensure_painted
-from .report import told, write_report
+from .report.page import told, write_report
+from .report.summary import summarize
 from .running import RunError, RunResult, run_load, worker_command, worker_environment
-from .summary import summarize
 
 KEPT, BROKEN, NO_RUN, NOT_VALID = 0, 1, 2, 3
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .measurements import Measured, read_results
+from .sizing.measurements import Measured, read_results
 
 _SECONDS_OF_HOUR = 3600
 _COLUMNS = (

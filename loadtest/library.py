@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pictures import read_frame
+from .client.pictures import read_frame
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import shapes
-from .arrivals import Arrival, read_trace
 from .checking import check_integer, parse_seconds, parse_share
-from .memory import check_pid, find_server
-from .pictures import load_mix
+from .client import shapes
+from .client.arrivals import Arrival, read_trace
+from .client.pictures import load_mix
+from .client.ways import WAYS
 from .preparing import PAINTED, Library, draw_sample, library_masks, read_masks, served_library
-from .scraping import check_metrics_url
+from .report.summary import Limits
 from .settings import LoadSettings
 from .slo import Slo
-from .summary import Limits
-from .ways import WAYS
+from .watching.memory import check_pid, find_server
+from .watching.scraping import check_metrics_url
 
 _URLS = {"torchserve": "http://127.0.0.1:8080", "triton": "http://127.0.0.1:8000", "triton-grpc": "127.0.0.1:8001"}
 _METRICS_PORT = 8090
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     when.add_argument("--rates", help="of steps, as 1,2,4")
     when.add_argument("--seconds", type=typed(parse_seconds), help="of arrivals (30; a soak 30m)")
     when.add_argument("--process", choices=["poisson", "even"], default="poisson")
-    when.add_argument("--trace", type=Path, help="arrivals to replay, .jsonl or .csv; see loadtest/arrivals.py")
+    when.add_argument("--trace", type=Path, help="arrivals to replay, .jsonl or .csv; see loadtest/client/arrivals.py")
     when.add_argument("--speed", type=float, default=1.0, help="of the replay (1)")
     when.add_argument("--closed", type=int, default=0, metavar="USERS", help="who wait for answers, instead")
     when.add_argument("--seed", type=int, default=0)

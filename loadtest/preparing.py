@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .running import RunError, worker_environment
-from .scraping import read_metrics
+from .watching.scraping import read_metrics
 
 PAINTED = Path("build/loadtest/pictures")
 
@@ -42,7 +42,7 @@ def ensure_painted(folder: Path) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()):
         return
-    if problem := _run("loadtest.pictures", "--out", str(folder)):
+    if problem := _run("loadtest.client.pictures", "--out", str(folder)):
         raise RunError(f"no pictures could be painted into {folder}: {problem}")
 
 

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .memory import MemorySample, read_memory
+from .client.records import Pulse, Record
 from .ports import free_port
-from .records import Pulse, Record
-from .sampling import Sampler
-from .scraping import Sample, check_metrics_url, read_metrics
 from .settings import LoadSettings
+from .watching.memory import MemorySample, read_memory
+from .watching.sampling import Sampler
+from .watching.scraping import Sample, check_metrics_url, read_metrics
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+LOCUSTFILE = Path(__file__).with_name("client") / "locustfile.py"
 _READY_SECONDS = 180.0  # for all workers to connect and to ask for their references
 _STOP_SECONDS = 10.0
 
@@ -119,7 +119,7 @@ def worker_command(host: str, port: int) -> list[str]:
 
 def worker_environment() -> dict[str, str]:
     """This process's environment, with this package where Python looks first."""
-    paths = [str(LOCUSTFILE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(LOCUSTFILE.parents[2]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 

@@ -19,20 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bisection import Trial, bisect_interleaved, summarize_search
 from .checking import check_integer, check_number, check_share, parse_seconds, parse_share
+from .client.pictures import load_mix
+from .client.shapes import steady
 from .machine import describe_machine, installed_versions
 from .options import parse_weights, typed
-from .pictures import load_mix
 from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
-from .report import alike, library_of
+from .report.page import alike, library_of
+from .report.search_page import write_search_page
+from .report.summary import Limits, summarize
 from .running import RunError, run_load
-from .search_page import write_search_page
-from .servers import MODEL, Configuration, Served
 from .settings import LoadSettings
-from .shapes import steady
+from .sizing.bisection import Trial, bisect_interleaved, summarize_search
+from .sizing.servers import MODEL, Configuration, Served
 from .slo import Slo
-from .summary import Limits, summarize
 
 PRESETS = {
     "merging": ("schedule=off", "schedule=2,5"),

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .arrivals import PROCESSES, Arrival, arrivals_of
 from .checking import check_integer, check_number, check_share
-from .shapes import Phase, total_seconds
+from .client.arrivals import PROCESSES, Arrival, arrivals_of
+from .client.shapes import Phase, total_seconds
+from .client.ways import WAYS, check_url
 from .slo import Slo
-from .ways import WAYS, check_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,14 +17,14 @@ class LoadSettings:
     """Settings of a run.
 
     Attributes:
-        way: how to ask, one of `loadtest.ways.WAYS`.
+        way: how to ask, one of `loadtest.client.ways.WAYS`.
         urls: servers, asked in turn; nothing else is ever asked.
         model: under which name it is served.
         pictures: folder of pictures.
         weights: of pictures, by patterns of file names.
         shares: of the kinds json, raw and bad.
         phases: the offered rate over time.
-        process: how arrivals are spaced, one of `loadtest.arrivals.PROCESSES`.
+        process: how arrivals are spaced, one of `loadtest.client.arrivals.PROCESSES`.
         trace: arrivals that are replayed instead.
         closed: so many users ask again as soon as they are answered, instead of arrivals; 0 for none.
         seed: of arrivals and of the mix.

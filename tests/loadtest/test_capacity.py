@@ -14,7 +14,7 @@ from handlers.bench.__main__ import main as bench
 from handlers.codec import encode_picture
 from loadtest import capacity
 from loadtest.capacity import size_up
-from loadtest.measurements import Measured, ResultError, read_results
+from loadtest.sizing.measurements import Measured, ResultError, read_results
 
 pytest_plugins = ("tiny_server",)
 

@@ -2,9 +2,9 @@
 
 import math
 
-from loadtest.hope import Hope
-from loadtest.masks import OK
-from loadtest.records import Record
+from loadtest.client.hope import Hope
+from loadtest.client.masks import OK
+from loadtest.client.records import Record
 
 
 def record(seconds: float, outcome: str = OK, kind: str = "png") -> Record:

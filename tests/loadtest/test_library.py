@@ -15,14 +15,14 @@ from PIL import Image
 from handlers.torchserve_launcher import TorchServe
 from loadtest import library
 from loadtest.__main__ import main
-from loadtest.masks import decode_mask
-from loadtest.pictures import read_frame
+from loadtest.client.masks import decode_mask
+from loadtest.client.pictures import read_frame
+from loadtest.client.shapes import steady
 from loadtest.preparing import Library, draw_sample, library_masks, read_masks, served_library
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunError, run_load
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
 from mpm_ops import load_segmenter
 
 pytest_plugins = ("load_fixtures", "tiny_server")

@@ -13,15 +13,15 @@ import pytest
 from fake_server import FakeServer
 
 from loadtest.__main__ import main
-from loadtest.memory import MemorySample, check_pid, find_server, read_memory
+from loadtest.client.shapes import steady
 from loadtest.options import load_settings, make_parser, server_pid_of
 from loadtest.ports import free_port
-from loadtest.report import render, told
+from loadtest.report.page import render, told
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunResult, run_load
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
+from loadtest.watching.memory import MemorySample, check_pid, find_server, read_memory
 
 pytest_plugins = ("load_fixtures",)
 

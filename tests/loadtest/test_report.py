@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from loadtest import report
-from loadtest.charts import Chart, Line, draw, nice_ticks, time_ticks
-from loadtest.masks import OK
-from loadtest.records import Pulse, Record
-from loadtest.report import render, told
+import loadtest.report.__main__
+from loadtest.client.masks import OK
+from loadtest.client.records import Pulse, Record
+from loadtest.client.shapes import steady
+from loadtest.report.charts import Chart, Line, draw, nice_ticks, time_ticks
+from loadtest.report.page import render, told
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunResult
-from loadtest.scraping import Key, Sample
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
+from loadtest.watching.scraping import Key, Sample
 
 NUM_REQUESTS = 200
 
@@ -146,10 +146,10 @@ def test_a_page_from_the_end_of_a_log(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report", "-", "--out", str(tmp_path / "page.html")])
     monkeypatch.setattr(sys, "stdin", StringIO(f"some words\n{json.dumps(summary())}\n"))
-    assert report.main() == 0
+    assert loadtest.report.__main__.main() == 0
     assert "<svg" in (tmp_path / "page.html").read_text()
     monkeypatch.setattr(sys, "stdin", StringIO("some words\n"))
-    assert report.main() == 1
+    assert loadtest.report.__main__.main() == 1
     assert "expected the JSON of a run" in capsys.readouterr().err
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bisection import Bisection, Trial, bisect_interleaved, summarize_search
 from loadtest.preparing import Library
+from loadtest.report.search_page import render_search
 from loadtest.search import SearchSettings, _library_masks
-from loadtest.search_page import render_search
-from loadtest.servers import Configuration
+from loadtest.sizing.bisection import Bisection, Trial, bisect_interleaved, summarize_search
+from loadtest.sizing.servers import Configuration
 from loadtest.slo import Slo
 
 

@@ -11,16 +11,16 @@ import psutil
 import pytest
 
 from loadtest import capacity
-from loadtest.masks import OK
-from loadtest.pictures import load_mix, paint_pictures
+from loadtest.client.masks import OK
+from loadtest.client.pictures import load_mix, paint_pictures
+from loadtest.client.shapes import steady
 from loadtest.preparing import Library, library_masks
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunError, RunResult, run_load
 from loadtest.search import SearchSettings, search
-from loadtest.servers import MODEL, Configuration, Served
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
+from loadtest.sizing.servers import MODEL, Configuration, Served
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer, Service, serve_grpc
 
-from loadtest.masks import OK
-from loadtest.pictures import load_mix
+from loadtest.client.masks import OK
+from loadtest.client.pictures import load_mix
+from loadtest.client.shapes import steady
+from loadtest.client.ways import WAYS
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import run_load
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
-from loadtest.ways import WAYS
 
 pytest_plugins = ("load_fixtures",)
 

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from loadtest.client.masks import OK
+from loadtest.client.records import Pulse, Record
+
 from .latencies import latencies_ms
-from .masks import OK
-from .records import Pulse, Record
 
 _MIN_BINS, _MAX_BINS = 8, 180
 _REQUESTS_OF_A_BIN = 5  # quantiles of fewer say nothing

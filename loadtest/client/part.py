@@ -10,10 +10,11 @@ from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.runners import LocalRunner, WorkerRunner
 
+from loadtest.settings import LoadSettings
+
 from .masks import OK
 from .records import Record
 from .session import Session
-from .settings import LoadSettings
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from .memory import MemorySample
-from .running import RunResult
-from .scraping import Sample
+from loadtest.running import RunResult
+from loadtest.watching.memory import MemorySample
+from loadtest.watching.scraping import Sample
 
 _INFO = ("variant", "schedule", "align", "runtime", "precision", "device")
 _STEPS = ("decode", "queue", "labels", "encode", "request")

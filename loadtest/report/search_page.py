@@ -5,9 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from loadtest.slo import Slo
+
 from .charts import Chart, Line, draw, format_value, nice_ticks
-from .report import NONE, alike, fill_page, library_of, table
-from .slo import Slo
+from .page import NONE, alike, fill_page, library_of, table
 
 _COLORS = 6
 

@@ -1,6 +1,6 @@
 """What is sent: a folder of pictures, in several forms, and things that are no pictures.
 
-    python -m loadtest.pictures --out DIR [--clutter 0,0.5,1] [--sizes 640x480,960x540] [--seeds 2]
+    python -m loadtest.client.pictures --out DIR [--clutter 0,0.5,1] [--sizes 640x480,960x540] [--seeds 2]
 
 paints road scenes from empty to crowded, because a busy picture keeps more tokens when they merge than an empty one:
 the mix of both decides how lengths vary.
@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from loadtest.checking import check_number, check_share
+
 from .arrivals import Arrival
-from .checking import check_number, check_share
 
 KINDS = ("png", "json", "raw", "bad")
 _SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
@@ -214,7 +215,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.pictures", description="Paint pictures to send.")
+    parser = argparse.ArgumentParser(prog="python -m loadtest.client.pictures", description="Paint pictures to send.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clutter", default="0,0.35,0.7,1", help="from 0, empty, to 1, crowded (0,0.35,0.7,1)")
     parser.add_argument("--sizes", default="640x480,480x640", help="WIDTHxHEIGHT (640x480,480x640)")

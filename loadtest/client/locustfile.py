@@ -16,9 +16,9 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, Runner
 
-from loadtest.part import BEGIN, FINISHED, READY, Part
+from loadtest.client.part import BEGIN, FINISHED, READY, Part
+from loadtest.client.users import ClosedLoopUser, OpenLoopUser
 from loadtest.settings import LoadSettings
-from loadtest.users import ClosedLoopUser, OpenLoopUser
 
 __all__ = ["ClosedLoopUser", "OpenLoopUser"]
 

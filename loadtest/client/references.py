@@ -4,9 +4,10 @@ import base64
 import time
 from collections.abc import Sequence
 
+from loadtest.settings import LoadSettings
+
 from .masks import OK, MaskError, Reference, check_answer
 from .pictures import Item
-from .settings import LoadSettings
 from .ways import Answer, Client, NoAnswerError
 
 _TRIES = 3

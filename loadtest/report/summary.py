@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from loadtest.client.masks import OK
+from loadtest.client.records import UNSENT, Pulse, Record
+from loadtest.machine import describe_machine, installed_versions
+from loadtest.running import RunResult
+from loadtest.settings import LoadSettings
+from loadtest.slo import Slo, hold_against, quantile
+
 from .latencies import latencies_ms, latency_curve
-from .machine import describe_machine, installed_versions
-from .masks import OK
-from .records import UNSENT, Pulse, Record
-from .running import RunResult
 from .series import Bins, client_over_time, good_seconds, requests_over_time
 from .server_view import MemoryView, ServerView
-from .settings import LoadSettings
-from .slo import Slo, hold_against, quantile
 
 _MAX_CPU = 0.85  # of a core: one more request would wait for the client
 
@@ -38,7 +39,7 @@ class Limits:
 
 
 def summarize(settings: LoadSettings, result: RunResult, limits: Limits) -> dict[str, Any]:
-    """A report as plain data; see `loadtest.report` for how it looks.
+    """A report as plain data; see `loadtest.report.page` for how it looks.
 
     `valid` tells whether the client kept up, `held` whether the server kept every promise. A run that is not valid
     tells nothing about the server, good or bad. `latency_ms` is that of answers; `at_least_ms` counts what failed too,

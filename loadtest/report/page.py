@@ -1,14 +1,7 @@
-"""A run as one HTML file, for people.
+"""A run as one HTML file, for people."""
 
-python -m loadtest.report REPORT.json|- [--out REPORT.html]
-
-`-` is an output of `python -m loadtest --print-json`, such as a log of Kubernetes.
-"""
-
-import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -250,38 +243,3 @@ def _latency(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else format_value(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path != Path("-"):
-        text = path.read_text(encoding="utf-8")
-    else:
-        text = ([line for line in sys.stdin if line.startswith("{")] or [""])[-1]
-    try:
-        summary = json.loads(text)
-    except json.JSONDecodeError:
-        summary = None
-    if not isinstance(summary, dict) or "series" not in summary:
-        raise ValueError(f"{path}: expected the JSON of a run")
-    return summary
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.report", description="Draw a report again.")
-    parser.add_argument("report", type=Path, help="JSON of a run, or - for an output that ends with it")
-    parser.add_argument("--out", type=Path, help="HTML (beside the JSON)")
-    arguments = parser.parse_args()
-    try:
-        summary = _read(arguments.report)
-        piped = arguments.report == Path("-")
-        out = arguments.out or (Path("report.html") if piped else arguments.report.with_suffix(".html"))
-        out.write_text(render(summary), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,12 +17,13 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from loadtest.settings import LoadSettings
+
 from .arrivals import Arrival
 from .hope import Hope
 from .pictures import Item, Mix, load_mix
 from .records import GIVEN_UP, TIMEOUT, UNSENT, Pulse, Record
 from .references import References
-from .settings import LoadSettings
 from .ways import WAYS, Answer, Client, NoAnswerError
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .slo import quantile
+from loadtest.slo import quantile
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
+from loadtest.slo import Bound, Slo
+
 from .masks import OK
 from .records import Record
-from .slo import Bound, Slo
 
 
 class Hope:
