@@ -20,6 +20,7 @@ SLO ?= p99=2s,errors=0.1%
 BIN := .venv/bin
 ENV := .venv/.installed
 DEMO := model_store/demo
+CHECKPOINT ?= $(DEMO)/checkpoint.pth
 STORE := build/model_store
 REPOSITORY := build/model_repository
 SAMPLES := build/samples
@@ -52,13 +53,15 @@ serve-triton: $(ENV) $(SAMPLES)
 monitor: $(ENV)
 	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
 
+# The masks of a sample have to be those that the library makes of the checkpoint that serves.
+LOADTEST := -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
+	$(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --rate $(RATE) --json 10% --raw 10% --bad 5%
+
 loadtest: $(ENV)
-	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
-		--rate $(RATE) --seconds $(SECONDS) --json 10% --raw 10% --bad 5% --slo $(SLO) --out build/loadtest/report.html
+	$(BIN)/python $(LOADTEST) --seconds $(SECONDS) --slo $(SLO) --out build/loadtest/report.html
 
 soak: $(ENV)
-	$(BIN)/python -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
-		--shape soak --rate $(RATE) --json 10% --raw 10% --bad 5% --slo errors=0 --out build/loadtest/soak.html
+	$(BIN)/python $(LOADTEST) --shape soak --server-pid auto --slo errors=0 --out build/loadtest/soak.html
 
 dashboards: $(ENV)
 	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards

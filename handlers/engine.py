@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -25,16 +24,18 @@ import torch
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.runtime import make_runtime
-from mpm_ops.runtime.transfers import stack, upload, use_own_stream
-from mpm_ops.stages import Stage, WindowBatch, cut_stages, format_schedule
+from mpm_ops.runtime.graphs import PATIENCE
+from mpm_ops.stages import cut_stages, format_schedule
+from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 
 from . import codec
 from .admission import Admission, Ticket
 from .agreement import Agreement, Sampler
-from .clock import DeviceClock
+from .computing import Computer, Times
 from .config import ServingConfig
 from .costs import measure_cost
+from .device import DeviceThread
 from .errors import ErrorKind, ServingError
 from .exchange import Exchange, only_reply
 from .metrics import Metrics
@@ -65,6 +66,7 @@ class Engine:
             default the process ends, for its supervisor to start another.
         observer: called after each group with the group and its seconds.
         keeps_bodies: whoever calls keeps the pictures that came until they are answered, so they count as long.
+        lookahead: groups launched behind the one that runs; None for one on a GPU and none elsewhere.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         on_fatal: Callable[[], None] = lambda: os._exit(70),
         observer: Callable[[Group["Window"], float], None] = lambda group, seconds: None,
         keeps_bodies: bool = False,
+        lookahead: int | None = None,
     ) -> None:
         if len(classes) != model.config.n_cls:
             raise ValueError(f"classes: expected {model.config.n_cls}, got {len(classes)}")
@@ -97,12 +100,11 @@ class Engine:
             graph_bytes=config.graph_mib * 2**20,
         )
         device = self._device_of_model = model.encoder.pos_embed.device
-        self._clock = DeviceClock(device)
-        self._stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
+        stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
-        self._scheduler: Scheduler[Window] = Scheduler(
+        scheduler: Scheduler[Window] = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
             max_group_windows=1 if config.deterministic else config.max_group_windows,
             pool_windows=_POOL_GROUPS * config.max_group_windows if config.padded else config.max_group_windows,
@@ -123,7 +125,7 @@ class Engine:
         self._open: set[Exchange] = set()  # guarded by the lock
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: len(self._inflight), lambda: self._admission.inflight_bytes)
-        self.metrics.expect(Lane(stage.index, model.schedule) for stage in self._stages[model.schedule])
+        self.metrics.expect(Lane(stage.index, model.schedule) for stage in stages[model.schedule])
         sampler = Sampler(config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction))
         patch_size = model.config.patch_size
         self._agreement: Agreement | None = Agreement(
@@ -132,15 +134,22 @@ class Engine:
         port = config.metrics_port
         self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
 
-        self._inbox: queue.SimpleQueue[list[Waiting[Window]] | None] = queue.SimpleQueue()
-        self._draining = False
         self._group_numbers = itertools.count(1)
-        self._group_started: float | None = None
+        self._device = DeviceThread(
+            device,
+            scheduler,
+            Computer(model, self._runtime, stages).launch,
+            lookahead=lookahead,
+            on_removed=lambda windows: self.metrics.waiting(windows, -1),
+            on_released=lambda group, now: self.metrics.released(group, now, padded=config.padded),
+            on_computed=self._computed,
+            on_failed=self._failed,
+            on_lost=self._give_up,
+        )
         own_stream: dict[str, Any] = {"initializer": use_own_stream, "initargs": (device,)}
         self._decoders = ThreadPoolExecutor(config.codec_threads, "decode", **own_stream)
         self._encoders = ThreadPoolExecutor(config.codec_threads, "encode", **own_stream)
         self._stopped = threading.Event()
-        self._device = threading.Thread(target=self._serve_device, name="device", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._device.start()
         self._watchdog.start()
@@ -157,14 +166,18 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
 
+        Where graphs are captured, each as often as it takes until those of its shapes are.
+
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
+        times = PATIENCE + 1 if self._config.graph_mib else 1
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                self.submit(picture, RequestOptions(request_id="warm-up")).result()
+                for _ in range(times):
+                    self.submit(picture, RequestOptions(request_id="warm-up")).result()
         finally:
             self.metrics, self._agreement = metrics, agreement
 
@@ -228,12 +241,20 @@ class Engine:
         """Refuse new requests, finish those that were accepted, then stop."""
         self._admission.close()
         self._decoders.shutdown()
-        self._inbox.put(None)
-        self._device.join()
+        self._device.close()
         self._encoders.shutdown()
         self._stopped.set()
         self._watchdog.join()
         self._stop_metrics()
+
+    @property
+    def lookahead(self) -> int:
+        """Groups launched behind the one that runs; may be changed at any time."""
+        return self._device.lookahead
+
+    @lookahead.setter
+    def lookahead(self, number: int) -> None:
+        self._device.lookahead = number
 
     @property
     def inflight(self) -> int:
@@ -306,84 +327,24 @@ class Engine:
         request.span.step("decode", request.ready_at, request.seconds["decode"])
         arrivals = [self._waiting(window, 0, self._tokens_of_window) for window in request.windows]
         self.metrics.waiting(arrivals, +1)
-        self._inbox.put(arrivals)
+        self._device.add(arrivals)
 
-    # The device thread: take what came, choose a group, run it, route its windows
+    # What the device's thread tells, see `DeviceThread`
 
-    def _serve_device(self) -> None:
-        if self._device_of_model.type == "cuda":
-            torch.cuda.set_device(self._device_of_model)  # events and kernels of this thread are the current device's
-        while self._take_work():
-            self.metrics.waiting(self._scheduler.remove(lambda window: window.request.answer.done()), -1)
-            group = self._scheduler.next_group(monotonic())
-            if group is not None:
-                self._group_started = monotonic()
-                self.metrics.released(group, self._group_started, padded=self._config.padded)
-                self._run(group)
-                self._group_started = None
-
-    def _take_work(self) -> bool:
-        """Move what came into the scheduler, waiting if there is nothing else to do; False when all is done."""
-        while not self._inbox.empty() or not (len(self._scheduler) or self._draining):
-            arrivals = self._inbox.get()
-            if arrivals is None:
-                self._draining = True
-            else:
-                self._scheduler.add(arrivals, monotonic())
-        return len(self._scheduler) > 0
-
-    def _run(self, group: Group[Window]) -> None:
-        """Run a group. If it fails, run its halves, so that only the windows at fault fail."""
+    def _computed(self, group: Group[Window], times: Times) -> None:
+        """Account for a group that is through, and send its windows on."""
+        seconds, merge_seconds = times
         windows = [member.payload for member in group.members]
-        stage = self._stages[group.lane.schedule][group.lane.stage]
-        lengths = [window.lengths[-1] for window in windows]
-        try:
-            took = self._compute(stage, windows)
-        except Exception as error:
-            if _is_fatal(error):
-                self._give_up(f"the device failed: {error}")
-                return
-            if len(windows) == 1:
-                logger.exception("request %s failed at stage %d", windows[0].request.options.request_id, stage.index)
-                _fail(windows[0].request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
-                return
-            took = None
-        if took is None:  # only now: the error's traceback kept all that the attempt had allocated
-            half = len(windows) // 2
-            self._run(Group(group.lane, group.members[:half], group.reason))
-            self._run(Group(group.lane, group.members[half:], group.reason))
-            return
-        seconds, merge_seconds = took
         self._observer(group, seconds)
         self._account(group.lane, windows, seconds, merge_seconds)
-        self.metrics.computed(group.lane, lengths, sum(w.lengths[-1] for w in windows), seconds, merge_seconds)
-        self._route(stage, windows)  # last: who gets an answer finds it counted
+        tokens_in = [window.lengths[group.lane.stage] for window in windows]
+        self.metrics.computed(group.lane, tokens_in, sum(w.lengths[-1] for w in windows), seconds, merge_seconds)
+        self._route(group.lane, windows)  # last: who gets an answer finds it counted
 
-    @torch.inference_mode()
-    def _compute(self, stage: Stage, windows: Sequence[Window]) -> tuple[float, float | None]:
-        """Run one stage and keep each window's outcome with it; returns the seconds of it all and of its merge."""
-        model, clock = self._model, self._clock
-        start = clock.mark()
-        if stage.index == 0:
-            batch = model.embed(stack([window.state for window in windows]))  # type: ignore[misc]
-        else:
-            batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
-        batch = self._runtime.run_blocks(stage, batch)
-        before_merge = clock.mark()
-        if stage.merges:
-            batch = model.merge(batch)
-            done = clock.mark()
-            for window, state in zip(windows, batch.split(), strict=True):
-                window.state = state
-                window.lengths.append(len(state.tokens.values) - self._special)
-            return clock.seconds(start, done), clock.seconds(before_merge, done)
-        logits = self._runtime.decode(batch)
-        finite = logits.isfinite().flatten(1).all(dim=1)
-        maps = batch.merge_maps or (None,) * len(windows)
-        done = clock.mark()
-        for window, window_logits, merge_map, ok in zip(windows, logits, maps, finite.tolist(), strict=True):
-            window.state, window.logits, window.merge_map, window.is_finite = None, window_logits.T, merge_map, ok
-        return clock.seconds(start, done), None
+    def _failed(self, window: Window, stage: int, error: Exception) -> None:
+        request_id = window.request.options.request_id
+        logger.error("request %s failed at stage %d", request_id, stage, exc_info=error)
+        _fail(window.request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
 
     def _account(self, lane: Lane, windows: Sequence[Window], seconds: float, merge_seconds: float | None) -> None:
         """Tell every request of a group what the group took; those that share it took it together."""
@@ -395,13 +356,13 @@ class Engine:
             request.seconds["merge"] += merge_seconds or 0.0
             request.span.stage(lane, group, [window.lengths for window in own], stop, seconds, merge_seconds)
 
-    def _route(self, stage: Stage, windows: Sequence[Window]) -> None:
+    def _route(self, lane: Lane, windows: Sequence[Window]) -> None:
         """Send windows to their next lane, and requests whose windows are all done to be labelled."""
         now = monotonic()
-        if stage.merges:
-            arrivals = [self._waiting(w, stage.index + 1, w.lengths[-1] + self._special) for w in windows]
+        if lane.stage < len(lane.schedule):  # it merged
+            arrivals = [self._waiting(w, lane.stage + 1, w.lengths[-1] + self._special) for w in windows]
             self.metrics.waiting(arrivals, +1)
-            self._scheduler.add(arrivals, now)
+            self._device.scheduler.add(arrivals, now)
             return
         for request in by_request(windows):
             logits = [window.logits for window in request.windows if window.logits is not None]
@@ -427,11 +388,11 @@ class Engine:
                 late = [exchange for exchange in self._open if now > exchange.deadline]
             for exchange in late:
                 exchange.expire()
-            started = self._group_started
+            started = self._device.busy_since
             if started is not None and now - started > self._config.stall_seconds:
                 self._give_up(f"a group has been running for {now - started:.0f} s")
                 return
-            if not self._device.is_alive() and not self._draining:
+            if self._device.died:
                 self._give_up("the device thread died")
                 return
 
@@ -512,11 +473,6 @@ class Engine:
         except Exception:
             logger.exception("request %s failed", request.options.request_id)
             _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
-
-
-def _is_fatal(error: Exception) -> bool:
-    """After such an error every further call on the device fails too."""
-    return isinstance(error, torch.AcceleratorError)
 
 
 def _fail(answer: "Future[SegmentReply]", error: ServingError) -> None:

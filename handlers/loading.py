@@ -30,9 +30,9 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = load_segmenter(folder / "checkpoint.pth", config.schedule, config.align, inference=config.inference)
-    model = model.to(device)
-    classes = load_classes(folder / "classes.csv", model.config.n_cls)
+    checkpoint = folder / "checkpoint.pth"
+    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference, device=device)
+    classes = load_classes(folder, model.config.n_cls)
     return Engine(model, classes, config, **options)
 
 

@@ -51,9 +51,9 @@ class SegmenterHandler:
         folder = Path(context.system_properties["model_dir"])
         name = context.model_name
         config = with_watch(ServingConfig.from_mapping(context.model_yaml_config.get(CONFIG_KEY, {})), name)
-        self._drain = Drain()
         self._max_reply_bytes = config.max_reply_bytes
         self._tracing = make_tracing(name)
+        self._drain = Drain(flush=self._tracing.close)
         self._engine = load_engine(
             folder,
             config,
@@ -67,8 +67,12 @@ class SegmenterHandler:
     def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[bytes]:
         """Answer a batch; statuses and headers go to the context."""
         taken = [self._take(i, parts, context) for i, parts in enumerate(data)]
-        self._drain.end()  # the others of its batch are answered with it
-        return [_answer(context, i, request) for i, request in enumerate(taken)]
+        replies = dict.fromkeys(range(len(taken)), b"")
+        for i in sorted(replies, key=lambda i: self._drain.owes(taken[i].answer)):  # drains last
+            if self._drain.owes(taken[i].answer):
+                self._drain.end()
+            replies[i] = _answer(context, i, taken[i])
+        return list(replies.values())
 
     def _take(self, i: int, parts: Mapping[str, bytearray], context: Any) -> _Taken:
         arrived = monotonic()
@@ -122,19 +126,15 @@ class ContinuousHandler(SegmenterHandler):
             if job_id not in self._pending:
                 self._pending[job_id] = self._take(i, data[i], context)
                 self._pending[job_id].answer.add_done_callback(lambda _: self._progress.set())
-        self._end_drain()
+        self._drain.end(request.answer for request in self._pending.values())
         self._progress.wait(_MAX_WAIT_SECONDS)
         self._progress.clear()  # before looking: what happens from here on wakes the next call
-        self._end_drain()
         return [self._reply(i, job_id, context) for i, job_id in enumerate(job_ids)]
 
     def _reply(self, i: int, job_id: str, context: Any) -> bytes | None:
         if not self._pending[job_id].answer.done():
             return None
         return _answer(context, i, self._pending.pop(job_id))
-
-    def _end_drain(self) -> None:
-        self._drain.end(request.answer for request in self._pending.values())
 
     def _on_group(self) -> None:
         self._progress.set()

@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .measurements import Measured, read_results
+from .sizing.measurements import Measured, read_results
 
 _SECONDS_OF_HOUR = 3600
 _COLUMNS = (
     "",
     "measured/s",
+    "range",
     "p50/p99 ms",
     "plan/s",
     "replicas",
@@ -72,12 +73,14 @@ def size_up(measured: Measured, rate: float, headroom: float) -> Size:
         headroom: share of the low end that is left free, 0 to below 1.
 
     Raises:
-        ValueError: rate or headroom are out of range.
+        ValueError: rate or headroom are out of range, or the low end is 0.
     """
     if not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"rate: expected pictures per second > 0, got {rate:g}")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom: expected a share within 0..1, 1 excluded, got {headroom:g}")
+    if measured.low <= 0:
+        raise ValueError(f"{measured.name}: expected a low end > 0, got {measured.low:g}")
     low = measured.low / measured.replicas
     usable = low * (1 - headroom)
     replicas = math.ceil(rate / usable - 1e-9)
@@ -109,13 +112,14 @@ def table(sizes: Sequence[Size]) -> list[str]:
 
 def _row(size: Size) -> tuple[str, ...]:
     measured = size.measured
-    span = f"{measured.low:.4g}" if measured.low == measured.high else f"{measured.low:.4g}..{measured.high:.4g}"
+    span = "-" if measured.low == measured.high else f"{measured.low:.3g}..{measured.high:.3g}"
     latencies = "/".join("-" if ms is None else f"{ms:.0f}" for ms in (measured.p50_ms, measured.p99_ms))
     return (
         measured.name,
+        f"{measured.rate:.3g}",
         span,
         latencies,
-        f"{size.usable_per_replica:.4g}",
+        f"{size.usable_per_replica:.3g}",
         str(size.replicas),
         str(size.replicas_with_spare),
         str(size.devices),
@@ -157,7 +161,10 @@ def main() -> int:
         if windows is not None and not (math.isfinite(windows) and windows >= 1):
             raise ValueError(f"windows-per-picture: expected a number >= 1, got {windows:g}")
         measured = read_results(arguments.results, windows)
-        sizes = [size_up(one, arguments.rate, arguments.headroom) for one in measured]
+        never = [one.name for one in measured if not one.low]
+        sizes = [size_up(one, arguments.rate, arguments.headroom) for one in measured if one.low]
+        if not sizes:
+            raise ValueError(f"nothing to size: no rate that was tried held in every repeat, of {'; '.join(never)}")
         told = assumptions(sizes, arguments.rate, arguments.headroom)
         if arguments.out:
             report = {"rate_per_second": arguments.rate, "headroom": arguments.headroom, "assumptions": told}
@@ -166,6 +173,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(table(sizes)))
+    for name in never:
+        print(f"{name}: no size, because in one repeat or more no rate that was tried held")
     print("\nAssuming")
     print("\n".join(f"  {each}" for each in told))
     return 0

@@ -24,9 +24,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .comparison import Compared, Comparison, compare
-from .deployments import CompareError, Deployment
-from .worst import Worst
+from .comparing.comparison import Compared, Comparison, compare
+from .comparing.deployments import CompareError, Deployment
+from .comparing.worst import Worst
 
 _LIMITS = {"agreement": min, "worst_agreement": min, "p50_ratio": max, "p99_ratio": max, "errors": max}
 _MOST_LISTED = 5  # pictures

@@ -6,18 +6,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .client.records import Pulse, Record
 from .ports import free_port
-from .scraping import Sample, Scraper
-from .session import Pulse, Record
 from .settings import LoadSettings
+from .watching.memory import MemorySample, read_memory
+from .watching.sampling import Sampler
+from .watching.scraping import Sample, check_metrics_url, read_metrics
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+LOCUSTFILE = Path(__file__).with_name("client") / "locustfile.py"
 _READY_SECONDS = 180.0  # for all workers to connect and to ask for their references
 _STOP_SECONDS = 10.0
 
@@ -38,6 +41,8 @@ class RunResult:
         pulses: of all workers.
         samples: the server's metrics, from a little before the beginning.
         num_missed: readings of metrics that failed.
+        library: share of pixels that idle servers and the library agreed on at least, by the names of the pictures.
+        memory: of the server's processes, if they were watched.
     """
 
     began_at: float
@@ -47,12 +52,15 @@ class RunResult:
     pulses: Sequence[Pulse]
     samples: Sequence[Sample]
     num_missed: int
+    library: Mapping[str, float] = field(default_factory=dict)
+    memory: Sequence[MemorySample] = ()
 
 
 def run_load(
     settings: LoadSettings,
     *,
     metrics: Sequence[str] = (),
+    server_pid: int | None = None,
     bind: tuple[str, int] | None = None,
     log: Path | None = None,
 ) -> RunResult:
@@ -61,19 +69,24 @@ def run_load(
     Args:
         settings: of the run. More than one worker means as many processes on this machine.
         metrics: URLs of the servers' metrics.
+        server_pid: of a server on this machine, whose memory is watched, with all that it started.
         bind: workers are not started but expected: here, over the network.
         log: locust's output; None for a temporary file, of which the end is told if the run fails.
 
     Raises:
         RunError: there is no result.
+        ValueError: a URL is not one of metrics.
     """
+    for url in metrics:
+        check_metrics_url(url)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
         log = log or folder / "locust.log"
         result = folder / "result.json"
         (folder / "settings.json").write_text(settings.to_json(), encoding="utf-8")
         commands = _commands(settings, folder / "settings.json", result, bind)
-        scraper = stack.enter_context(Scraper(metrics))
+        scraper = stack.enter_context(Sampler(partial(read_metrics, metrics) if metrics else None))
+        watched = stack.enter_context(Sampler(partial(read_memory, server_pid) if server_pid else None))
         output = stack.enter_context(log.open("wb"))
         processes = [_spawn(command, output) for command in commands]
         try:
@@ -94,6 +107,8 @@ def run_load(
         sorted(Pulse(*row) for row in told["pulses"]),
         scraper.samples,
         scraper.num_missed,
+        told["library"],
+        watched.samples,
     )
 
 
@@ -104,7 +119,7 @@ def worker_command(host: str, port: int) -> list[str]:
 
 def worker_environment() -> dict[str, str]:
     """This process's environment, with this package where Python looks first."""
-    paths = [str(LOCUSTFILE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(LOCUSTFILE.parents[2]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 

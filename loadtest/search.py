@@ -11,26 +11,28 @@ trial by trial, and in each repeat get the same arrivals: what disturbs the mach
 import argparse
 import json
 import signal
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .__main__ import PAINTED, ensure_painted, parse_weights
-from .checking import check_integer, check_number, parse_seconds
+from .checking import check_integer, check_number, check_share, parse_seconds, parse_share
+from .client.pictures import load_mix
+from .client.shapes import steady
 from .machine import describe_machine, installed_versions
-from .pictures import load_mix
+from .options import parse_weights, typed
+from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
+from .report.page import alike, library_of
+from .report.search_page import write_search_page
+from .report.summary import Limits, summarize
 from .running import RunError, run_load
-from .search_page import write_search_page
-from .servers import MODEL, Configuration, Served
 from .settings import LoadSettings
-from .shapes import steady
+from .sizing.bisection import Trial, bisect_interleaved, summarize_search
+from .sizing.servers import MODEL, Configuration, Served
 from .slo import Slo
-from .summary import Limits, summarize
 
 PRESETS = {
     "merging": ("schedule=off", "schedule=2,5"),
@@ -41,7 +43,6 @@ PRESETS = {
 }
 
 _GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
-_CLOSE = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class SearchSettings:
         probe_users: of that loop.
         max_inflight: requests.
         timeout_seconds: of a request.
+        min_agreement: share of pixels that must have the class of the idle server's mask, and its of the library's.
+        library_sample: pictures that the library segments too, to compare; 0 for none.
     """
 
     slo: Slo
@@ -75,8 +78,12 @@ class SearchSettings:
     probe_users: int = 8
     max_inflight: int = 512
     timeout_seconds: float = 60.0
+    min_agreement: float = 0.99
+    library_sample: int = 8
 
     def __post_init__(self) -> None:
+        check_share("min_agreement", self.min_agreement)
+        check_integer("library_sample", self.library_sample, minimum=0)
         for name in ("repeats", "trials", "requests", "probe_users", "max_inflight"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("min_seconds", "max_seconds", "probe_seconds", "timeout_seconds"):
@@ -84,112 +91,6 @@ class SearchSettings:
 
     def trial_seconds(self, rate: float) -> float:
         return min(self.max_seconds, max(self.min_seconds, self.requests / rate))
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What came of one rate."""
-
-    rate: float
-    held: bool
-    p50_ms: float | None
-    p99_ms: float | None
-    requests: int
-    doubts: Sequence[str] = ()
-
-
-@dataclass(slots=True)
-class Bisection:
-    """Narrows down the highest rate that holds, from a guess: an end that no trial confirms moves on.
-
-    Attributes:
-        low: a rate that held, or the guess of one.
-        high: a rate that did not, or the guess of one.
-        trials: all so far.
-    """
-
-    low: float
-    high: float
-    trials: list[Trial] = field(default_factory=list)
-
-    @property
-    def next_rate(self) -> float:
-        return (self.low + self.high) / 2
-
-    def learn(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        close = _CLOSE * self.high
-        if trial.held:
-            self.low = trial.rate
-            if self.high - self.low < close and all(other.held for other in self.trials):
-                self.high *= 1.25
-        else:
-            self.high = trial.rate
-            if self.high - self.low < close and not any(other.held for other in self.trials):
-                self.low /= 4
-
-    @property
-    def rate(self) -> float:
-        """The highest that held; 0 if none did."""
-        return self.best.rate if self.best else 0.0
-
-    @property
-    def best(self) -> Trial | None:
-        """The trial at the highest rate that held."""
-        held = [trial for trial in self.trials if trial.held]
-        return max(held, key=lambda trial: trial.rate, default=None)
-
-
-def bisect_interleaved(
-    guesses: Sequence[tuple[float, float]], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
-) -> list[list[Bisection]]:
-    """Search for several at once, in turns.
-
-    Args:
-        guesses: for each a rate that should hold and one that should not.
-        try_rate: given which, a rate and the repeat.
-
-    Returns:
-        For each, its bisections, one a repeat.
-    """
-    found: list[list[Bisection]] = [[] for _ in guesses]
-    for repeat in range(repeats):
-        for bisections, (low, high) in zip(found, guesses, strict=True):
-            bisections.append(Bisection(low, high))
-        for step in range(trials):
-            for turn in range(len(found)):
-                i = (turn + step + repeat) % len(found)  # nobody is always the first
-                found[i][-1].learn(try_rate(i, found[i][-1].next_rate, repeat))
-    return found
-
-
-def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]) -> dict[str, Any]:
-    """A configuration's result, and how it compares with the first one, repeat by repeat."""
-    rates = [bisection.rate for bisection in bisections]
-    middle = sorted(bisections, key=lambda bisection: bisection.rate)[(len(bisections) - 1) // 2]
-    ratios = [mine.rate / other.rate for mine, other in zip(bisections, first, strict=True) if other.rate]
-    best = middle.best
-    return {
-        "rate_per_second": round(statistics.median(rates), 4),
-        "low": round(min(rates), 4),
-        "high": round(max(bisection.high for bisection in bisections), 4),
-        "p50_ms": best.p50_ms if best else None,
-        "p99_ms": best.p99_ms if best else None,
-        "repeats": [round(rate, 4) for rate in rates],
-        "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
-        "ratio_to_first": {
-            "median": round(statistics.median(ratios), 4),
-            "low": round(min(ratios), 4),
-            "high": round(max(ratios), 4),
-        }
-        if ratios
-        else None,
-        "trials": [
-            {"repeat": i, "rate": round(trial.rate, 4), "held": trial.held, "p99_ms": trial.p99_ms}
-            for i, bisection in enumerate(bisections)
-            for trial in bisection.trials
-        ],
-    }
 
 
 def search(
@@ -202,9 +103,10 @@ def search(
     """Start a server for each, search in turns, and stop them.
 
     Raises:
-        RunError: a server does not start or does not answer.
+        RunError: a server does not start, does not answer, or gives other masks than the library.
     """
     mix = load_mix(settings.pictures, shares={}, weights=settings.weights, seed=0)
+    masks = _library_masks(configurations, checkpoint, settings, list(mix.weights))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="search-")))
         servers = [
@@ -213,12 +115,14 @@ def search(
         ]
         for server in servers:
             server.wait_ready(mix.pictures[0])
-        probes = [_probe(server, settings) for server in servers]
-        for server, (rate, _) in zip(servers, probes, strict=True):
-            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users")
+        probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
+        for server, probe in zip(servers, probes, strict=True):
+            rate, library = probe["answered_per_second"], library_of(probe)
+            right = f"; masks are the library's in at least {alike(library['least'])}" if library else ""
+            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users{right}")
 
         def try_rate(i: int, rate: float, repeat: int) -> Trial:
-            trial = _try(servers[i], settings, rate, repeat)
+            trial = _try(servers[i], settings, rate, repeat, masks[i])
             p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
             verdict = "held" if trial.held else "broke"
             for doubt in trial.doubts:
@@ -227,12 +131,12 @@ def search(
             return trial
 
         found = bisect_interleaved(
-            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate, _ in probes],
+            [(_GUESS[0] * rate, _GUESS[1] * rate) for rate in (probe["answered_per_second"] for probe in probes)],
             try_rate,
             repeats=settings.repeats,
             trials=settings.trials,
         )
-    devices = sorted({device for _, device in probes})
+    devices = sorted({probe["device"] for probe in probes})
     return {
         "device": f"{', '.join(devices)} ({describe_machine()})",
         "versions": installed_versions(),
@@ -244,9 +148,10 @@ def search(
                 "configuration": configuration.as_dict(),
                 "name": configuration.name,
                 **summarize_search(bisections, found[0]),
-                "closed_loop_per_second": round(probe, 4),
+                "closed_loop_per_second": round(probe["answered_per_second"], 4),
+                "library": probe["library"],
             }
-            for configuration, bisections, (probe, _) in zip(configurations, found, probes, strict=True)
+            for configuration, bisections, probe in zip(configurations, found, probes, strict=True)
         ],
     }
 
@@ -261,22 +166,47 @@ def _load(server: Served, settings: SearchSettings, rate: float, seconds: float,
         phases=steady(rate, seconds),
         max_inflight=settings.max_inflight,
         timeout_seconds=settings.timeout_seconds,
+        min_agreement=settings.min_agreement,
         **more,
     )
 
 
-def _probe(server: Served, settings: SearchSettings) -> tuple[float, str]:
-    """What clients reach that wait for their answers, and on which device."""
-    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users)
-    summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
+def _library_masks(
+    configurations: Sequence[Configuration], checkpoint: Path, settings: SearchSettings, names: Sequence[str]
+) -> list[Mapping[str, str]]:
+    """For each configuration; before any server runs, which would make both slow."""
+    if not settings.library_sample:
+        return [{} for _ in configurations]
+    pictures = draw_sample(settings.pictures, names, settings.library_sample, seed=0)
+    made: dict[str, Mapping[str, str]] = {}
+    found = []
+    for configuration in configurations:
+        inference = configuration.serving.get("inference", {})
+        library = Library(
+            checkpoint=checkpoint, schedule=configuration.schedule, align=configuration.align, inference=inference
+        )
+        if str(library) not in made:
+            made[str(library)] = library_masks(library, pictures)
+        found.append(made[str(library)])
+    return found
+
+
+def _probe(server: Served, settings: SearchSettings, masks: Mapping[str, str]) -> dict[str, Any]:
+    """What clients reach that wait for their answers, whose masks the library's are held against."""
+    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users, library=masks)
+    try:
+        summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
+    except RunError as error:
+        raise RunError(f"{server.configuration.name}: {error}") from None
     if not summary["answered_per_second"]:
         raise RunError(f"{server.configuration.name}: answered nothing: {summary['outcomes']}")
     server.wait_idle()
-    return summary["answered_per_second"], summary["device"]
+    return summary
 
 
-def _try(server: Served, settings: SearchSettings, rate: float, repeat: int) -> Trial:
-    load = _load(server, settings, rate, settings.trial_seconds(rate), seed=1 + repeat, give_up=str(settings.slo))
+def _try(server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Mapping[str, str]) -> Trial:
+    seconds = settings.trial_seconds(rate)
+    load = _load(server, settings, rate, seconds, seed=1 + repeat, give_up=str(settings.slo), library=masks)
     for _ in range(2):
         summary = summarize(load, run_load(load), Limits(slo=settings.slo))
         server.wait_idle()
@@ -303,6 +233,30 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.configuration and arguments.compare:
+            raise ValueError("compare: expected without --configuration")
+        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
+        configurations = [Configuration.parse(text) for text in texts]
+        settings = _settings(arguments)
+        if arguments.pictures is None:
+            ensure_painted(PAINTED)
+        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_search_page(report, arguments.out.with_suffix(".html"))
+    except (OSError, ValueError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    print_table(report)
+    print(f"\n{arguments.out.with_suffix('.html')}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.search", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--slo", required=True, help="such as p99=800ms,errors=0.1%%")
     parser.add_argument(
@@ -320,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("trials", 5, "of a bisection"),
         ("requests", 100, "of a trial at least"),
         ("probe-users", 8, "of the closed loop that finds where to search"),
+        ("library-sample", 8, "pictures whose masks have to be the library's; 0 for none"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
     for name, seconds, help in (
@@ -327,40 +282,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("max-seconds", "60", "of a trial"),
         ("probe-seconds", "8", "of that loop"),
     ):
-        parser.add_argument(f"--{name}", default=seconds, help=f"{help} ({seconds})")
+        parser.add_argument(f"--{name}", type=typed(parse_seconds), default=seconds, help=f"{help} ({seconds})")
+    parser.add_argument(
+        "--min-agreement",
+        type=typed(parse_share),
+        default=0.99,
+        metavar="SHARE",
+        help="of pixels, of every mask (99%%)",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/loadtest/search.json"))
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.configuration and arguments.compare:
-            raise ValueError("compare: expected without --configuration")
-        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
-        configurations = [Configuration.parse(text) for text in texts]
-        settings = SearchSettings(
-            slo=Slo.parse(arguments.slo),
-            pictures=arguments.pictures or PAINTED,
-            weights=parse_weights(arguments.weights),
-            repeats=arguments.repeats,
-            trials=arguments.trials,
-            requests=arguments.requests,
-            probe_users=arguments.probe_users,
-            min_seconds=parse_seconds(arguments.min_seconds),
-            max_seconds=parse_seconds(arguments.max_seconds),
-            probe_seconds=parse_seconds(arguments.probe_seconds),
-        )
-        if arguments.pictures is None:
-            ensure_painted(PAINTED)
-        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        write_search_page(report, arguments.out.with_suffix(".html"))
-    except (OSError, ValueError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 1
-    print_table(report)
-    print(f"\n{arguments.out.with_suffix('.html')}")
-    return 0
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> SearchSettings:
+    return SearchSettings(
+        slo=Slo.parse(arguments.slo),
+        pictures=arguments.pictures or PAINTED,
+        weights=parse_weights(arguments.weights),
+        repeats=arguments.repeats,
+        trials=arguments.trials,
+        requests=arguments.requests,
+        probe_users=arguments.probe_users,
+        min_seconds=arguments.min_seconds,
+        max_seconds=arguments.max_seconds,
+        probe_seconds=arguments.probe_seconds,
+        min_agreement=arguments.min_agreement,
+        library_sample=arguments.library_sample,
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .arrivals import PROCESSES, Arrival, arrivals_of
 from .checking import check_integer, check_number, check_share
-from .shapes import Phase, total_seconds
+from .client.arrivals import PROCESSES, Arrival, arrivals_of
+from .client.shapes import Phase, total_seconds
+from .client.ways import WAYS, check_url
 from .slo import Slo
-from .ways import WAYS, check_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,20 +17,23 @@ class LoadSettings:
     """Settings of a run.
 
     Attributes:
-        way: how to ask, one of `loadtest.ways.WAYS`.
+        way: how to ask, one of `loadtest.client.ways.WAYS`.
         urls: servers, asked in turn; nothing else is ever asked.
         model: under which name it is served.
         pictures: folder of pictures.
         weights: of pictures, by patterns of file names.
         shares: of the kinds json, raw and bad.
         phases: the offered rate over time.
-        process: how arrivals are spaced, one of `loadtest.arrivals.PROCESSES`.
+        process: how arrivals are spaced, one of `loadtest.client.arrivals.PROCESSES`.
         trace: arrivals that are replayed instead.
         closed: so many users ask again as soon as they are answered, instead of arrivals; 0 for none.
         seed: of arrivals and of the mix.
         max_inflight: requests in flight at most, of all workers; what is due beyond them fails unsent.
+        connection_seconds: after which a connection is not used again, 0 for one a request; None keeps them.
         timeout_seconds: from when a request is due to its answer; later it counts as failed.
         min_agreement: share of pixels that must have the class of the reference.
+        library: masks that the library made of some of the pictures, PNG in base64, by names; what idle servers
+            answer has to agree with them.
         num_workers: processes that share the load.
         give_up: a run that can no longer keep these promises ends; empty for never.
     """
@@ -47,8 +50,10 @@ class LoadSettings:
     closed: int = 0
     seed: int = 0
     max_inflight: int = 512
+    connection_seconds: float | None = None
     timeout_seconds: float = 60.0
     min_agreement: float = 0.99
+    library: Mapping[str, str] = field(default_factory=dict)
     num_workers: int = 1
     give_up: str = ""
 
@@ -64,6 +69,8 @@ class LoadSettings:
         for name, minimum in (("closed", 0), ("seed", 0), ("max_inflight", 1), ("num_workers", 1)):
             check_integer(name, getattr(self, name), minimum=minimum)
         check_number("timeout_seconds", self.timeout_seconds, above=True)
+        if self.connection_seconds is not None:
+            check_number("connection_seconds", self.connection_seconds)
         check_share("min_agreement", self.min_agreement)
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")

@@ -62,7 +62,7 @@ def build_archive(
     config = ServingConfig.from_mapping(serving)
     model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
     folder = checkpoint.parent
-    load_classes(folder / "classes.csv", model.config.n_cls)
+    load_classes(folder, model.config.n_cls)
 
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)

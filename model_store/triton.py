@@ -86,7 +86,7 @@ def build_model(
             raise ValueError(f"{field}: expected at least 1, got {value}")
     config = ServingConfig.from_mapping(serving)
     model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
-    load_classes(checkpoint.parent / "classes.csv", model.config.n_cls)
+    load_classes(checkpoint.parent, model.config.n_cls)
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:

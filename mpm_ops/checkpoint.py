@@ -62,7 +62,7 @@ def load_segmenter(
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
     _load_strictly(model, _read_weights(path), path)
     model.eval().to(device)
-    if (runtime, precision) != ("torch", "fp32") or model.encoder.pos_embed.is_cuda:
+    if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it
         model.runtime = make_runtime(model, runtime, precision)
     return model
 
@@ -78,6 +78,12 @@ def read_variant(path: Path) -> dict[str, Any]:
     if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
         raise CheckpointError(f"{path}: expected a mapping with net_kwargs, got {type(variant).__name__}")
     return variant
+
+
+def trained_on(variant: Mapping[str, Any]) -> str:
+    """The dataset that a variant.yml says its network was trained on; empty if it does not."""
+    dataset = variant.get("dataset_kwargs") or {}
+    return str(dataset.get("dataset", "")) if isinstance(dataset, dict) else ""
 
 
 class _VariantLoader(yaml.SafeLoader):
@@ -126,7 +132,7 @@ def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) 
     window = stored.get("window_size", dataset.get("crop_size"))
     values = {
         "im_size": stored.get("im_size", dataset.get("image_size")),
-        "max_ratio": stored.get("max_ratio", _MAX_RATIOS.get(str(dataset.get("dataset")), _DEFAULT_MAX_RATIO)),
+        "max_ratio": stored.get("max_ratio", _MAX_RATIOS.get(trained_on(variant), _DEFAULT_MAX_RATIO)),
         "window_size": window,
         "window_stride": stored.get("window_stride", window),
         "normalization": dataset.get("normalization", variant["net_kwargs"].get("normalization")),

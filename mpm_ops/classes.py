@@ -6,6 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .checkpoint import read_variant, trained_on
+
+_DATASETS = Path(__file__).with_name("datasets")
+_OFFICIAL = {"ade20k": 150, "cityscapes": 19, "pascal_context": 60}  # classes
+
 
 @dataclass(frozen=True, slots=True)
 class Classes:
@@ -18,14 +23,27 @@ class Classes:
         return len(self.names)
 
 
-def load_classes(path: Path, n_cls: int) -> Classes:
-    """Read `classes.csv` (index,name,red,green,blue); where there is none, number and colour the classes.
+def load_classes(folder: Path, n_cls: int) -> Classes:
+    """Names and colours of the classes of a checkpoint's folder.
+
+    They are those of `classes.csv` (index,name,red,green,blue), where there is one; else those of the official dataset
+    that variant.yml says the network was trained on (ade20k, cityscapes, pascal_context), if it has as many; else the
+    classes are numbered and coloured.
 
     Raises:
         ValueError: the file does not describe exactly classes 0..n_cls-1.
     """
-    if not path.is_file():
-        return Classes(tuple(f"class {i}" for i in range(n_cls)), default_colors(n_cls))
+    path = folder / "classes.csv"
+    if path.is_file():
+        return _read_classes(path, n_cls)
+    variant = folder / "variant.yml"
+    dataset = trained_on(read_variant(variant)) if variant.is_file() else ""
+    if dataset in _OFFICIAL and n_cls == _OFFICIAL[dataset]:
+        return _read_classes(_DATASETS / f"{dataset}.csv", n_cls)
+    return Classes(tuple(f"class {i}" for i in range(n_cls)), default_colors(n_cls))
+
+
+def _read_classes(path: Path, n_cls: int) -> Classes:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

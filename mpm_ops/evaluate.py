@@ -6,7 +6,7 @@ python -m mpm_ops.evaluate --dataset camvid --root DIR --split val --checkpoint 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +27,38 @@ class Dataset:
     """Where a dataset keeps a split's pictures and label PNGs, and what the labels mean.
 
     Attributes:
-        images, labels: folders below the root; `{split}` is filled in.
+        images, labels: folders below the root, the same folders inside; `{split}` is filled in.
         ignore: label value without a class.
         first_class: label value of class 0.
+        image_ending, label_ending: what a picture's and its labels' names end with after what they share.
+        names: file with the names of the split's pictures, one a line; empty for all of the folder.
     """
 
     images: str
     labels: str
     ignore: int
     first_class: int = 0
+    image_ending: str = ".*"
+    label_ending: str = ".png"
+    names: str = ""
 
 
 DATASETS = {
     "ade20k": Dataset(images="images/{split}", labels="annotations/{split}", ignore=0, first_class=1),
     "camvid": Dataset(images="{split}/images", labels="{split}/labels", ignore=11),
+    "cityscapes": Dataset(
+        images="leftImg8bit/{split}",
+        labels="gtFine/{split}",
+        ignore=255,
+        image_ending="_leftImg8bit.png",
+        label_ending="_gtFine_labelTrainIds.png",
+    ),
+    "pascal_context": Dataset(  # VOC2010 with the label PNGs that mmsegmentation's conversion writes
+        images="JPEGImages",
+        labels="SegmentationClassContext",
+        ignore=255,
+        names="ImageSets/SegmentationContext/{split}.txt",
+    ),
 }
 
 
@@ -87,22 +105,29 @@ def score(confusion: np.ndarray) -> Scores:
 
 
 def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Path]]:
-    """Pictures of a split with their label PNGs.
+    """Pictures of a split with their label PNGs, sorted by name.
 
     Raises:
-        FileNotFoundError: the folder of pictures, or the labels of one, are missing.
+        FileNotFoundError: the folder of pictures, the list of names, a picture or its labels are missing.
     """
-    return list(_pairs(root / dataset.images.format(split=split), root / dataset.labels.format(split=split)))
-
-
-def _pairs(images: Path, labels: Path) -> Iterator[tuple[Path, Path]]:
+    images, labels, names = (
+        root / path.format(split=split) for path in (dataset.images, dataset.labels, dataset.names)
+    )
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder")
-    for image in sorted(images.iterdir()):
-        label = labels / f"{image.stem}.png"
-        if not label.is_file():
-            raise FileNotFoundError(f"{label}: no labels for {image.name}")
-        yield image, label
+    wanted = names.read_text().split() if dataset.names else ["*"]
+    pairs = []
+    for name in wanted:
+        found = sorted(images.rglob(f"{name}{dataset.image_ending}"))
+        if not found and dataset.names:
+            raise FileNotFoundError(f"{images / name}: no such picture, but {names} names it")
+        for image in found:
+            stem = image.name.removesuffix(dataset.image_ending.replace(".*", image.suffix))
+            label = labels / image.relative_to(images).with_name(stem + dataset.label_ending)
+            if not label.is_file():
+                raise FileNotFoundError(f"{label}: no labels for {image.name}")
+            pairs.append((image, label))
+    return pairs
 
 
 def main() -> int:
@@ -156,7 +181,7 @@ def _told(
 ) -> dict[str, object]:
     """Evaluate, print and return the scores."""
     scores = evaluate(model, pairs, DATASETS[arguments.dataset])
-    names = load_classes(arguments.checkpoint.parent / "classes.csv", len(scores.iou)).names
+    names = load_classes(arguments.checkpoint.parent, len(scores.iou)).names
     print(f"{title}, {len(pairs)} pictures")
     for name, iou in zip(names, scores.iou, strict=True):
         print(f"  {name:20} {iou:7.4f}")

@@ -1,6 +1,6 @@
 """Mutual Pair Merging on a GPU: all windows of a batch in six kernels and one wait."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .kernels import has_triton
 from .packed import PackedTokens, bounds_of
+from .transfers import fetch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,7 +22,7 @@ def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1)
     """Do what `merge_tokens` does to the image tokens of every sequence, and choose the same pairs.
 
     Pairs may differ where two cosines are closer than float32 rounding (1e-6). Waits for the device once, to
-    learn the new lengths; `kernels.merging.merge_packed` is the same without that.
+    learn the new lengths; see `launch_merge_gpu` for doing other things first.
 
     Args:
         tokens: float32, bfloat16 or float16 sequences, special tokens first.
@@ -35,15 +36,28 @@ def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1)
     Raises:
         ValueError: a sequence lacks its special tokens, the tokens have another type, or align < 1.
     """
+    merged, merge_map = launch_merge_gpu(tokens, num_special=num_special, align=align)
+    return merged(), merge_map
+
+
+def launch_merge_gpu(
+    tokens: PackedTokens, *, num_special: int, align: int = 1
+) -> tuple[Callable[[], PackedTokens], Tensor]:
+    """Launch `merge_windows_gpu` and wait for nothing; what gives the shorter sequences waits for their lengths."""
     from .kernels.merging import merge_packed
 
     if min(tokens.lengths, default=num_special) < num_special:
         raise ValueError(f"tokens: expected at least {num_special} a sequence, got {min(tokens.lengths)}")
     values = tokens.values.detach().contiguous()
     merged, merge_map, bounds = merge_packed(values, tokens.cu_seqlens, tokens.max_seqlen, num_special, align)
-    starts = bounds.tolist()
-    lengths = tuple(stop - start for start, stop in pairwise(starts))
-    return PackedTokens(merged[: starts[-1]], lengths, bounds), merge_map
+    arriving = fetch(bounds)
+
+    def wait() -> PackedTokens:
+        starts = arriving().tolist()
+        lengths = tuple(stop - start for start, stop in pairwise(starts))
+        return PackedTokens(merged[: starts[-1]], lengths, bounds)
+
+    return wait, merge_map
 
 
 def packed_rows(maps: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

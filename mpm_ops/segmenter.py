@@ -1,7 +1,9 @@
 """The Segmenter: a ViT encoder with Mutual Pair Merging, a decoder, and the official inference around them."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +65,8 @@ class Segmenter(nn.Module):
         inference: how pictures become windows.
         schedule: encoder blocks before which tokens merge; empty for no merging.
         align: see `merge_tokens`.
-        runtime: what blocks and decoder run on, see `make_runtime`; this module's own operators by default.
+        runtime: what blocks and decoder run on, see `make_runtime`; by default this module's own operators, as suits
+            the device that it is on when it is first asked for.
     """
 
     def __init__(
@@ -98,7 +101,23 @@ class Segmenter(nn.Module):
             self.decoder = MaskTransformer(
                 n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
             )
-        self.runtime: Runtime = TorchRuntime(self)
+        self._runtime: Runtime | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        if self._runtime is None:  # only now is it sure where the weights are, and that nobody brings another
+            self._runtime = TorchRuntime(self, attention="auto" if self.encoder.pos_embed.is_cuda else None)
+        return self._runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Segmenter":
+        """A copy without the runtime, which runs the weights of this one."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__ | {"_runtime": None}, memo))
+        return twin
 
     # The steps of the network, one by one, for whoever groups windows between them.
 
@@ -129,7 +148,11 @@ class Segmenter(nn.Module):
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
-        return batch.merged(num_special=self.encoder.num_special, align=self.align)
+        return self.merging(batch)()
+
+    def merging(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
+        """Launch `merge`; the call that is returned waits for the device, and nothing before it does."""
+        return batch.merging(num_special=self.encoder.num_special, align=self.align)
 
     def decode(self, batch: WindowBatch) -> Tensor:
         """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""

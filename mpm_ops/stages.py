@@ -1,6 +1,6 @@
 """A Segmenter cut at its schedule: what runs between two merges, and what travels from one to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .merge import compose_maps, merge_tokens
 from .merge_cpu import can_merge_on_cpu, merge_tokens_cpu
-from .merge_gpu import can_merge_on_gpu, merge_windows_gpu, packed_rows
+from .merge_gpu import can_merge_on_gpu, launch_merge_gpu, packed_rows
 from .packed import PackedTokens
 
 
@@ -101,8 +101,12 @@ class WindowBatch:
 
     def merged(self, *, num_special: int, align: int) -> "WindowBatch":
         """Merge the image tokens of every window and extend its map."""
+        return self.merging(num_special=num_special, align=align)()
+
+    def merging(self, *, num_special: int, align: int) -> Callable[[], "WindowBatch"]:
+        """Launch `merged`; the call that is returned gives its result, and waits for it where a GPU merges."""
         if can_merge_on_gpu(self.tokens.values):
-            return self._merged_together(num_special, align)
+            return self._merging_together(num_special, align)
         merge = merge_tokens_cpu if can_merge_on_cpu(self.tokens.values) else merge_tokens
         sequences, maps = [], []
         for i, sequence in enumerate(self.tokens.split()):
@@ -110,13 +114,14 @@ class WindowBatch:
             image, merge_map = merge(image, align=align)
             sequences.append(torch.cat([special, image]))
             maps.append(merge_map if self.merge_maps is None else compose_maps(self.merge_maps[i], merge_map))
-        return WindowBatch(PackedTokens.pack(sequences), tuple(maps))
+        merged = WindowBatch(PackedTokens.pack(sequences), tuple(maps))
+        return lambda: merged
 
-    def _merged_together(self, num_special: int, align: int) -> "WindowBatch":
-        tokens, merge_map = merge_windows_gpu(self.tokens, num_special=num_special, align=align)
+    def _merging_together(self, num_special: int, align: int) -> Callable[[], "WindowBatch"]:
+        merging, merge_map = launch_merge_gpu(self.tokens, num_special=num_special, align=align)
         maps = tuple(part[num_special:] for part in merge_map.split(self.tokens.lengths))
         if self.merge_maps is not None:
             image_lengths = [length - num_special for length in self.tokens.lengths]
             composed = torch.cat(maps)[packed_rows(self.merge_maps, image_lengths)]
             maps = composed.split([len(m) for m in self.merge_maps])
-        return WindowBatch(tokens, maps)
+        return lambda: WindowBatch(merging(), maps)

@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     images = read_images(arguments.images, arguments.most)
     schedule = parse_schedule(arguments.schedule)
     model = load_segmenter(arguments.checkpoint, schedule)
-    classes = load_classes(arguments.checkpoint.parent / "classes.csv", model.config.n_cls)
+    classes = load_classes(arguments.checkpoint.parent, model.config.n_cls)
     config = ServingConfig(schedule=schedule)
     found = bench_end_to_end(model, classes, images, config, arguments.seconds, arguments.rounds)
     for name, value in found.items():

@@ -137,7 +137,7 @@ def _started(name: str, model: Segmenter) -> Iterator[_Contestant]:
     classes = Classes(tuple(map(str, range(num_classes))), default_colors(num_classes))
     with closing(Engine(model, classes, config, observer=observe)) as engine:
         if way.by_arrival:  # without a cost the scheduler fills groups by age; nothing has been submitted yet
-            engine._scheduler = Scheduler(
+            engine._device.scheduler = Scheduler(
                 max_batch_tokens=config.max_batch_tokens,
                 max_group_windows=config.max_group_windows,
                 pool_windows=config.max_group_windows,

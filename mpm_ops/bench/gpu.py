@@ -31,17 +31,20 @@ Section = tuple[str, str, Callable[[], dict[str, Any]]]  # kind, name and what m
 
 PAPER_MERGE_MS = {1024: 0.99, 4096: 4.5}  # H100, B = 32; fp32 and bf16
 SHAPES = ((1000, 384, torch.float32), (1024, 192, torch.bfloat16), (63, 768, torch.float16))  # N, D
+COMPILED = "B"  # the network that is compiled, too: a minute or so
+COMPILE_MODES = {False: "reduce-overhead", True: "max-autotune-no-cudagraphs"}  # by --full: minutes for each network
 TINY_SHAPES = ((130, 64, torch.float32), (63, 32, torch.float16))
 
 
 def bench_gpu(
-    device: torch.device, scale: Scale, *, full: bool = False, seconds: float = 420, out: Path | None = None,
-    more: Sequence[Section] = (),
+    device: torch.device, scale: Scale, *, full: bool = False, compiled: bool = True, seconds: float = 420,
+    out: Path | None = None, more: Sequence[Section] = (),
 ) -> Report:  # fmt: skip
     """Check parity, then time merging alone, whole networks, small groups and labels, what matters most first.
 
     Args:
-        full: also 16,384 tokens, every network in fp32, and fp16.
+        full: also 16,384 tokens, every network in fp32, fp16, and compiled.
+        compiled: compile one network, as a rival; see COMPILE_MODES.
         seconds: start nothing new after these.
         out: written after every section.
         more: further sections, after the first networks.
@@ -56,22 +59,27 @@ def bench_gpu(
     report = Report({"device": device_facts(device), "scale": repr(scale)}, out, seconds)
     tiny = scale is not PAPER
     if report.section("parity", "merge", partial(check_parity, device, TINY_SHAPES if tiny else SHAPES)):
-        for section in _sections(device, scale, full=full, more=more):
+        for section in _sections(device, scale, full=full, compiled=compiled, more=more):
             report.section(*section)
     return report
 
 
-def _sections(device: torch.device, scale: Scale, *, full: bool, more: Sequence[Section]) -> list[Section]:
+def _sections(
+    device: torch.device, scale: Scale, *, full: bool, compiled: bool, more: Sequence[Section]
+) -> list[Section]:
     def merge(num_tokens: int, width: int) -> Section:
         return "merge", f"N={num_tokens} D={width}", partial(time_merge, scale, num_tokens, width, device)
 
     def network(name: str, precision: str) -> Section:
-        return "network", f"{name} {precision}", partial(time_network, scale, name, precision, device)
+        mode = COMPILE_MODES[full] if compiled and precision == "bf16" and (full or name == rival) else None
+        measure = partial(time_network, scale, name, precision, device, compile_mode=mode)
+        return "network", f"{name} {precision}", measure
 
     def groups(name: str, precision: str) -> Section:
         return "groups", f"{name} {precision}", partial(time_groups, scale, name, precision, device)
 
     first, *others = scale.networks
+    rival = COMPILED if COMPILED in scale.networks else first
     widths = [width for width, *_ in scale.networks.values()]
     sections: list[Section] = [
         merge(scale.patches, widths[0]),
@@ -96,7 +104,10 @@ def add_command(commands: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="also 16,384 tokens, every network in fp32 and in fp16")
+    parser.add_argument(
+        "--full", action="store_true", help="also 16,384 tokens, every network in fp32 and fp16, compiled"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes of a network")
     parser.add_argument("--seconds", type=float, default=420, help="start nothing new after these (420)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code (cuda)")
     parser.add_argument("--tiny", action="store_true", help="sizes that any machine runs and that say nothing")
@@ -110,7 +121,15 @@ def run_command(arguments: argparse.Namespace, more: Sequence[Section] = ()) -> 
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     scale = TINY if arguments.tiny else PAPER
     try:
-        report = bench_gpu(device, scale, full=arguments.full, seconds=arguments.seconds, out=arguments.out, more=more)
+        report = bench_gpu(
+            device,
+            scale,
+            full=arguments.full,
+            compiled=not arguments.no_compile,
+            seconds=arguments.seconds,
+            out=arguments.out,
+            more=more,
+        )
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -127,20 +146,28 @@ def summary(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{title}: {row['error']}"
     if "ways" in row:
-        lines = [
-            f"    {way:<14} {found['network_ms']:9.3f} ms  {found['images_per_second']:8.1f} images/s "
-            f"({found['images_per_second_with_labels']:8.1f} with labels)  {found['speedup']:5.2f}x plain  "
-            f"{found.get('of_gemm', float('nan')):5.2f} of a GEMM  "
-            f"{found.get('of_paper', float('nan')):5.2f} of the paper's"
-            for way, found in row["ways"].items()
-        ]
-        return "\n".join([title, *lines])
+        return "\n".join([title, *(_line(way, found) for way, found in row["ways"].items())])
     if "groups" in row:
         return "\n".join(
             [title, *(f"    {group['windows']} windows: {group['median_ms']}" for group in row["groups"])]
         )
     return (
         f"{title}: {row.get('median_ms', {key: value for key, value in row.items() if key not in ('kind', 'name')})}"
+    )
+
+
+def _line(way: str, found: dict[str, Any]) -> str:
+    """One way of a network."""
+    told = f"  {found['mode']}" if "mode" in found else ""
+    if "error" in found:
+        return f"    {way:<14}{told}: {found['error'].splitlines()[0]}"
+    if "compile_seconds" in found:
+        told += f", compiled in {found['compile_seconds']} s"
+    return (
+        f"    {way:<14} {found['network_ms']:9.3f} ms  {found['images_per_second']:8.1f} images/s "
+        f"({found['images_per_second_with_labels']:8.1f} with labels)  {found['speedup']:5.2f}x plain  "
+        f"{found.get('of_gemm', float('nan')):5.2f} of a GEMM  "
+        f"{found.get('of_paper', float('nan')):5.2f} of the paper's{told}"
     )
 
 

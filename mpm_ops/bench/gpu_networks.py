@@ -7,6 +7,7 @@ imposed (see `Injected`), and the pairs that are found are only timed.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mpm_ops.segmenter import Segmenter, SegmenterConfig
 from mpm_ops.stages import cut_stages
 from mpm_ops.windows import InferenceConfig, plan_windows
 
+from .dense import DenseSegmenter
 from .injected import Injected
 from .timing import Laps, Timer, in_turn
 
@@ -102,8 +104,9 @@ def whole_windows(scale: Scale) -> InferenceConfig:
 
 
 def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ...] = (2, 5)) -> Segmenter:
-    """A network with seeded random weights."""
-    with device:
+    """A network with seeded random weights, the same in every call."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)  # biases start random
         model = Segmenter(config_of(scale, name), whole_windows(scale), schedule=schedule).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -126,8 +129,13 @@ def make_packed(model: Segmenter, precision: str) -> Runtime:
 
 
 @torch.inference_mode()
-def time_network(scale: Scale, name: str, precision: str, device: torch.device) -> dict[str, Any]:
+def time_network(
+    scale: Scale, name: str, precision: str, device: torch.device, *, compile_mode: str | None = None
+) -> dict[str, Any]:
     """Every way to compute one batch.
+
+    Args:
+        compile_mode: of torch.compile, which "plain" is given to then, too; compiling is not part of its time.
 
     Raises:
         RuntimeError: two ways to compute the same differ.
@@ -140,8 +148,15 @@ def time_network(scale: Scale, name: str, precision: str, device: torch.device) 
         f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision)
         for way, reference in (("unmerged", "plain"), ("MPM", "MPM grouped"), ("MPM padded", "MPM grouped"))
     }
+    rival: dict[str, Any] = {}
+    if compile_mode:
+        ways["compiled"], rival = _compiled(scale, name, precision, windows, compile_mode, ways["plain"], timer)
+        if "error" in rival:
+            del ways["compiled"]
     injected = {way: scale.injected() for way in ways}
-    labelled = {way: _labelled(run, injected[way], scale, plain=way == "plain") for way, run in ways.items()}
+    labelled = {
+        way: _labelled(run, injected[way], scale, plain=way in ("plain", "compiled")) for way, run in ways.items()
+    }
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
     config = config_of(scale, name)
@@ -158,6 +173,9 @@ def time_network(scale: Scale, name: str, precision: str, device: torch.device) 
             if images := published.get(precision, {}).get(name):
                 found[way]["paper_images_per_second"] = images
                 found[way]["of_paper"] = round(found[way]["images_per_second"] / images, 3)
+    if rival:
+        found["compiled"] = found.get("compiled", {}) | rival
+        torch.compiler.reset()  # or its graphs would keep their memory
     return result
 
 
@@ -210,7 +228,7 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
 
 def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
     """ToMe on the same weights, dense; attention is proportional, as it needs to be without training."""
-    halved = model if precision == "fp32" else copy.deepcopy(model, {id(model.runtime): None}).to(DTYPES[precision])
+    halved = model if precision == "fp32" else copy.deepcopy(model).to(DTYPES[precision])
     rival, windows = ToMe(halved, r=r), windows.to(DTYPES[precision])
     grid = (windows.shape[2] // model.config.patch_size, windows.shape[3] // model.config.patch_size)
 
@@ -220,6 +238,37 @@ def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
         return logits
 
     return run
+
+
+def compile_plain(model: Segmenter, precision: str, windows: Tensor, mode: str) -> tuple[Way, float]:
+    """The network as torch compiles it whole for batches of this shape, and the seconds until it runs at its speed."""
+    network, windows = DenseSegmenter(model).to(DTYPES[precision]), windows.to(DTYPES[precision])
+    compiled = torch.compile(network, mode=mode, fullgraph=True, dynamic=False)
+
+    def run(laps: Laps, injected: Injected) -> Tensor:
+        logits = compiled(windows).to(torch.float32, copy=True)  # the next run may write over them
+        laps.lap("network")
+        return logits
+
+    start = perf_counter()
+    for _ in range(3):  # graphs are captured after the first
+        compiled(windows)
+    Timer(windows.device).synchronize()
+    return run, perf_counter() - start
+
+
+def _compiled(
+    scale: Scale, name: str, precision: str, windows: Tensor, mode: str, plain: Way, timer: Timer
+) -> tuple[Way, dict[str, Any]]:
+    """The compiled network and what is to be told of it; or the plain one, and why it could not be compiled."""
+    told: dict[str, Any] = {"mode": mode}
+    try:
+        way, seconds = compile_plain(build(scale, name, windows.device, ()), precision, windows, mode)
+        told["compile_seconds"] = round(seconds, 1)
+        told["parity"] = check_same(way, plain, scale, timer, precision)
+    except Exception as error:  # whatever a compiler does, the others have figures
+        return plain, told | {"error": f"{type(error).__name__}: {error}"[:2000]}
+    return way, told
 
 
 def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Callable[[Laps], object]:

@@ -14,7 +14,8 @@ PIXELS = 32  # at most, at once; twice that spills registers
 WARPS = 4
 
 
-@triton.jit
+# Of every picture's own size; triton would compile again for those that are 1 or divide by 16.
+@triton.jit(do_not_specialize=["tokens_across", "most_rows", "most_columns", "width"])
 def _label_pixels(
     p_tokens, p_row_cells, p_row_tokens, p_row_counts, p_row_weights,
     p_starts, p_column_tokens, p_column_counts, p_column_weights, p_labels,

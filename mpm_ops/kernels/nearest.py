@@ -24,7 +24,7 @@ _SCALE = 1024.0  # keeps the lower float16 of a unit row's values out of the sub
 _OTHER_BYTES = 16 << 10  # of shared memory, for reductions
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # of every group; triton would compile again where it divides by 16
 def _units(
     p_x, p_cu, p_high, p_low, p_usable, num_tokens, width, padded_width, scale,
     split: tl.constexpr, block: tl.constexpr, block_width: tl.constexpr,

@@ -34,10 +34,10 @@ class TorchRuntime:
         self._padded = padded
         self._network = model
         if precision != "fp32":
-            self._network = copy.deepcopy(model, {id(model.runtime): None}).to(DTYPES[precision])
+            self._network = copy.deepcopy(model).to(DTYPES[precision])
         elif attention:  # modules of its own around the same weights: other runtimes keep their attention
             shared: dict[int, object] = {id(parameter): parameter for parameter in model.parameters()}
-            self._network = copy.deepcopy(model, shared | {id(model.runtime): None})
+            self._network = copy.deepcopy(model, shared)
         if attention:
             use_attention(self._network, attention)
 

@@ -5,11 +5,12 @@ more sequence, which nobody reads and which no other attends to. So results are 
 kernel that the matrix product picks for the number of rows.
 """
 
+import contextlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +25,22 @@ if TYPE_CHECKING:
     from mpm_ops.segmenter import Segmenter
 
 PATIENCE = 3  # how often a shape is asked for before it is captured
+_MOST_FAILURES = 8  # captures that fail before no more are tried: it is not the shape, then
+_CAPTURE_ERRORS = range(900, 909)  # CUDA's, of a capture: it is lost, the device is not
 Captured = tuple[Callable[[], object], Tensor]  # how to run a graph again, and where its result lies then
-Capture = Callable[[Callable[[], Tensor]], Captured]
+
+
+class Capture(Protocol):
+    """Captures functions into memory that all their graphs share: they run one after the other."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        """Capture a function of no arguments; its result lies in the same place after every run."""
+
+    def pool_bytes(self) -> int:
+        """What the shared memory takes of the device."""
+
+    def renew(self) -> None:
+        """Give the shared memory back, once no graph that was captured so far is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,7 @@ class GraphPolicy:
         if shape in self._bytes:
             self._bytes.move_to_end(shape)
             choice = "replay"
-        elif shape.num_tokens > self._most_tokens:
+        elif shape.num_tokens > self._most_tokens or self.counts["failed"] >= _MOST_FAILURES:
             choice = "eager"
         else:
             self._asked[shape] += 1
@@ -83,8 +98,12 @@ class GraphPolicy:
         self.counts[choice] += 1
         return choice
 
-    def give_up(self, shape: Shape) -> None:
-        """Run groups of this shape without a graph from now on."""
+    def failed(self, shape: Shape) -> None:
+        """Capturing failed: run groups of this shape without a graph from now on."""
+        self.counts["failed"] += 1
+        self._give_up(shape)
+
+    def _give_up(self, shape: Shape) -> None:
         self._asked[shape] = -(10**6)
 
     def captured(self, shape: Shape, num_bytes: int) -> list[Shape]:
@@ -96,7 +115,7 @@ class GraphPolicy:
             victim = shape if num_bytes > self._budget_bytes else next(iter(self._bytes))
             del self._bytes[victim]
             if victim == shape:
-                self.give_up(victim)  # too large once, too large always
+                self._give_up(victim)  # too large once, too large always
             gone.append(victim)
         self.counts["evicted"] += len(gone)
         return gone
@@ -122,30 +141,58 @@ class StaticCall:
         self._replay()
         return self._result
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._buffers, self._result))
+    def num_bytes(self, pool_growth: int) -> int:
+        """What it takes, where the pool that its result lies in grew by so much for it."""
+        return sum(buffer.nbytes for buffer in self._buffers) + max(self._result.nbytes, pool_growth)
 
 
 class CudaCapture:
-    """Captures into one pool of memory: graphs run one after the other, so they share what they compute in."""
+    """Captures with torch, see `Capture`.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream(priority=-1)  # torch hands out 32 in turn; no other thread draws from these
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device, priority=-1)  # torch hands out 32 in turn; no other thread draws these
+        self._abandoned: list[torch.cuda.CUDAGraph] = []
+        self.renew()
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        side, current = self._side, torch.cuda.current_stream()
+        side, current = self._side, torch.cuda.current_stream(self._device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries set themselves up in the first calls, which can't be captured
-            function()
-            function()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):  # libraries set themselves up in the first calls, which can't be captured
+                function()
+                function()
+        finally:
+            current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Uploads and labels go on in other threads meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            result = function()
+        pool = torch.cuda._POOL_HANDLE(self._pool.id)
+        try:
+            # Uploads and labels go on in other threads meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                result = function()
+        except Exception:
+            self._abandon(graph)
+            raise
+        finally:
+            torch.cuda.set_stream(current)  # torch leaves the other one where a capture fails to begin or to end
         return graph.replay, result
+
+    def pool_bytes(self) -> int:
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
+
+    def renew(self) -> None:
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.MemPool()  # held: torch captures nothing into a pool whose graphs are all gone
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Make torch's allocator forget a lost capture: before 2.12 it goes on where ending one fails."""
+        with contextlib.suppress(RuntimeError):  # it has forgotten
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool.id)
+        self._abandoned.append(graph)  # the one for pinned memory can't be told, and would ask a graph that is gone
 
 
 class GraphRuntime(TorchRuntime):
@@ -155,8 +202,7 @@ class GraphRuntime(TorchRuntime):
         model, precision, attention: see `TorchRuntime`; attention must be one that takes packed sequences.
         budget_bytes: see `GraphPolicy`.
         most_tokens: see `GraphPolicy`.
-        capture: how a function is captured.
-        reserved: bytes that the device's allocator can't give back.
+        capture: how functions are captured.
     """
 
     def __init__(
@@ -168,14 +214,12 @@ class GraphRuntime(TorchRuntime):
         budget_bytes: int,
         most_tokens: int = 8192,
         capture: Capture | None = None,
-        reserved: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(model, precision, attention=attention)
         grid = -(-model.inference.window_size // model.config.patch_size)
         self._special = model.encoder.num_special
         self._longest = grid**2 + self._special
-        self._capture = capture or CudaCapture()
-        self._reserved = reserved or _bytes_in_use
+        self._capture = capture or CudaCapture(model.encoder.pos_embed.device)
         self.policy = GraphPolicy(budget_bytes, most_tokens=most_tokens, longest=self._longest)
         self._graphs: dict[Shape, StaticCall] = {}
 
@@ -225,22 +269,34 @@ class GraphRuntime(TorchRuntime):
             return self._graphs[shape]
         if choice == "eager":
             return None
-        before = self._reserved()
-        with torch.inference_mode(False), torch.no_grad():  # buffers that can be written to in any mode
-            values = tokens.values.new_zeros(shape.num_tokens, tokens.values.shape[1])
-            values[: len(tokens.values)] = tokens.values
-            end = torch.tensor([shape.num_tokens], dtype=torch.int32, device=values.device)
-            buffers = (values, torch.cat([tokens.cu_seqlens, end]), *(row.clone() for row in rows))
-            try:
-                graph = StaticCall(function, buffers, self._capture)
-            except torch.OutOfMemoryError:  # without a graph it may still fit
-                self.policy.give_up(shape)
-                return None
-        num_bytes = max(graph.num_bytes, self._reserved() - before)
+        try:
+            return self._captured(shape, function, tokens, rows)
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            self.policy.failed(shape)
+            _log.warning("%s runs without a graph, capturing failed: %s; %s", shape, error, dict(self.policy.counts))
+            return None  # without a graph it may still fit, or may be allowed
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _captured(
+        self, shape: Shape, function: Callable[..., Tensor], tokens: PackedTokens, rows: Sequence[Tensor]
+    ) -> StaticCall:
+        """A new graph; not in inference mode, whose buffers nobody could write to outside of it."""
+        before = self._capture.pool_bytes()
+        values = tokens.values.new_zeros(shape.num_tokens, tokens.values.shape[1])
+        values[: len(tokens.values)] = tokens.values
+        end = torch.tensor([shape.num_tokens], dtype=torch.int32, device=values.device)
+        buffers = (values, torch.cat([tokens.cu_seqlens, end]), *(row.clone() for row in rows))
+        graph = StaticCall(function, buffers, self._capture)
+        num_bytes = graph.num_bytes(self._capture.pool_bytes() - before)
         self._graphs[shape] = graph
         gone = self.policy.captured(shape, num_bytes)
         for victim in gone:
             del self._graphs[victim]
+        if not self._graphs:
+            self._capture.renew()
         _log.info(
             "captured %s, %.1f MiB; %d evicted; %s", shape, num_bytes / 2**20, len(gone), dict(self.policy.counts)
         )
@@ -256,9 +312,9 @@ def _some_lengths(shape: Shape, longest: int, num_special: int) -> Iterator[int]
         yield rest * (i + 1) // shape.num_windows - rest * i // shape.num_windows
 
 
-def _bytes_in_use() -> int:
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
+def _is_fatal(error: Exception) -> bool:
+    """The device is beyond help, not only the capture."""
+    return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in _CAPTURE_ERRORS
 
 
 _log = logging.getLogger(__name__)

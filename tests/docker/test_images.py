@@ -183,7 +183,7 @@ def running(image: str) -> Iterator[Container]:
 @pytest.fixture(scope="module")
 def demo(demo_checkpoint: Path) -> tuple[Segmenter, Classes]:
     model = load_segmenter(demo_checkpoint, (2, 5), runtime="auto", precision="auto")
-    return model, load_classes(demo_checkpoint.parent / "classes.csv", model.config.n_cls)
+    return model, load_classes(demo_checkpoint.parent, model.config.n_cls)
 
 
 @pytest.fixture(scope="module")

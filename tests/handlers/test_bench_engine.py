@@ -15,8 +15,18 @@ from mpm_ops.bench.model import DEMO
 def test_the_engine_is_timed_from_bytes_and_from_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "INFLIGHT", 2)
     monkeypatch.setattr(bench_gpu, "_alone", lambda engine, data, options: [0.25, 0.5, 1.0])
+    lookaheads: list[int] = []
+    saturate = bench_gpu._saturate
+
+    def note(engine: Any, *arguments: Any) -> float:
+        lookaheads.append(engine.lookahead)
+        return saturate(engine, *arguments)
+
+    monkeypatch.setattr(bench_gpu, "_saturate", note)
     found = bench_gpu.time_engine(DEMO.parent, bench_gpu.soft_pictures(1, 256), "cpu", seconds=0.1)
-    assert set(found["engine"]) == {"jpeg, merged", "jpeg, unmerged", "frame, merged", "frame, unmerged"}
+    served = ["jpeg, merged", "jpeg, unmerged", "frame, merged", "frame, unmerged"]
+    assert list(found["engine"]) == [*served, *(f"{way}, one group at a time" for way in served[2:])]
+    assert lookaheads == 3 * [1, 1, 1, 1, 0, 0]
     for row in found["engine"].values():
         assert row["pictures_per_second"] > 0
         assert row["alone_ms_p50"] == 500

@@ -3,7 +3,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from fake_cuda import Rerun, compute_packed
 from PIL import Image
 
 from handlers import codec
+from handlers.computing import Computer, Times
 from handlers.config import ServingConfig
 from handlers.engine import Engine
 from handlers.errors import ErrorKind, ServingError
 from handlers.options import RequestOptions
 from handlers.replies import SegmentReply
+from handlers.scheduler import Group
+from handlers.work import Window
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
 
 CONFIG = ServingConfig(
@@ -552,6 +557,130 @@ def test_close_answers_what_was_accepted_and_leaves_no_thread(model: Segmenter) 
     assert threading.active_count() == before
 
 
+class LateComputer(Computer):
+    """Groups come true later and out of step with the host, one after the other in a thread of their own.
+
+    What fails does so while it is launched or when it is waited for, by turns.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._stream = ThreadPoolExecutor(1, "stream")
+        self._random = np.random.default_rng(0)
+        self.calls: list[str] = []
+
+    def launch(self, group: Group[Window]) -> Callable[[], Times]:
+        seconds = self._random.exponential(0.004)
+        host_seconds = self._random.exponential(0.002)
+        late = self._stream.submit(self._run, group, seconds)
+        time.sleep(host_seconds)
+        if len(self.calls) % 2 and late.exception():
+            late.result()
+        self.calls.append("launch")
+
+        def finish() -> Times:
+            self.calls.append("finish")
+            return late.result()()
+
+        return finish
+
+    def _run(self, group: Group[Window], seconds: float) -> Callable[[], Times]:
+        time.sleep(seconds)
+        return super().launch(group)
+
+
+def test_groups_launched_ahead_change_no_mask(
+    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under failures in the middle, cancellations and a close with work in flight."""
+    pictures = [picture(s, h, w) for s, (h, w) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40), (64, 128)])]
+    expected = {
+        (i, schedule): tiny_model(schedule=schedule, **TINY).segment(image)
+        for schedule in ((1, 2), ())
+        for i, image in enumerate(pictures)
+    }
+
+    def fault(windows: torch.Tensor) -> None:
+        if is_white(windows).any():
+            raise RuntimeError("white")
+
+    computers: list[LateComputer] = []
+
+    def late(*args: Any) -> LateComputer:
+        computers.append(LateComputer(*args))
+        return computers[-1]
+
+    break_embed(monkeypatch, fault)
+    monkeypatch.setattr("handlers.engine.Computer", late)
+    for lookahead in (0, 1):
+        engine = start(replace(CONFIG, max_group_windows=4, max_group_delay_ms=1), lookahead=lookahead)
+        kinds = [*(list(expected) * 20), *([None] * 6)]
+        np.random.default_rng(lookahead).shuffle(kinds)  # type: ignore[arg-type]
+        answers = [
+            engine.submit(encode(pictures[kind[0]] if kind else WHITE), replace(NPY, schedule=kind[1] if kind else ()))
+            for kind in kinds
+        ]
+        cancelled = [answer for answer in answers[3::17] if answer.cancel()]
+        engine.close()
+        assert len(cancelled) > 3
+        for kind, answer in zip(kinds, answers, strict=True):
+            if answer.cancelled():
+                continue
+            if kind is None:
+                assert error_of(answer).kind is ErrorKind.INTERNAL
+            else:
+                np.testing.assert_array_equal(labels_of(answer), expected[kind])
+        assert engine.inflight == 0
+        assert engine.metrics.registry.get_sample_value("mpm_waiting_tokens", {"model": "segmenter"}) == 0
+        calls = "".join(call[0] for call in computers[-1].calls)
+        assert ("llf" in calls) == bool(lookahead), "launched before the one that ran was through"
+        assert "lll" not in calls
+        computers[-1]._stream.shutdown()
+
+
+def test_a_group_that_hangs_behind_another_is_noticed(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, fatal = threading.Event(), threading.Event()
+    launch = Computer.launch
+    count = Counter[str]()
+
+    def hang(self: Computer, group: Group[Window]) -> Callable[[], Times]:
+        count["launched"] += 1
+        finish, is_second = launch(self, group), count["launched"] == 2
+
+        def finish_late() -> Times:
+            if is_second:
+                release.wait(30)
+            return finish()
+
+        return finish_late
+
+    monkeypatch.setattr(Computer, "launch", hang)
+    config = replace(CONFIG, stall_seconds=0.3, max_group_windows=2, max_group_delay_ms=0)
+    engine = start(config, on_fatal=fatal.set, lookahead=1)
+    answers = [engine.submit(encode(picture(i)), NPY) for i in range(6)]
+    assert fatal.wait(10)
+    assert {error_of(answer).kind for answer in answers} == {ErrorKind.INTERNAL}
+    release.set()
+
+
+def test_graphs_of_what_warms_up_are_there_before_traffic(
+    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_packed(monkeypatch)
+    graphs = GraphRuntime(model, attention="flash", budget_bytes=2**30, capture=Rerun())
+    monkeypatch.setattr("handlers.engine.make_runtime", lambda *_, **__: graphs)
+    engine = start(replace(CONFIG, graph_mib=1024))
+    data = encode(picture(1, 64, 64))
+    engine.warm_up([data])
+    warm = dict(graphs.policy.counts)
+    labels_of(engine.submit(data, NPY))
+    assert graphs.policy.counts["capture"] == warm["capture"] == 4, "three stages and the decoder"
+    assert graphs.policy.counts["eager"] == warm["eager"]
+    assert graphs.policy.counts["replay"] == warm["replay"] + 4
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_half_a_minute_at_three_times_capacity_loses_nothing(
@@ -586,13 +715,15 @@ def test_half_a_minute_at_three_times_capacity_loses_nothing(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("graph_mib", [0, 512])
-def test_an_engine_on_a_gpu_gives_the_masks_of_the_cpu(tiny_model: Callable[..., Segmenter], graph_mib: int) -> None:
+@pytest.mark.parametrize(("graph_mib", "lookahead"), [(0, 0), (0, 1), (512, 1)])
+def test_an_engine_on_a_gpu_gives_the_masks_of_the_cpu(
+    tiny_model: Callable[..., Segmenter], graph_mib: int, lookahead: int
+) -> None:
     """float32 there and here; near-ties may pair other tokens, so a few labels may differ."""
     pictures = [picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300)])]
     expected = [tiny_model(schedule=(1, 2), **TINY).segment(image) for image in pictures]
     config = replace(CONFIG, precision="fp32", codec_threads=4, graph_mib=graph_mib)
-    engine = Engine(tiny_model(schedule=(1, 2), **TINY).cuda(), CLASSES, config)
+    engine = Engine(tiny_model(schedule=(1, 2), **TINY).cuda(), CLASSES, config, lookahead=lookahead)
     try:
         answers = [engine.submit(encode(image), NPY) for image in pictures * 40]
         agreement = [(labels_of(answer) == expected[i % 3]).mean() for i, answer in enumerate(answers)]

@@ -1,9 +1,16 @@
 """Where a model goes when it is loaded."""
 
+from contextlib import closing
+from typing import Any
+
 import pytest
 import torch
 
-from handlers.loading import find_device
+from handlers import loading
+from handlers.config import ServingConfig
+from handlers.loading import find_device, load_engine
+from mpm_ops import load_segmenter
+from mpm_ops.bench.model import DEMO
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +26,16 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert find_device("cuda") == torch.device("cuda:0")
     with pytest.raises(ValueError, match=r"^device: expected one of the 2 GPUs that torch sees, got cuda:2$"):
         find_device("cuda:2")
+
+
+def test_a_model_is_loaded_to_its_device_and_only_the_engine_builds_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = []
+
+    def load(*arguments: Any, device: torch.device, **options: Any) -> Any:
+        devices.append(device)
+        return load_segmenter(*arguments, device=device, **options)
+
+    monkeypatch.setattr(loading, "load_segmenter", load)
+    with closing(load_engine(DEMO.parent, ServingConfig(device="cpu", precision="fp32"))) as engine:
+        assert devices == [torch.device("cpu")]
+        assert engine._model._runtime is None

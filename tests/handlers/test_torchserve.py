@@ -182,7 +182,7 @@ class TestAnswers:
     ) -> None:
         picture = encode_picture(photo(4, 180, 240), "image/png")
         demo = load_segmenter(demo_checkpoint, (2, 5), runtime="auto", precision="auto")
-        classes = load_classes(demo_checkpoint.parent / "classes.csv", demo.config.n_cls)
+        classes = load_classes(demo_checkpoint.parent, demo.config.n_cls)
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**6)
         answer = post(f"{server.url}/predictions/demo", picture).content
         assert answer == encode_mask_png(demo.segment(image), classes)

@@ -247,7 +247,7 @@ def test_a_drain_ends_with_its_batch(handler: SegmenterHandler, drain: dict[str,
 
 
 class TestContinuous:
-    def test_a_drain_is_answered_with_the_last_before_it(
+    def test_a_drain_is_answered_after_the_last_before_it(
         self, continuous: ContinuousHandler, drain: dict[str, str]
     ) -> None:
         engine = engine_of(continuous)
@@ -257,7 +257,8 @@ class TestContinuous:
         assert replies[:2] == [None, None]
         assert context.get_response_status(2)[0] == 503
         engine.later[b"later"].set_result(OK)
-        assert continuous.handle(data[:2], batch_of({}, drain, ids=ids[:2])) == [b"ok", b"drained\n"]
+        assert continuous.handle(data[:2], batch_of({}, drain, ids=ids[:2])) == [b"ok", None]
+        assert continuous.handle(data[1:2], batch_of(drain, ids=ids[1:2])) == [b"drained\n"]
 
     def test_a_drain_of_nothing_is_answered_at_once(
         self, continuous: ContinuousHandler, drain: dict[str, str]

@@ -412,6 +412,20 @@ class TestTorchServe:
         assert not [s for s in receiver.spans if told(s).get("mpm.request_id") == "warm-up"]
 
 
+def test_the_last_spans_arrive_before_the_end(receiver: Receiver, checkpoint: Path, tmp_path: Path) -> None:
+    """TorchServe kills its workers; what they recorded and did not send yet has to be sent before."""
+    build_archive(checkpoint, name="tiny", out=tmp_path, serving={"schedule": [0, 1], "agreement_fraction": 0})
+    hours = {"OTEL_BSP_SCHEDULE_DELAY": str(3_600_000)}
+    with variables(receiver.environment | hours), TorchServe(tmp_path, log=tmp_path / "torchserve.log") as running:
+        running.wait_ready()
+        last = {"X-Request-Id": "ts-last", **parent_of(99)}
+        url = f"{running.url}/predictions/tiny"
+        assert requests.post(url, data=encoded(0), headers=last, timeout=60).status_code == 200
+        assert not [s for s in receiver.spans if int.from_bytes(s.trace_id) == 99]
+        running.drain()
+    assert [s.name for s in receiver.spans if int.from_bytes(s.trace_id) == 99 and s.name == "segment"]
+
+
 def told_windows(receiver: Receiver, number: int) -> int:
     """Windows that a trace's stage 0 tells of."""
     stages = [s for s in receiver.spans if s.name == "stage 0" and int.from_bytes(s.trace_id) == number]

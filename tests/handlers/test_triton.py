@@ -170,7 +170,7 @@ class TestAnswers:
         demo = load_segmenter(demo_checkpoint, (2, 5))
         image = photo(4, 180, 240)
         (mask,) = infer("demo", encode_picture(image, "image/png"), outputs=("MASK_PNG",))["MASK_PNG"][0]
-        assert mask == encode_mask_png(demo.segment(image), load_classes(demo_checkpoint.parent / "classes.csv", 11))
+        assert mask == encode_mask_png(demo.segment(image), load_classes(demo_checkpoint.parent, 11))
 
 
 class TestSameBytesEverywhere:

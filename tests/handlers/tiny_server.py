@@ -53,7 +53,7 @@ def model(checkpoint: Path) -> Segmenter:
 
 @pytest.fixture(scope="session")
 def classes(checkpoint: Path) -> Classes:
-    return load_classes(checkpoint.parent / "classes.csv", 11)
+    return load_classes(checkpoint.parent, 11)
 
 
 @pytest.fixture(scope="session")

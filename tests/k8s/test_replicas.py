@@ -4,6 +4,7 @@ What a pod's end, a pod's death and a rolling update do to those clients, on bot
 """
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -302,6 +303,35 @@ class TestPair:
         assert {asked.body for asked in load.asked if asked.outcome == 200} == {pair.mask}
 
     @pytest.mark.slow
+    def test_a_load_test_while_one_is_drained(self, pair: Pair, checkpoint: Path, tmp_path: Path) -> None:
+        """Every mask is there and the library's, and the report says who answered."""
+        first, _ = pair.replicas
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "photo.png").write_bytes(pair.picture)
+        where = ["--way", first.kind, "--url", f"http://{pair.address}", "--model", "tiny", "--metrics", "none"]
+        what = ["--pictures", str(tmp_path / "pictures"), "--rate", "6", "--seconds", "30", "--json", "20%"]
+        right = ["--checkpoint", str(checkpoint), "--schedule", "0,1", "--slo", "errors=0", "--max-lateness", "1m"]
+        right += ["--min-agreement", "95%"]
+        out = tmp_path / "report.html"
+        command = [sys.executable, "-m", "loadtest", *where, *what, *right, "--out", str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as load:
+            try:
+                wait_for(lambda: load.poll() is not None or has_child(load.pid, "locust"))
+                time.sleep(8)  # arrivals have begun
+                first.terminate()
+                first.wait_ended()
+                first.start()
+                first.wait_ready()
+                printed, _ = load.communicate(timeout=SECONDS_TO_START)
+            finally:
+                load.kill()
+        assert load.returncode == 0, printed
+        summary = json.loads(out.with_suffix(".json").read_text())
+        assert set(summary["outcomes"]) == {"ok"}
+        assert summary["library"]["compared"] == 1
+        assert {row["name"] for row in summary["replicas"]} == {"replica-1", "replica-2"}
+
+    @pytest.mark.slow
     def test_rolling_update(self, pair: Pair) -> None:
         with pair.load() as load:
             for replica in pair.replicas:
@@ -373,6 +403,14 @@ def accepts(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def has_child(pid: int, word: str) -> bool:
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if word in child.cmdline():
+                return True
+    return False
 
 
 def ask_ready(port: int) -> int:

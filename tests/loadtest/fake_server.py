@@ -1,13 +1,16 @@
 """A server that answers like ours but computes nothing: tests decide how long it takes and when it stalls."""
 
 import io
+import itertools
 import json
+import select
+import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -37,6 +40,8 @@ class FakeServer:
         self.stalled_until = 0.0  # seconds since the epoch
         self.serial = False  # one at a time
         self.status = 200
+        self.name = ""  # what a proxy in front would call it
+        self.num_connections = 0
         self.seen: list[str] = []
         self._one = threading.Lock()
         self._registry = CollectorRegistry()
@@ -88,7 +93,7 @@ class FakeServer:
             self._inflight.dec()
         labels = self.mask((frame.mean(axis=2) // 52).astype(np.uint8), number)
         self._count()
-        headers = {"X-MPM-Tokens": "in=1000, out=600"}
+        headers = {"X-MPM-Tokens": "in=1000, out=600"} | ({"X-Served-By": self.name} if self.name else {})
         if accept == "application/json":
             ids, areas = np.unique(labels, return_counts=True)
             classes = [{"id": int(i), "area": int(area)} for i, area in zip(ids, areas, strict=True)]
@@ -118,6 +123,10 @@ class FakeServer:
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
+            def setup(self) -> None:
+                super().setup()
+                fake.num_connections += 1
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if not self.path.startswith("/v2/"):
@@ -145,10 +154,11 @@ class FakeServer:
 
 
 @contextmanager
-def serve_grpc(fake: FakeServer) -> Iterator[str]:
-    """The same server as Triton's gRPC; gives its address."""
+def serve_grpc(fake: FakeServer, meet: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """The same server as Triton's gRPC; gives its address, and tells of every request who sent it."""
 
     def infer(request: Any, context: Any) -> Any:
+        meet(context.peer())
         accepted = _ACCEPTED[request.outputs[0].name]
         status, _, answer = fake.answer(request.raw_input_contents[0][4:], accepted)
         if status != 200:
@@ -171,6 +181,45 @@ def serve_grpc(fake: FakeServer) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(None).wait()
+
+
+class Service:
+    """Hands every connection to the next server, as a Service of Kubernetes does; a context manager."""
+
+    def __init__(self, servers: Sequence[FakeServer]) -> None:
+        self._addresses = itertools.cycle([("127.0.0.1", int(server.url.rpartition(":")[2])) for server in servers])
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(next(self._addresses))
+                threading.Thread(target=_join, args=(near, far), daemon=True).start()
+
+
+def _join(near: socket.socket, far: socket.socket) -> None:
+    """Hand on what comes from either side until one has ended."""
+    with near, far, suppress(OSError):
+        while True:
+            for source in select.select([near, far], [], [])[0]:
+                if not (data := source.recv(65_536)):
+                    return
+                (far if source is near else near).sendall(data)
 
 
 class _Server(ThreadingHTTPServer):

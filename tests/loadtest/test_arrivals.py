@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.arrivals import Arrival, arrivals_of, read_trace, write_trace
-from loadtest.shapes import Phase, spike, steady, steps
+from loadtest.client.arrivals import Arrival, arrivals_of, read_trace, write_trace
+from loadtest.client.shapes import Phase, spike, steady, steps
 
 
 def test_even_arrivals_are_in_the_middle_of_their_slots() -> None:

@@ -14,7 +14,7 @@ from handlers.bench.__main__ import main as bench
 from handlers.codec import encode_picture
 from loadtest import capacity
 from loadtest.capacity import size_up
-from loadtest.measurements import Measured, ResultError, read_results
+from loadtest.sizing.measurements import Measured, ResultError, read_results
 
 pytest_plugins = ("tiny_server",)
 
@@ -204,9 +204,9 @@ def changed(result: dict[str, Any], *path: str | int, **values: Any) -> dict[str
         (changed(SEARCH, "results", to=[]), r"results: expected a list that is not empty, got \[\]"),
         (changed(SEARCH, "results", to=[3]), r"results\[0\]: expected a mapping, got 3"),
         (without(SEARCH, "results", 1, "low"), r"results\[1\]\.low: missing"),
-        (changed(SEARCH, "results", 0, "low", to="40"), r"results\[0\]\.low: expected a number > 0, got '40'"),
-        (changed(SEARCH, "results", 0, "low", to=True), r"results\[0\]\.low: expected a number > 0, got True"),
-        (changed(SEARCH, "results", 0, "low", to=0), r"results\[0\]\.low: expected a number > 0, got 0"),
+        (changed(SEARCH, "results", 0, "low", to="40"), r"results\[0\]\.low: expected a number >= 0, got '40'"),
+        (changed(SEARCH, "results", 0, "low", to=True), r"results\[0\]\.low: expected a number >= 0, got True"),
+        (changed(SEARCH, "results", 0, "low", to=-1), r"results\[0\]\.low: expected a number >= 0, got -1"),
         (changed(SEARCH, "results", 0, "high", to=float("nan")), r"results\[0\]\.high: expected .* got nan"),
         (
             changed(SEARCH, "results", 0, "low", to=45.0),
@@ -256,7 +256,7 @@ class TestCommand:
         assert run("--rate", 500, "--headroom", 0.3, write(SEARCH), write(CODEC), write(SERVERS), "--out", out) == 0
         printed = capsys.readouterr().out
         (merged,) = (line for line in printed.splitlines() if line.startswith("merged  "))
-        assert merged.split()[1:6] == ["40..47", "80/700", "28", "18", "19"]
+        assert merged.split()[1:7] == ["44", "40..47", "80/700", "28", "18", "19"]
         assert "144,000" in merged
         assert "merged: rate: the highest that held p99=800ms,errors=0.1%; sized by the low end" in printed
         assert "measured on different devices, which don't compare: an H100; a CPU" in printed
@@ -265,6 +265,19 @@ class TestCommand:
         assert [size["replicas_with_spare"] for size in written["sizes"]][:2] == [19, 53]
         assert written["sizes"][0]["measured"]["low"] == 40.0
         assert written["assumptions"]
+
+    def test_what_held_at_no_rate_has_no_size(
+        self, write: Callable[[Any], Path], run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        never = {"low": 0.0, "rate_per_second": 0.0, "high": 0.4, "p50_ms": None, "p99_ms": None}
+        plain = changed(SEARCH, "results", 1, to=SEARCH["results"][1] | never)
+        assert run("--rate", 500, write(plain)) == 0
+        printed = capsys.readouterr().out
+        assert "\nmerged  " in printed
+        assert "plain, two on a device: no size, because in one repeat or more no rate that was tried held" in printed
+        both = changed(plain, "results", 0, to=SEARCH["results"][0] | {"low": 0.0})
+        assert run("--rate", 500, write(both)) == 1
+        assert "no rate that was tried held in every repeat, of merged; plain" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -20,7 +20,7 @@ from handlers.torchserve_launcher import TorchServe
 from handlers.triton_launcher import Triton
 from loadtest import compare
 from loadtest.compare import judge, parse_limits
-from loadtest.deployments import CompareError, Deployment
+from loadtest.comparing.deployments import CompareError, Deployment
 
 pytest_plugins = ("tiny_server",)
 

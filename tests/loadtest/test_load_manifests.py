@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from loadtest.__main__ import _parser
+from loadtest.options import make_parser
 
 COMPONENT = Path(__file__).resolve().parents[2] / "k8s" / "components" / "loadtest"
 
@@ -41,10 +42,17 @@ def pod(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_as_many_workers_are_expected_as_come(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
-    arguments = _parser().parse_args(pod(manifests["Job", "loadtest"])["containers"][0]["args"])
+    arguments = make_parser().parse_args(pod(manifests["Job", "loadtest"])["containers"][0]["args"])
     workers = manifests["Job", "loadtest-worker"]["spec"]
     assert arguments.workers == workers["parallelism"] == workers["completions"]
     assert arguments.bind.endswith(":5557")
+
+
+def test_a_service_can_spread_the_load(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
+    arguments = make_parser().parse_args(pod(manifests["Job", "loadtest"])["containers"][0]["args"])
+    assert arguments.connection_seconds == 0
+    (metrics,) = arguments.metrics
+    assert manifests["Service", urllib.parse.urlsplit(metrics).hostname]["spec"]["clusterIP"] == "None"  # all pods
 
 
 def test_workers_find_the_master(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtest.arrivals import Arrival
-from loadtest.pictures import load_mix, paint_pictures
+from loadtest.client.arrivals import Arrival
+from loadtest.client.pictures import load_mix, paint_pictures
 
 pytest_plugins = ("load_fixtures",)
 

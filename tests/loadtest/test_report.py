@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from loadtest import report
-from loadtest.charts import Chart, Line, draw, nice_ticks, time_ticks
-from loadtest.masks import OK
-from loadtest.report import render, told
+import loadtest.report.__main__
+from loadtest.client.masks import OK
+from loadtest.client.records import Pulse, Record
+from loadtest.client.shapes import steady
+from loadtest.report.charts import Chart, Line, draw, nice_ticks, time_ticks
+from loadtest.report.page import render, told
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunResult
-from loadtest.scraping import Key, Sample
-from loadtest.session import Pulse, Record
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
+from loadtest.watching.scraping import Key, Sample
 
 NUM_REQUESTS = 200
 
@@ -50,15 +50,18 @@ def sample(second: int) -> Sample:
     )
 
 
-def result(**more: Any) -> RunResult:
-    records = [
+def answered_records() -> list[Record]:
+    return [
         Record(i, i / 10, 0.001, (i + 1) / 1000, OK, "png", "<a&b>.jpg", 1000, 600, 1.0) for i in range(NUM_REQUESTS)
     ]
+
+
+def result(**more: Any) -> RunResult:
     fields: dict[str, Any] = {
         "began_at": 1000.0,
         "gave_up": False,
         "workers_finished": 1,
-        "records": records,
+        "records": answered_records(),
         "pulses": [Pulse(float(i), 0, 0.002, 0.1, 3) for i in range(20)],
         "samples": [sample(second) for second in range(20)],
         "num_missed": 0,
@@ -67,7 +70,7 @@ def result(**more: Any) -> RunResult:
 
 
 def summary(slo: str = "p99=1s", **more: Any) -> dict[str, Any]:
-    settings = LoadSettings(urls=("http://127.0.0.1:1",), pictures="somewhere", phases=steady(10, 20))
+    settings = LoadSettings(urls=("http://127.0.0.1:1",), pictures="somewhere", phases=steady(10, 20), process="even")
     return summarize(settings, result(**more), Limits(slo=Slo.parse(slo), max_growth=0.05))
 
 
@@ -108,6 +111,7 @@ def test_failures_are_slower_than_any_answer() -> None:
         ({"pulses": [Pulse(float(i), 0, 0.001, 0.97, 3) for i in range(20)]}, "worker 0 used 97 % of its core"),
         ({"pulses": [Pulse(float(i), 0, 0.3, 0.1, 3) for i in range(20)]}, "noticed answers up to 300 ms late"),
         ({"workers_finished": 0}, "1 of 1 workers were lost"),
+        ({"records": answered_records()[:-3]}, "of 3 of 200 requests nothing is known"),
         ({"records": []}, "nothing was sent"),
     ],
 )
@@ -128,15 +132,24 @@ def test_the_page_stands_alone() -> None:
     assert "nan" not in re.findall(r'd="([^"]*)"', page)
 
 
+def test_a_page_of_an_older_run() -> None:
+    found = summary()
+    for name in ("library", "memory", "replicas"):
+        del found[name]
+    del found["series"]["memory"]
+    assert render(found).count("<svg") == 10
+    assert "not watched" in told(found)
+
+
 def test_a_page_from_the_end_of_a_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report", "-", "--out", str(tmp_path / "page.html")])
     monkeypatch.setattr(sys, "stdin", StringIO(f"some words\n{json.dumps(summary())}\n"))
-    assert report.main() == 0
+    assert loadtest.report.__main__.main() == 0
     assert "<svg" in (tmp_path / "page.html").read_text()
     monkeypatch.setattr(sys, "stdin", StringIO("some words\n"))
-    assert report.main() == 1
+    assert loadtest.report.__main__.main() == 1
     assert "expected the JSON of a run" in capsys.readouterr().err
 
 

@@ -15,15 +15,16 @@ import pytest
 from fake_server import FakeServer, serve_grpc
 
 from loadtest.__main__ import main
-from loadtest.arrivals import Arrival
-from loadtest.masks import OK
+from loadtest.client.arrivals import Arrival
+from loadtest.client.masks import OK
+from loadtest.client.records import GIVEN_UP, TIMEOUT, UNSENT
+from loadtest.client.session import Session
+from loadtest.client.shapes import steady
 from loadtest.ports import free_port
+from loadtest.report.summary import Limits, summarize
 from loadtest.running import RunError, RunResult, run_load, worker_environment
-from loadtest.session import GIVEN_UP, TIMEOUT, UNSENT, Session
 from loadtest.settings import LoadSettings
-from loadtest.shapes import steady
 from loadtest.slo import Slo
-from loadtest.summary import Limits, summarize
 
 pytest_plugins = ("load_fixtures",)
 

@@ -2,12 +2,17 @@
 
 import random
 import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from loadtest.search import Bisection, SearchSettings, Trial, bisect_interleaved, summarize_search
-from loadtest.search_page import render_search
-from loadtest.servers import Configuration
+from loadtest.preparing import Library
+from loadtest.report.search_page import render_search
+from loadtest.search import SearchSettings, _library_masks
+from loadtest.sizing.bisection import Bisection, Trial, bisect_interleaved, summarize_search
+from loadtest.sizing.servers import Configuration
 from loadtest.slo import Slo
 
 
@@ -87,6 +92,31 @@ def test_configurations() -> None:
         Configuration.parse("fast")
     with pytest.raises(ValueError, match="replicas: expected an integer >= 1, got 'many'"):
         Configuration.parse("replicas=many")
+
+
+def test_configurations_that_compute_the_same_share_the_library_s_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Library] = []
+
+    def masks(library: Library, pictures: Sequence[Path]) -> dict[str, str]:
+        made.append(library)
+        assert pictures == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+        return {"a.jpg": str(len(made))}
+
+    monkeypatch.setattr("loadtest.search.library_masks", masks)
+    texts = ["schedule=off", "way=triton schedule=off runtime=torch", "align=8", 'inference={"im_size":256}']
+    settings = SearchSettings(slo=Slo.parse("p99=1s"), pictures=tmp_path)
+    configurations = [Configuration.parse(text) for text in texts]
+    found = _library_masks(configurations, Path("a.pth"), settings, ["b.jpg", "a.jpg"])
+    assert [each["a.jpg"] for each in found] == ["1", "1", "2", "3"]
+    assert [(library.schedule, library.align, library.inference) for library in made] == [
+        ("off", 1, {}),
+        ("2,5", 8, {}),
+        ("2,5", 1, {"im_size": 256}),
+    ]
+    unwatched = replace(settings, library_sample=0)
+    assert _library_masks(configurations, Path("a.pth"), unwatched, ["a.jpg"]) == [{}, {}, {}, {}]
 
 
 def test_a_trial_is_long_enough_for_its_quantile(tmp_path: object) -> None:

@@ -3,18 +3,21 @@
 The graphs here run the captured function again on its buffers, which is all that a real one does.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Rerun, compute_packed
 from torch import Tensor
 
-from mpm_ops import Segmenter, attention
+from mpm_ops import Segmenter
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
-from mpm_ops.runtime.graphs import Captured, GraphPolicy, GraphRuntime, Shape, StaticCall
+from mpm_ops.runtime.graphs import CudaCapture, GraphPolicy, GraphRuntime, Shape, StaticCall
 from mpm_ops.stages import WindowBatch
 
 Make = Callable[..., Segmenter]
@@ -26,12 +29,6 @@ def shape(num_tokens: int, num_windows: int = 1) -> Shape:
 
 def policy(budget: int = 100, *, most_tokens: int = 1000, longest: int = 197, patience: int = 2) -> GraphPolicy:
     return GraphPolicy(budget, most_tokens=most_tokens, longest=longest, patience=patience)
-
-
-def rerun(function: Callable[[], Tensor]) -> Captured:
-    """A graph that runs the function again; its result keeps its place."""
-    result = function()
-    return lambda: result.copy_(function()), result
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 14, 15, 17, 63, 197, 606, 1025, 8191, 30000])
@@ -94,37 +91,22 @@ def test_a_call_copies_its_arguments_into_place_and_runs_on_them() -> None:
         return 2 * x + y
 
     buffers = (torch.zeros(4), torch.ones(4))
-    call = StaticCall(double, buffers, rerun)
+    call = StaticCall(double, buffers, Rerun())
     assert call(torch.tensor([1.0, 2.0]), torch.zeros(4)).tolist() == [2, 4, 0, 0]
     result = call(torch.tensor([5.0]), torch.ones(2))
     assert result.tolist() == [11, 5, 0, 0]
     assert call(torch.zeros(4), torch.zeros(4)) is result
     assert all(x is buffers[0] for x in calls)
-    assert call.num_bytes == 3 * 16
-
-
-def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    """A kernel over ragged sequences that knows nothing but the bounds on its device."""
-    assert bounds[-1] == len(q)
-    assert int(bounds.diff().max()) <= longest
-    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
-    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
-    return torch.cat([o.transpose(0, 1) for o in out])
+    assert [call.num_bytes(growth) for growth in (0, 16, 100)] == [3 * 16, 3 * 16, 2 * 16 + 100]
 
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, on the CPU: attention by the bounds, all windows decoded at once."""
-    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
-    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
-    for module in ("decoders", "segmenter"):
-        monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)
+    compute_packed(monkeypatch)
 
 
-def graph_runtime(model: Segmenter, budget: int = 2**30, most_tokens: int = 8192) -> GraphRuntime:
-    return GraphRuntime(
-        model, attention="flash", budget_bytes=budget, most_tokens=most_tokens, capture=rerun, reserved=lambda: 0
-    )
+def graph_runtime(model: Segmenter, budget: int = 2**30, capture: Rerun | None = None) -> GraphRuntime:
+    return GraphRuntime(model, attention="flash", budget_bytes=budget, capture=capture or Rerun())
 
 
 def window_groups(sizes: Sequence[int]) -> list[Tensor]:
@@ -205,6 +187,171 @@ def test_without_room_everything_runs_eagerly(tiny_model: Make) -> None:
 
 @pytest.mark.usefixtures("packed")
 @torch.inference_mode()
+def test_the_memory_that_graphs_share_counts_and_is_given_back_with_the_last(tiny_model: Make) -> None:
+    model = tiny_model()
+    capture = Rerun(growth=10**6)
+    model.runtime = graphs = graph_runtime(model, budget=3 * 10**6, capture=capture)
+    graphs.policy._patience = 1
+    for number in (1, 2):
+        model(torch.randn(number, 3, 64, 64))
+    assert len(graphs._graphs) == 2, "one of blocks and one of the decoder fit, two of each do not"
+    assert graphs.policy.counts["evicted"] == 2
+    assert capture.renewed == 0
+    model.runtime = graphs = graph_runtime(model, budget=10**6, capture=capture)
+    graphs.policy._patience = 1
+    model(torch.randn(1, 3, 64, 64))
+    assert not graphs._graphs
+    assert capture.renewed == 2, "for the blocks, and for the decoder"
+
+
+CAPTURE_ERROR = torch.AcceleratorError("operation failed due to a previous error during capture")
+CAPTURE_ERROR.error_code = 901  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("fault", [RuntimeError("no"), torch.OutOfMemoryError("full"), CAPTURE_ERROR], ids=repr)
+@torch.inference_mode()
+def test_what_cannot_be_captured_runs_without(
+    fault: Exception, tiny_model: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(schedule=(1,))
+    windows = window_groups([2])[0]
+    model.runtime = TorchRuntime(model, attention="flash")
+    expected = model(windows)
+    capture = Rerun(fault=fault)
+    model.runtime = graphs = graph_runtime(model, capture=capture)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            assert torch.equal(model(windows), expected)
+    assert capture.attempts == 3, "once for the blocks of each stage, and for the decoder"
+    assert graphs.policy.counts["failed"] == 3
+    assert graphs.policy.counts["replay"] == 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    assert all(f"runs without a graph, capturing failed: {fault}" in message for message in messages)
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
+def test_a_device_that_fails_while_capturing_is_not_eager(tiny_model: Make) -> None:
+    model = tiny_model()
+    fault = torch.AcceleratorError("an illegal memory access was encountered")
+    fault.error_code = 700  # type: ignore[attr-defined]
+    model.runtime = graphs = graph_runtime(model, capture=Rerun(fault=fault))
+    graphs.policy._patience = 1
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_after_many_failures_nothing_more_is_captured() -> None:
+    graphs = policy(patience=1)
+    tried = []
+    for size in range(20):
+        if graphs.choose(shape(size)) == "capture":
+            tried.append(size)
+            graphs.failed(shape(size))
+    assert tried == list(range(8))
+
+
+class FakeTorchCuda:
+    """What capturing asks of torch, with one current stream, and captures that fail where they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+        self.fails = fails
+        self.current = "main"
+        self.allocating: list[Any] = []
+        self.pools = 0
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "current_stream", lambda *_: FakeStream(self.current))
+        monkeypatch.setattr(cuda, "Stream", lambda *_, **__: FakeStream("side"))
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: setattr(self, "current", stream.name))
+        monkeypatch.setattr(cuda, "stream", self.stream)
+        monkeypatch.setattr(cuda, "device", lambda device: self.stream(FakeStream(self.current)))
+        monkeypatch.setattr(cuda, "MemPool", self.pool)
+        monkeypatch.setattr(cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(cuda, "graph", self.graph)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+
+    def pool(self) -> Any:
+        self.pools += 1
+        pool = type(
+            "Pool", (), {"id": (0, self.pools), "snapshot": lambda self: [{"total_size": 2}, {"total_size": 3}]}
+        )
+        return pool()
+
+    @contextmanager
+    def stream(self, stream: "FakeStream") -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: Any, stream: "FakeStream", capture_error_mode: str) -> Iterator[None]:
+        """As torch's own, which leaves the stream and the allocator as they are where it fails."""
+        assert not self.allocating, "already recording to this pool"
+        before, self.current = self.current, stream.name
+        self.allocating.append(pool)
+        if self.fails == "begin":
+            raise CAPTURE_ERROR
+        try:
+            yield
+        finally:
+            if self.fails == "end":
+                raise CAPTURE_ERROR
+            self.allocating.remove(pool)
+        self.current = before
+
+    def end(self, device: int, pool: Any) -> None:
+        if pool not in self.allocating:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.allocating.remove(pool)
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        assert self.name != other.name
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", ["begin", "body", "end", "warm-up"])
+def test_a_lost_capture_leaves_torch_as_it_was(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_cuda = FakeTorchCuda(monkeypatch, fails)
+    streams = []
+
+    def function() -> Tensor:
+        streams.append(torch_cuda.current)
+        if fails == "warm-up" or (fails == "body" and torch_cuda.allocating):
+            raise RuntimeError("not while capturing")
+        return torch.zeros(1)
+
+    capture = CudaCapture(torch.device("cuda", 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            capture(function)
+        assert torch_cuda.current == "main"
+        assert torch_cuda.allocating == []
+    torch_cuda.fails = fails = ""  # what is broken heals
+    _, result = capture(function)
+    assert result.tolist() == [0]
+    assert torch_cuda.current == "main"
+    assert set(streams) == {"side"}
+    assert torch_cuda.pools == 1, "the pool is held, whatever becomes of its graphs"
+    assert capture.pool_bytes() == 5
+    capture.renew()
+    assert torch_cuda.pools == 2
+
+
+@pytest.mark.usefixtures("packed")
+@torch.inference_mode()
 def test_windows_of_another_size_run_eagerly(tiny_model: Make) -> None:
     model = tiny_model(schedule=(1,))
     model.runtime = graphs = graph_runtime(model)
@@ -240,3 +387,23 @@ def test_captured_graphs_give_what_operators_give(schedule: tuple[int, ...], pre
         assert same, graphs.policy.counts
     assert graphs.policy.counts["replay"] > 10
     assert graphs.policy.counts["capture"] > 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_a_lost_capture_and_without_any_graph_left_others_are_captured() -> None:
+    capture = CudaCapture(torch.device("cuda", 0))
+    x = torch.ones(1024, device="cuda")
+
+    def waits() -> Tensor:
+        return x * float(x.sum())  # no capture may wait for the device
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            capture(waits)
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        replay, result = capture(lambda: x + 1)  # whose graph is gone at the next round
+        replay()
+        assert result.sum().item() == 2048
+        assert capture.pool_bytes() > 0
+        del replay, result

@@ -11,14 +11,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
-from mpm_ops import Segmenter, attention
+from fake_cuda import Rerun, compute_packed
+
+from mpm_ops import Segmenter
 from mpm_ops.bench import __main__ as bench
 from mpm_ops.bench import gpu as bench_gpu
 from mpm_ops.bench import gpu_networks
+from mpm_ops.bench.dense import DenseSegmenter
 from mpm_ops.bench.gpu_networks import TINY, flops
 from mpm_ops.bench.timing import Laps, Report, Timer, in_turn
 from mpm_ops.packed import PackedTokens
-from mpm_ops.runtime.graphs import Captured, GraphRuntime
+from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.segmenter import SegmenterConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -48,28 +51,14 @@ def test_no_figure_where_parity_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "tokens merge otherwise at N=130 D=64 float32; no figures reported" in sections[0]["error"]
 
 
-def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    parts = zip(*(part.split(bounds.diff().tolist()) for part in (q, k, v)), strict=True)
-    out = [(a.transpose(0, 1) @ b.permute(1, 2, 0) * scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
-    return torch.cat([o.transpose(0, 1) for o in out])
-
-
-def rerun(function: Callable[[], Tensor]) -> Captured:
-    result = function()
-    return lambda: result.copy_(function()), result
-
-
 @pytest.fixture
 def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the bounds, windows decoded together, and graphs that run their function again."""
 
     def graphs(model: Segmenter, precision: str) -> GraphRuntime:
-        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=rerun, reserved=lambda: 0)
+        return GraphRuntime(model, precision, attention="flash", budget_bytes=2**30, capture=Rerun())
 
-    monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
-    monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
-    monkeypatch.setattr("mpm_ops.decoders.decodes_together", lambda values: True)
-    monkeypatch.setattr("mpm_ops.segmenter.decodes_together", lambda values: True)
+    compute_packed(monkeypatch)
     monkeypatch.setattr(gpu_networks, "make_graphs", graphs)
 
 
@@ -79,6 +68,7 @@ def test_the_whole_command_at_a_tiny_size(
 ) -> None:
     out = tmp_path / "gpu.json"
     monkeypatch.setattr("sys.argv", ["bench", "gpu", "--device", "cpu", "--tiny", "--out", str(out)])
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)  # the real one takes its time
     code = bench.main()
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
@@ -90,7 +80,12 @@ def test_the_whole_command_at_a_tiny_size(
     assert set(kinds) == {"parity", "merge", "network", "labels", "groups"}
     network = next(section for section in report["sections"] if section["kind"] == "network")
     ways = network["ways"]
-    assert {"plain", "unmerged", "MPM", "MPM aligned", "MPM padded", "MPM grouped", "ToMe"} == set(ways)
+    assert {"plain", "compiled", "unmerged", "MPM", "MPM aligned", "MPM padded", "MPM grouped", "ToMe"} == set(ways)
+    assert ways["compiled"]["mode"] == "reduce-overhead"
+    assert ways["compiled"]["compile_seconds"] >= 0
+    assert ways["compiled"]["network_ms"] > 0
+    assert ways["compiled"]["parity"] < 0.3
+    assert [row["name"] for row in report["sections"] if "compiled" in row.get("ways", {})] == ["Ti bf16"]
     assert set(ways["MPM"]["median_ms"]) >= {"embed", "stage 0", "merge 0", "stage 1", "merge 1", "stage 2", "decode"}
     assert ways["MPM"]["mean_lengths"][0] == 17.0
     assert 12 <= ways["MPM"]["mean_lengths"][1] <= 14
@@ -101,6 +96,65 @@ def test_the_whole_command_at_a_tiny_size(
     assert [row["windows"] for row in groups] == [1, 2]
     assert set(groups[0]["median_ms"]) == {"unmerged", "unmerged, graphs", "MPM", "MPM, graphs"}
     assert printed.count("\n") > len(kinds)
+
+
+def not_compiled(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("backend='inductor' raised:\nno compiler")
+
+
+def wrongly_compiled(network: Any, **options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda windows: network(windows.flip(3)).flip(2)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "error"),
+    [(not_compiled, "RuntimeError: backend='inductor' raised:"), (wrongly_compiled, "RuntimeError: parity: logits")],
+)
+def test_a_network_that_is_not_compiled_leaves_the_others_their_figures(
+    compiler: Any, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", compiler)
+    found = gpu_networks.time_network(TINY, "Ti", "fp32", CPU, compile_mode="reduce-overhead")
+    row = {"kind": "network", "name": "Ti fp32", "seconds": 1} | found
+    assert found["ways"]["compiled"]["error"].startswith(error)
+    assert "network_ms" not in found["ways"]["compiled"]
+    assert all(way["network_ms"] > 0 for name, way in found["ways"].items() if name != "compiled")
+    printed = bench_gpu.summary(row).splitlines()
+    assert len(printed) == 1 + len(found["ways"])
+    assert printed[-1].startswith(f"    compiled        reduce-overhead: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own parts
+def test_a_network_is_compiled_and_gives_the_same_logits() -> None:
+    found = gpu_networks.time_network(TINY, "Ti", "fp32", CPU, compile_mode="reduce-overhead")["ways"]["compiled"]
+    assert "error" not in found
+    assert found["compile_seconds"] > 0
+    assert found["parity"] < 1e-3
+
+
+def test_which_networks_are_compiled_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    def modes(**options: Any) -> dict[str, str | None]:
+        sections: Any = bench_gpu._sections(CPU, gpu_networks.PAPER, more=(), **options)
+        return {name: work.keywords["compile_mode"] for kind, name, work in sections if kind == "network"}
+
+    chosen = modes(full=False, compiled=True)
+    assert {name: mode for name, mode in chosen.items() if mode} == {"B bf16": "reduce-overhead"}
+    chosen = modes(full=True, compiled=True)
+    assert {name for name, mode in chosen.items() if mode == "max-autotune-no-cudagraphs"} == {
+        f"{name} bf16" for name in gpu_networks.PAPER.networks
+    }
+    assert not any(modes(full=True, compiled=False).values())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", [(), (2, 5)])
+def test_the_dense_network_gives_the_logits_of_the_unmerged_one(schedule: tuple[int, ...]) -> None:
+    windows = torch.randn(2, 3, 64, 64)
+    unmerged = gpu_networks.build(TINY, "Ti", CPU, ())
+    dense = DenseSegmenter(gpu_networks.build(TINY, "Ti", CPU, schedule)).eval()
+    expected = unmerged(windows).flatten(2).mT
+    torch.testing.assert_close(dense(windows), expected, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -43,7 +43,8 @@ for kernel, constants, options in cases:
     for name in kernel.arg_names:
         plain = pointers.get(name, "*i32" if name.startswith("p_") else "i32")
         types[name] = "constexpr" if name in constants else plain
-    aligned = [name for name, kind in types.items() if kind.startswith("*") or name.endswith("width")]
+    aligned = [name for name, kind in types.items() if kind.startswith("*") or name in ("width", "padded_width")]
+    aligned = [name for name in aligned if name not in kernel.do_not_specialize]
     place = kernel.arg_names.index
     source = ASTSource(
         kernel,
@@ -80,3 +81,55 @@ def test_compiles(capability: int, tmp_path: Path) -> None:
         assert stack == "0", f"{name} spills {stack} bytes"
         if name == "_nearest_tiles" and capability == 90:
             assert wgmma == "1", "Hopper's tensor cores are idle"
+
+
+COUNT = """
+from collections import defaultdict
+import numpy as np
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
+from mpm_ops.kernels import labels, merging
+from mpm_ops.labels import _axes_on
+from mpm_ops.windows import InferenceConfig, plan_windows
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+builds = defaultdict(set)
+
+def count(self, *arguments, grid, warmup, **options):
+    # What triton would look up, and compile where it finds nothing.
+    bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(
+        *arguments, **options)
+    builds[self.__name__].add(compute_cache_key({}, specialization, options))
+
+JITFunction.run = count
+official = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
+random = np.random.default_rng(0)
+sizes = [(512, 512), (500, 512), (512, 513), (16, 16), (1, 1), (333, 1000), (1080, 1920), (2160, 3840), (720, 1281)]
+sizes += [tuple(random.integers(1, 3000, 2).tolist()) for _ in range(40)]
+for height, width in sizes:
+    if max(height, width) > 8 * min(height, width):
+        continue
+    plan = plan_windows(height, width, official)
+    rows, columns, widest = _axes_on(plan, (32, 32), 16, torch.device("cpu"))
+    tokens = torch.zeros(len(plan.tops) * 32, len(plan.lefts) * 32, 150)
+    labels.label_pixels(tokens, rows, columns, widest)
+for lengths in [(1025,), (1024,), (1025, 1025), (600, 593, 701), (16,), (17,), (1025,) * 16, (333, 222)]:
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    merging.merge_packed(torch.zeros(sum(lengths), 384, dtype=torch.bfloat16), bounds, max(lengths), 1, 1)
+for name, keys in builds.items():
+    print(name, len(keys))
+"""
+
+
+def test_traffic_compiles_nothing_anew(tmp_path: Path) -> None:
+    """Sizes of pictures and groups are plain arguments: triton would compile again where one is 1 or divides by 16."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = {name: int(number) for name, number in map(str.split, done.stdout.splitlines())}
+    assert builds.pop("_label_pixels") <= 4, "one for each number of pixels that it takes at once"
+    assert set(builds) == {"_units", "_nearest_tiles", "_partners", "_positions", "_average"}
+    assert set(builds.values()) == {1}

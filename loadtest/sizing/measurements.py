@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Measured:
     Attributes:
         name: of the configuration.
         device: what it ran on.
-        rate, low, high: pictures per second, and its range; all the same where none was measured.
+        rate, low, high: pictures per second, and its range; all the same where none was measured. 0 where promises
+            were kept at no rate that was tried.
         replicas: how many shared the device.
         p50_ms, p99_ms: latency at that rate.
         codec_ms: CPU milliseconds a picture costs in decoding and encoding.
@@ -142,10 +143,11 @@ def _read(file: Path) -> _Fields:
 
 
 def _from_search(fields: _Fields) -> list[Measured]:
-    slo, device = fields.text("slo"), fields.text("device")
+    device = fields.text("device")
     found = []
     for row in fields.rows("results"):
-        low, rate, high = row.number("low"), row.number("rate_per_second"), row.number("high")
+        low, rate = (row.number(name, minimum=0) for name in ("low", "rate_per_second"))
+        high = row.number("high")
         if not low <= rate <= high:
             raise ResultError(f"{row.place}: expected low <= rate_per_second <= high, got {low:g}, {rate:g}, {high:g}")
         configuration = row.fields("configuration")
@@ -157,12 +159,23 @@ def _from_search(fields: _Fields) -> list[Measured]:
                 low=low,
                 high=high,
                 replicas=configuration.count("replicas") if "replicas" in configuration else 1,
-                p50_ms=row.number("p50_ms"),
-                p99_ms=row.number("p99_ms"),
-                assumptions=(f"rate: the highest that held {slo}; sized by the low end of its range",),
+                p50_ms=row.number("p50_ms") if rate else None,
+                p99_ms=row.number("p99_ms") if rate else None,
+                assumptions=tuple(_assumed_of_search(fields, row)),
             )
         )
     return found
+
+
+def _assumed_of_search(fields: _Fields, row: _Fields) -> Iterator[str]:
+    yield f"rate: the highest that held {fields.text('slo')}; sized by the low end of its range"
+    if "coverage" in fields:
+        coverage = 100 * fields.number("coverage", minimum=0)
+        yield f"range: from the least to the greatest repeat; {coverage:.0f} % of such ranges hold the true median"
+    if "doubtful_trials" in row and (doubtful := row.number("doubtful_trials", minimum=0)):
+        yield f"rate: {doubtful:.0f} trials broke perhaps because of the client; the server may hold more"
+    if "library" not in row or not row.fields("library").number("compared", minimum=0):
+        yield "masks: not held against the library's"
 
 
 def _from_servers(fields: _Fields) -> list[Measured]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .checking import check_number
+from loadtest.checking import check_number
 
 SHAPES = ("steady", "steps", "spike", "soak", "replay")
 

@@ -10,9 +10,11 @@ from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.runners import LocalRunner, WorkerRunner
 
+from loadtest.settings import LoadSettings
+
 from .masks import OK
-from .session import Record, Session
-from .settings import LoadSettings
+from .records import Record
+from .session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class Part:
     def _prepare(self) -> None:
         runner = self._environment.runner
         index = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-        problem = ""
+        problem, agreement = "", {}
         try:
             settings = LoadSettings.from_json(self._environment.parsed_options.load)  # type: ignore[union-attr]
             if settings.way == "triton-grpc":
@@ -80,9 +82,10 @@ class Part:
                 grpc.experimental.gevent.init_gevent()  # or a call would block every greenlet
             self.session = Session(settings, index, self._fire)
             self.session.prepare()
+            agreement = self.session.references.library_agreement
         except (OSError, ValueError) as error:
             problem = str(error)
-        self._send(READY, {"problem": problem})
+        self._send(READY, {"problem": problem, "library": agreement})
 
     def _send(self, kind: str, data: dict[str, Any]) -> None:
         runner = self._environment.runner

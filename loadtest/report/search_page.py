@@ -5,9 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from loadtest.slo import Slo
+
 from .charts import Chart, Line, draw, format_value, nice_ticks
-from .report import fill_page, table
-from .slo import Slo
+from .page import NONE, alike, fill_page, library_of, table
 
 _COLORS = 6
 
@@ -33,6 +34,7 @@ def render_search(report: Mapping[str, Any]) -> str:
             *("never" if result[name] is None else f"{result[name]:.0f}" for name in ("p50_ms", "p99_ms")),
             f"{result['closed_loop_per_second']:.2f}",
             str(result["doubtful_trials"]),
+            alike(library["least"]) if (library := library_of(result)) else NONE,
         ]
         for result in report["results"]
     ]
@@ -42,7 +44,7 @@ def render_search(report: Mapping[str, Any]) -> str:
         HEAD=head,
         TILES="",
         CHARTS=f"{_ranges(report)}{draw(_trials(report))}",
-        TABLES=table("In figures", [*heads, "doubtful trials"], rows, wide=True),
+        TABLES=table("In figures", [*heads, "doubtful trials", "as the library"], rows, wide=True),
         DETAILS=table("Versions", ["", ""], [list(pair) for pair in report["versions"].items()]),
     )
 

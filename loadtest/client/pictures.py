@@ -1,6 +1,6 @@
 """What is sent: a folder of pictures, in several forms, and things that are no pictures.
 
-    python -m loadtest.pictures --out DIR [--clutter 0,0.5,1] [--sizes 640x480,960x540] [--seeds 2]
+    python -m loadtest.client.pictures --out DIR [--clutter 0,0.5,1] [--sizes 640x480,960x540] [--seeds 2]
 
 paints road scenes from empty to crowded, because a busy picture keeps more tokens when they merge than an empty one:
 the mix of both decides how lengths vary.
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from loadtest.checking import check_number, check_share
 
 from .arrivals import Arrival
-from .checking import check_number, check_share
 
 KINDS = ("png", "json", "raw", "bad")
 _SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
@@ -128,6 +129,24 @@ def load_mix(
     )
 
 
+def read_frame(path: Path) -> np.ndarray:
+    """A picture as a person sees it: uint8 RGB [H, W, 3], upright, transparency over white.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if not picture.has_transparency_data:
+                return np.asarray(picture.convert("RGB"))
+            clear, opaque = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
+            opaque.paste(clear, mask=clear)
+            return np.asarray(opaque)
+    except (UnidentifiedImageError, OSError):
+        raise ValueError(f"{path}: not a picture that can be read") from None
+
+
 def paint_pictures(
     out: Path, *, clutter: Sequence[float], sizes: Sequence[tuple[int, int]], num_seeds: int
 ) -> list[Path]:
@@ -161,15 +180,14 @@ def _forms(path: Path, *, raw: bool) -> list[Item]:
         with Image.open(io.BytesIO(body)) as opened:
             turned = opened.getexif().get(274, 1) >= 5  # orientation: the server answers upright
             width, height = opened.size[::-1] if turned else opened.size
-            frame = np.asarray(opened.convert("RGB")) if raw else None
     except (UnidentifiedImageError, OSError):
         raise ValueError(f"{path}: not a picture that can be read") from None
     content_type = _SUFFIXES[path.suffix.lower()]
     found = [Item(path.name, kind, body, content_type, (height, width)) for kind in ("png", "json")]
-    if frame is not None:
+    if raw:
         buffer = io.BytesIO()
-        np.save(buffer, frame)
-        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (frame.shape[0], frame.shape[1])))
+        np.save(buffer, read_frame(path))
+        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (height, width)))
     return found
 
 
@@ -197,7 +215,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.pictures", description="Paint pictures to send.")
+    parser = argparse.ArgumentParser(prog="python -m loadtest.client.pictures", description="Paint pictures to send.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clutter", default="0,0.35,0.7,1", help="from 0, empty, to 1, crowded (0,0.35,0.7,1)")
     parser.add_argument("--sizes", default="640x480,480x640", help="WIDTHxHEIGHT (640x480,480x640)")

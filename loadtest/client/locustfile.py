@@ -16,9 +16,9 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, Runner
 
-from loadtest.part import BEGIN, FINISHED, READY, Part
+from loadtest.client.part import BEGIN, FINISHED, READY, Part
+from loadtest.client.users import ClosedLoopUser, OpenLoopUser
 from loadtest.settings import LoadSettings
-from loadtest.users import ClosedLoopUser, OpenLoopUser
 
 __all__ = ["ClosedLoopUser", "OpenLoopUser"]
 
@@ -35,6 +35,7 @@ class Collection:
         self._settings = settings
         self._result = result
         self._problems: dict[str, str] = {}
+        self._library: dict[str, float] = {}
         self._finished: dict[str, bool] = {}
         self._begin_at = 0.0
         self._ended = False
@@ -43,6 +44,8 @@ class Collection:
 
     def on_ready(self, environment: Environment, msg: Any) -> None:
         self._problems[msg.node_id] = msg.data["problem"]
+        for name, agreement in msg.data["library"].items():
+            self._library[name] = min(agreement, self._library.get(name, 1.0))
         problem = next((told for told in self._problems.values() if told), "")
         if problem or len(self._problems) == self._settings.num_workers:
             self._begin_at = time.time() + (_BEGIN_SECONDS if self._settings.num_workers > 1 else 0.0)
@@ -72,6 +75,7 @@ class Collection:
             "began_at": self._begin_at,
             "gave_up": any(self._finished.values()),
             "workers_finished": len(self._finished),
+            "library": self._library,
             "records": self._records,
             "pulses": self._pulses,
         }

@@ -1,13 +1,12 @@
-"""The server's own view, on the time axis of the run: its metrics, read every second."""
+"""The server's own view: its metrics."""
 
 import socket
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,10 +23,12 @@ class Sample:
     Attributes:
         at: seconds since the epoch.
         values: by name and sorted labels.
+        images: that each server has segmented, by its address.
     """
 
     at: float
     values: Mapping[Key, float]
+    images: Mapping[str, float] = field(default_factory=dict)
 
     def total(self, name: str, **labels: str) -> float:
         """Sum of all series of a name that have these labels; 0 if there is none."""
@@ -39,49 +40,6 @@ class Sample:
         return sorted({dict(has)[label] for found, has in self.values if found == name and label in dict(has)})
 
 
-class Scraper:
-    """Reads metrics from a thread; a context manager. What can't be read is left out and counted.
-
-    Args:
-        urls: of metrics pages, `http://HOST:PORT/metrics`.
-        seconds: between two readings.
-
-    Raises:
-        ValueError: a URL is not one of HTTP.
-    """
-
-    def __init__(self, urls: Sequence[str], seconds: float = 1.0) -> None:
-        for url in urls:
-            check_metrics_url(url)
-        self.samples: list[Sample] = []
-        self.num_missed = 0
-        self._urls = tuple(urls)
-        self._seconds = seconds
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scraper", daemon=True)
-
-    def __enter__(self) -> "Scraper":
-        if self._urls:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        if self._urls:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            began = time.monotonic()
-            try:
-                self.samples.append(read_metrics(self._urls))
-            except (OSError, ValueError):
-                self.num_missed += 1
-            if self._stopped.is_set():
-                return
-            self._stopped.wait(max(0.0, began + self._seconds - time.monotonic()))  # once more after the end
-
-
 def read_metrics(urls: Sequence[str]) -> Sample:
     """Read the metrics of all servers once.
 
@@ -91,8 +49,10 @@ def read_metrics(urls: Sequence[str]) -> Sample:
     """
     at = time.time()
     values: dict[Key, float] = {}
+    images: dict[str, float] = {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # only the hosts that are given are asked
     for address in (address for url in urls for address in _addresses(url)):
+        host = urllib.parse.urlsplit(address).netloc
         with opener.open(address, timeout=_TIMEOUT_SECONDS) as response:
             text = response.read().decode()
         for family in text_string_to_metric_families(text):
@@ -101,7 +61,9 @@ def read_metrics(urls: Sequence[str]) -> Sample:
             for sample in family.samples:
                 key = (sample.name, tuple(sorted(sample.labels.items())))
                 values[key] = values.get(key, 0.0) + sample.value
-    return Sample(at, values)
+                if sample.name == "mpm_images_total":
+                    images[host] = images.get(host, 0.0) + sample.value
+    return Sample(at, values, images)
 
 
 def _addresses(url: str) -> list[str]:

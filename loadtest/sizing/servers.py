@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import yaml
 
-from .checking import check_integer
-from .pictures import Item
-from .ports import free_port
-from .running import RunError, worker_environment
-from .scraping import read_metrics
-from .ways import WAYS, NoAnswerError
+from loadtest.checking import check_integer
+from loadtest.client.pictures import Item
+from loadtest.client.ways import WAYS, NoAnswerError
+from loadtest.ports import free_port
+from loadtest.running import RunError, worker_environment
+from loadtest.watching.scraping import read_metrics
 
 MODEL = "segmenter"
 
@@ -32,7 +32,7 @@ class Configuration:
     """A way to serve.
 
     Attributes:
-        way: server and protocol, one of `loadtest.ways.WAYS`.
+        way: server and protocol, one of `loadtest.client.ways.WAYS`.
         schedule: blocks before which tokens merge (2,5), or off.
         align: token counts after a merge are multiples of this.
         replicas: servers that share the device, and are asked in turn.

@@ -1,4 +1,5 @@
-"""Is an answer right? Masks under load are held against those of the same pictures from an idle server."""
+"""Is an answer right? Masks under load are held against those of the same pictures from an idle server, and these
+against the library's."""
 
 import io
 import json
@@ -30,7 +31,7 @@ class Reference:
     """What a picture's mask is.
 
     Attributes:
-        png: as an idle server gave it.
+        png: as an idle server gave it, or the library made it.
     """
 
     png: bytes
@@ -130,7 +131,11 @@ def _check_png(item: Item, body: bytes, reference: Reference | None) -> float | 
     if (height, width) != item.size:
         raise MaskError("another size than the picture")
     labels = read_mask(body)
-    return None if reference is None else float((labels == reference.labels).mean())
+    if reference is None:
+        return None
+    if labels.shape != reference.labels.shape:
+        raise MaskError("another size than the reference")
+    return float((labels == reference.labels).mean())
 
 
 def _check_json(item: Item, body: bytes, reference: Reference | None) -> float | None:

@@ -9,8 +9,8 @@ A trace is a file of arrivals, one a line, in seconds from its beginning and in 
     0.31,,
     1.02,street.jpg,json
 
-`picture` is a file name of the folder of pictures and `kind` one of `loadtest.pictures.KINDS`; the mix chooses what
-a line leaves out. `python -m loadtest --save-trace FILE` writes what a run sent.
+`picture` is a file name of the folder of pictures and `kind` one of `pictures.KINDS`; the mix chooses what a line
+leaves out. `python -m loadtest --save-trace FILE` writes what a run sent.
 """
 
 import csv
@@ -24,7 +24,8 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-from .checking import check_number
+from loadtest.checking import check_number
+
 from .shapes import Phase
 
 PROCESSES = ("poisson", "even")
@@ -38,7 +39,7 @@ class Arrival:
     Attributes:
         at: seconds from the beginning.
         picture: name of what it sends; empty where the mix chooses.
-        kind: how it sends it, one of `loadtest.pictures.KINDS`; empty where the mix chooses.
+        kind: how it sends it, one of `loadtest.client.pictures.KINDS`; empty where the mix chooses.
     """
 
     at: float

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .masks import OtherImageError, decode_mask
+from loadtest.client.masks import OtherImageError, decode_mask
 
 _MODEL_PATH = re.compile(r".*/(?:predictions/[^/]+|v2/models/[^/]+(?:/versions/[^/]+)?)")
 _MOST_MESSAGE = 200  # characters of what a server said

@@ -6,74 +6,29 @@ waiting it would have caused; that is called coordinated omission.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from loadtest.settings import LoadSettings
+
 from .arrivals import Arrival
-from .masks import OK, MaskError, Reference, check_answer
+from .hope import Hope
 from .pictures import Item, Mix, load_mix
-from .settings import LoadSettings
-from .slo import Slo
+from .records import GIVEN_UP, TIMEOUT, UNSENT, Pulse, Record
+from .references import References
 from .ways import WAYS, Answer, Client, NoAnswerError
 
 logger = logging.getLogger(__name__)
 
-UNSENT = "unsent: too many in flight"
-GIVEN_UP = "given up: there was no hope for the run"
-TIMEOUT = "timeout"
 _PULSE_SECONDS = 0.02
-_REFERENCE_TRIES = 3
-
-
-class Record(NamedTuple):
-    """One request.
-
-    Attributes:
-        number: of the arrival.
-        at: when it was due, in seconds of the run.
-        late: seconds after that it was sent.
-        seconds: from when it was due to its answer or failure.
-        outcome: `masks.OK`, or what went wrong.
-        kind, name: of the item.
-        tokens_in, tokens_out: of the picture before and after merging, where the server tells.
-        agreement: share of pixels as in the reference, where compared.
-    """
-
-    number: int
-    at: float
-    late: float
-    seconds: float
-    outcome: str
-    kind: str
-    name: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    agreement: float | None = None
-
-
-class Pulse(NamedTuple):
-    """A second of the worker's own life: a client that can't keep up would measure itself.
-
-    Attributes:
-        at: end of the second, in seconds of the run.
-        worker: its index.
-        lag: by how much its loop was late at most, in seconds.
-        cpu: share of a core that it used.
-        inflight: requests at the end.
-    """
-
-    at: float
-    worker: int
-    lag: float
-    cpu: float
-    inflight: int
 
 
 class Session:
@@ -93,11 +48,10 @@ class Session:
         self._report = report
         self._mix: Mix
         self._client: Client
-        self._references: dict[tuple[str, str], Reference] = {}
+        self.references: References
         self._arrivals: list[Arrival] = []
-        self._bounds = Slo.parse(settings.give_up).bounds if settings.give_up else ()
         self._inflight: dict[int, tuple[float, Item]] = {}
-        self._broken = [0] * len(self._bounds)
+        self._hope: Hope
         self._start = 0.0
         self._numbers = count(index, settings.num_workers)
         self._given_up = Event()
@@ -113,7 +67,7 @@ class Session:
 
         Raises:
             ValueError, OSError: the pictures can't be used.
-            MaskError: a server does not answer, or not with masks.
+            MaskError: a server does not answer, or not with masks, or with other masks than the library.
         """
         settings = self.settings
         self._mix = load_mix(
@@ -124,24 +78,17 @@ class Session:
             raw=any(arrival.kind == "raw" for arrival in settings.trace),
         )
         self._arrivals = settings.arrivals()
+        self._hope = Hope(settings.give_up, len(self._arrivals))
         for number, arrival in enumerate(settings.trace):
             try:
                 self._mix.choose(number, arrival)
             except (KeyError, IndexError):
                 named = f"picture {arrival.picture!r}, kind {arrival.kind!r}"
                 raise ValueError(f"trace: expected what the mix holds, got {named} at {arrival.at:g} s") from None
-        self._client = WAYS[settings.way](settings.urls, settings.model)
-        for item in self._mix.pictures:
-            reference = None
-            for server, url in enumerate(settings.urls):
-                answer = self._ask_idle(item, server)
-                outcome, _ = check_answer(item, answer, reference, min_agreement=settings.min_agreement)
-                if outcome != OK:
-                    said = "" if answer.status == 200 else f": {answer.body[:200]!r}"
-                    raise MaskError(f"{item.name} from {url} when idle: {outcome}{said}")
-                reference = reference or Reference(answer.body)
-            assert reference is not None
-            self._references[item.kind, item.name] = reference
+        kept = math.inf if settings.connection_seconds is None else settings.connection_seconds
+        self._client = WAYS[settings.way](settings.urls, settings.model, kept)
+        self.references = References(settings, self._client)
+        self.references.take(self._mix.pictures)
 
     def run(self) -> None:
         """Send what becomes due to this worker, and wait for the answers."""
@@ -192,14 +139,8 @@ class Session:
     def check_hope(self) -> None:
         """Give up if the promises can't be kept any more, by what is recorded and what is already too old."""
         now = time.monotonic()
-        for bound, broken in zip(self._bounds, self._broken, strict=True):
-            old = 0
-            for due, _ in self._inflight.values():  # oldest first
-                if not bound.broken_by(now - due):
-                    break
-                old += 1
-            if broken + old > bound.allowed(len(self._arrivals)):
-                self._given_up.set()
+        if not self._hope.holds(now - due for due, _ in self._inflight.values()):
+            self._given_up.set()
 
     def _begin(self) -> None:
         self._start = time.monotonic()
@@ -207,17 +148,6 @@ class Session:
     def _pulse_until_over(self) -> None:
         with _Pulse(self):
             gevent.sleep(self.settings.seconds)
-
-    def _ask_idle(self, item: Item, server: int) -> Answer:
-        for tried in range(1, _REFERENCE_TRIES + 1):
-            try:
-                answer = self._client.ask(item, server, self.settings.timeout_seconds)
-            except (NoAnswerError, TimeoutError) as error:
-                raise MaskError(f"{self.settings.urls[server]}: {error or 'no answer in time'}") from None
-            if answer.status != 503 or tried == _REFERENCE_TRIES:
-                return answer
-            gevent.sleep(1)  # other workers ask too
-        raise AssertionError("unreachable")
 
     def _ask(self, number: int, item: Item, due: float) -> None:
         sent = time.monotonic()
@@ -229,8 +159,7 @@ class Session:
             with gevent.Timeout(left + 1, TimeoutError):  # reads one by one may each be in time and all together not
                 answer = self._client.ask(item, number, max(left, 0.001))
             taken = time.monotonic() - due
-            reference = self._references.get(("raw" if item.kind == "raw" else "png", item.name))
-            outcome, agreement = check_answer(item, answer, reference, min_agreement=self.settings.min_agreement)
+            outcome, agreement = self.references.check(item, answer)
         except TimeoutError:
             taken, outcome = time.monotonic() - due, TIMEOUT
         except NoAnswerError as error:
@@ -241,16 +170,13 @@ class Session:
         finally:
             self._inflight.pop(number, None)
         before, after = (answer.tokens if answer else None) or (None, None)
-        at, late = due - self._start, sent - due
-        record = Record(number, at, late, taken, outcome, item.kind, item.name, before, after, agreement)
+        at, late, replica = due - self._start, sent - due, answer.replica if answer else None
+        record = Record(number, at, late, taken, outcome, item.kind, item.name, before, after, agreement, replica)
         self._keep(record, len(answer.body) if answer else 0)
 
     def _keep(self, record: Record, num_bytes: int) -> None:
         self.records.append(record)
-        if record.kind != "bad":
-            seconds = record.seconds if record.outcome == OK else float("inf")
-            for i, bound in enumerate(self._bounds):
-                self._broken[i] += bound.broken_by(seconds)
+        self._hope.learn(record)
         self._report(record, num_bytes)
 
 

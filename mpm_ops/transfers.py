@@ -1,6 +1,6 @@
 """To the device and back beside its computing: every thread that copies has a stream of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +33,21 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
         if part.is_cuda:
             part.record_stream(torch.cuda.current_stream(part.device))
     return torch.stack(list(parts))
+
+
+def fetch(x: Tensor) -> Callable[[], Tensor]:
+    """Start copying a few numbers to the host; the call that is returned waits for them, and nothing here does.
+
+    It waits for nothing that is launched later, so the device may have other work when they are read.
+    """
+    if not x.is_cuda:
+        return lambda: x
+    here = x.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return here
+
+    return wait

@@ -1,0 +1,1 @@
+"""What runs under locust: who sends what and when, what is right, and what is written down."""

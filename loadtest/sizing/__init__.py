@@ -1,0 +1,1 @@
+"""How much a server holds, and what a rate needs."""

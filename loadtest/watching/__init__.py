@@ -1,0 +1,1 @@
+"""What a server does meanwhile: its metrics and its memory."""
