@@ -45,6 +45,13 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= CLOSE
 
 
+@pytest.fixture(params=[codec._STRIP_PIXELS, 100], ids=["whole", "in strips"])
+def _strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are converted as a whole, and a few rows at a time."""
+    monkeypatch.setattr(codec, "_STRIP_PIXELS", request.param)
+
+
+@pytest.mark.usefixtures("_strips")
 class TestModes:
     @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "GIF"])
     def test_grey(self, file_format: str) -> None:

@@ -1,10 +1,12 @@
 """Pictures for people."""
 
+import tracemalloc
 from itertools import product
 
 import numpy as np
 import pytest
 
+from handlers import views
 from handlers.views import confidence_view, overlay_view, tokens_view
 from mpm_ops import InferenceConfig
 from mpm_ops.classes import Classes, default_colors
@@ -15,6 +17,43 @@ GRID = 4
 INFERENCE = InferenceConfig(im_size=64, max_ratio=8, window_size=64, window_stride=48, normalization="vit")
 CLASSES = Classes(("sky", "road", "a class with a rather long name"), default_colors(3))
 SIZES = [(1, 1), (1, 7), (7, 1), (3, 24), (64, 64), (48, 300), (300, 48), (250, 250), (210, 900), (900, 210), (61, 67)]
+
+
+@pytest.fixture(params=[views._STRIP_PIXELS, 500], ids=["whole", "in strips"], autouse=True)
+def _strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are drawn as a whole, and a few rows at a time."""
+    monkeypatch.setattr(views, "_STRIP_PIXELS", request.param)
+
+
+def test_strips_are_no_other_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_windows(250, 320, INFERENCE)
+    maps = [np.arange(GRID * GRID) // 3 for _ in range(plan.num_windows)]
+    labels = np.random.default_rng(0).integers(0, 3, (5, 8)).astype(np.uint8).repeat(50, axis=0).repeat(40, axis=1)
+
+    def draw() -> list[np.ndarray]:
+        return [
+            tokens_view(photo(250, 320), plan, maps, PATCH, (16, 6)),
+            overlay_view(photo(250, 320), labels, CLASSES),
+            confidence_view(np.linspace(0, 1, 250 * 320, dtype=np.float32).reshape(250, 320)),
+        ]
+
+    drawn = draw()
+    monkeypatch.setattr(views, "_STRIP_PIXELS", 10**9)
+    for strips, whole in zip(drawn, draw(), strict=True):
+        np.testing.assert_array_equal(strips, whole)
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pixels of a large picture hardly more than the token of each, and what is shown."""
+    monkeypatch.setattr(views, "_STRIP_PIXELS", 2**14)
+    side = 1500
+    plan = plan_windows(side, side, INFERENCE)
+    image, maps = photo(side, side), [np.arange(GRID * GRID) // 3 for _ in range(plan.num_windows)]
+    tracemalloc.start()
+    tokens_view(image, plan, maps, PATCH, (16, 6))
+    peak = tracemalloc.get_traced_memory()[1] / side**2
+    tracemalloc.stop()
+    assert peak < 10
 
 
 def photo(height: int, width: int) -> np.ndarray:
