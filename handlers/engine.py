@@ -279,7 +279,7 @@ class Engine:
             name = options.request_id if len(pictures) == 1 else f"{options.request_id}:{i}"
             own = replace(options, request_id=name)
             pixels = size[0] * size[1]
-            requests.append(Request(own, schedule, Future(), monotonic(), ticket, pixels, exchange.span))
+            requests.append(Request(own, schedule, Future(), monotonic(), ticket, exchange.span, pixels=pixels))
         tickets = [request.ticket for request in requests]
         total = sum(ticket.tokens for ticket in tickets)
         if len(requests) > 1 and total > config.max_inflight_tokens:
@@ -437,7 +437,7 @@ class Engine:
 
     def _compute_unmerged(self, merged: Segmented, options: RequestOptions) -> "Future[Segmented]":
         """Compute a picture again without merging, for ourselves: not admitted, not counted and never late."""
-        again = Request(options, (), Future(), monotonic(), Ticket(0, 0), 0, NO_SPAN, encoded=False)
+        again = Request(options, (), Future(), monotonic(), Ticket(0, 0), NO_SPAN, encoded=False)
         self._guard(again, self._enqueue, again, merged.image, merged.plan)
         return again.answer
 

@@ -25,9 +25,9 @@ class Request:
     answer: "Future[Any]"
     arrived: float
     ticket: Ticket
-    pixels: int  # of the whole picture
     span: RequestSpan
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
+    pixels: int = 0  # of the whole picture
     ready_at: float = 0.0
     image: np.ndarray | None = None
     plan: WindowPlan | None = None
