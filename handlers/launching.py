@@ -95,6 +95,10 @@ class Server(ABC):
         """What can be seen of a dead model without asking it; empty if nothing can."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """All models answer: what was seen of dead ones so far is over."""
+
+    @abstractmethod
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
         """Whether a server that was found ill so often in a row, for so long, may still mend itself."""
 

@@ -28,6 +28,9 @@ class Supervised(Protocol):
     def ailment(self) -> str:
         """What can be seen of a dead model without asking it; empty if nothing can."""
 
+    def forget(self) -> None:
+        """All models answer: what was seen of dead ones so far is over."""
+
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
         """Whether a server that was found ill so often in a row, for so long, may still mend itself."""
 
@@ -41,25 +44,32 @@ def supervise(server: Supervised, readiness: Readiness) -> int:
     """
     seen: dict[str, Progress | None] = {}
     asked, num_failures, ill_since, told = time.monotonic(), 0, 0.0, ""
+
+    def tell(found: str) -> None:
+        nonlocal told
+        readiness.ready = not found
+        if found != told:
+            print(f"not ready: {found}" if found else "ready again", file=sys.stderr, flush=True)
+        told = found
+
     while True:
         try:
             return server.wait(_LOOK_SECONDS) or 1  # by itself
         except subprocess.TimeoutExpired:
             pass
-        found, is_ill = server.ailment(), True
-        if not found and time.monotonic() - asked < _ASK_SECONDS:
+        if found := server.ailment():
+            tell(found)
+        elif time.monotonic() - asked < _ASK_SECONDS:
             continue
-        if not found or num_failures:  # what is seen may be over: it is for the model to say
-            try:
-                _ask(server, seen)
-                found, is_ill = "", False
-            except UnhealthyError as error:
-                found, is_ill = str(error), error.status != _NOT_FOUND
+        is_ill = False
+        try:
+            _ask(server, seen)  # what was seen may be over by now
+            tell("")
+            server.forget()
+        except UnhealthyError as error:
+            tell(str(error))
+            is_ill = error.status != _NOT_FOUND
         asked = time.monotonic()
-        readiness.ready = not found
-        if found != told:
-            print(f"not ready: {found}" if found else "ready again", file=sys.stderr, flush=True)
-        told = found
         ill_since = ill_since if num_failures else asked
         num_failures = num_failures + 1 if is_ill else 0
         if is_ill and not server.may_recover(num_failures, asked - ill_since):

@@ -112,9 +112,10 @@ class TorchServe(Server):
                 return f"{name}: its worker is {', '.join(states)}"
         return ""
 
+    def forget(self) -> None:
+        self._lost.clear()
+
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
-        if num_failures == 1:
-            self._lost.clear()
         return len(self._lost) <= _MAX_DEATHS and ill_seconds < _MAX_ILL_SECONDS
 
     def drain(self) -> None:

@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -101,6 +102,7 @@ class Triton(Server):
         self._stop_seconds += self._exit_seconds
         self._patience = max(config.stall_seconds for config in configs.values()) + _STALL_MARGIN_SECONDS
         self._metrics = Watch(configs)
+        self._forgotten: set[int] = set()
         self._shm_prefix = f"{self._folder.name}-"
         self._start(installed, model_repository.resolve())
 
@@ -132,11 +134,14 @@ class Triton(Server):
         return {f"{self.url}/v2/models/{name}": self._metrics.urls[name] for name in self.models}
 
     def ailment(self) -> str:
-        dead = [child for child in _children(self.pid) if child.status() == psutil.STATUS_ZOMBIE]
+        dead = _zombies(self.pid) - self._forgotten
         return f"{len(dead)} of the processes that hold models ended" if dead else ""
 
+    def forget(self) -> None:
+        self._forgotten = _zombies(self.pid)  # Triton never buries one that was killed
+
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
-        """Triton starts no model again; an operator may, and then the dead process is gone."""
+        """Triton starts no model again; only an operator may, in between."""
         return num_failures < _SURE if self.ailment() else ill_seconds < self._patience
 
     def stop(self, timeout_seconds: float | None = None) -> None:
@@ -196,11 +201,11 @@ class Triton(Server):
         self._spawn(command, {"PATH": path, "LD_LIBRARY_PATH": libraries, **self._metrics.environment})
 
 
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children()
-    except psutil.NoSuchProcess:
-        return []
+def _zombies(pid: int) -> set[int]:
+    """Children of a process that have ended, and that it did not wait for."""
+    with suppress(psutil.NoSuchProcess):
+        return {child.pid for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_ZOMBIE}
+    return set()
 
 
 def _write_secret(path: Path, secret: str) -> None:

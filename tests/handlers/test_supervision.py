@@ -29,7 +29,7 @@ class Story:
         self._ends_with, self._patience = ends_with, patience
         self.readiness = Readiness()
         self.seen: list[bool] = []
-        self.num_asked, self.now = 0, 0.0
+        self.num_asked, self.num_forgotten, self.now = 0, 0, 0.0
 
     def wait(self, timeout_seconds: float | None = None) -> int:
         if self.now:
@@ -43,6 +43,9 @@ class Story:
 
     def ailment(self) -> str:
         return self._outside
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
         return num_failures < self._patience
@@ -96,9 +99,10 @@ def test_given_up_after_as_many_failures_as_the_server_says(monkeypatch: pytest.
 def test_what_is_seen_is_red_at_once_and_asked_about_next(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = Story(*[("a worker ended", "late", 0)] * 10, patience=2)
     assert gone.play(monkeypatch)[0] == 1
-    assert gone.num_asked == 1
+    assert gone.num_asked == 2
     back = Story(("a worker ended", "late", 0), ("a worker ended", "", 0), ("", "", 0), patience=2)
     assert back.play(monkeypatch) == (1, [False, True, True])
+    assert back.num_forgotten == 2
 
 
 def test_a_model_that_was_unloaded_is_not_ready_and_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
