@@ -16,7 +16,7 @@ from mpm_ops.windows import WindowPlan
 from . import codec, views
 from .options import RequestOptions
 
-_MASK_BYTES, _VIEW_BYTES = 4, 16  # of each pixel; measured 3.1 and 12.3
+_MASK_BYTES, _VIEW_BYTES = 4, 16  # measured on 64 million pixels of noise: 3.1 and 12.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def encode_reply(found: Segmented, options: RequestOptions, classes: Classes, pa
 
 
 def encoding_bytes(options: RequestOptions) -> int:
-    """What `encode_reply` takes at most for each pixel, as measured on noise, the worst that there is."""
+    """What `encode_reply` takes for each pixel of a large picture."""
     return _VIEW_BYTES if options.view is not None else _MASK_BYTES
 
 
