@@ -113,8 +113,18 @@ CHUNKED = b"2\r\nab\r\n0\r\n\r\n"
         ("Content-Encoding: gzip\nContent-Length: 2", b"ab", 415, "Content-Encoding: expected none"),
         ("Content-Encoding: deflate\nContent-Length: 2", b"ab", 415, "Content-Encoding: expected none"),
         ("Transfer-Encoding: chunked", CHUNKED, 411, "Content-Length: expected the number of bytes"),
-        ("Content-Length: 2\nTransfer-Encoding: chunked", CHUNKED, 411, "Content-Length: expected the number of bytes"),
-        ("Transfer-Encoding: chunked\nContent-Length: 14", CHUNKED, 411, "Content-Length: expected the number of bytes"),
+        (
+            "Content-Length: 2\nTransfer-Encoding: chunked",
+            CHUNKED,
+            411,
+            "Content-Length: expected the number of bytes",
+        ),
+        (
+            "Transfer-Encoding: chunked\nContent-Length: 14",
+            CHUNKED,
+            411,
+            "Content-Length: expected the number of bytes",
+        ),
         ("Content-Length: 2\nTransfer-Encoding: gzip", b"ab", 400, None),
         ("Content-Length: 2\nContent-Length: 3", b"abc", 400, None),
         ("Content-Length: 2, 3", b"abc", 400, None),
@@ -139,7 +149,7 @@ def test_a_refusal_says_why_and_reaches_nobody(
 def test_a_body_without_a_length_over_http_2(
     address: tuple[str, int], replica: Replica, options: list[str], passes: bool
 ) -> None:
-    """Where chunks need no header. The refusal may be overtaken by the end of the stream, so only curl's part is sure."""
+    """Where chunks need no header. The stream's end may overtake the refusal, so what curl says isn't looked at."""
     replica.heads.clear()
     url = "http://{}:{}/predictions/a".format(*address)
     command = ["curl", "-sS", "-m", "10", "--http2-prior-knowledge", *options, url]

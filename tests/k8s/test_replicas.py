@@ -225,7 +225,13 @@ def pair(
             stack.callback(replica.end)
         for replica in replicas:
             replica.wait_ready()
-        yield Pair(replicas, stack.enter_context(proxy(require_haproxy(), [(r.address, r.ready_port) for r in replicas], folder / "haproxy.log")), *pictured)
+        yield Pair(
+            replicas,
+            stack.enter_context(
+                proxy(require_haproxy(), [(r.address, r.ready_port) for r in replicas], folder / "haproxy.log")
+            ),
+            *pictured,
+        )
 
 
 class TestPair:
