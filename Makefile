@@ -80,11 +80,13 @@ images:
 	$(MAKE) image SERVER=triton
 	$(MAKE) image SERVER=loadtest VARIANT=cpu
 
+# PIP_EXTRA_INDEX_URL: PyTorch's package index for CPUs, the only one with torch's build for a CPU; none for CUDA's
 # BUILD_OPTIONS: what else the builder is told, such as --build-arg BASE_IMAGE=...
 image:
 	$(if $(BUILDER),,$(error neither docker nor podman nor buildah works here))
 	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) --file docker/Dockerfile --target $(SERVER) \
-		--build-arg VARIANT=$(VARIANT) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_OPTIONS) \
+		--build-arg VARIANT=$(VARIANT) --build-arg REVISION=$(shell git rev-parse HEAD) \
+		$(if $(PIP_EXTRA_INDEX_URL),--build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL)) $(BUILD_OPTIONS) \
 		--tag mpm-segmenter-$(SERVER):$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
 
 test: $(TRITON)

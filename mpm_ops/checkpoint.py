@@ -144,8 +144,8 @@ def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint, by name, as stored.
 
-    They lie in the file, mapped, until they are touched, so that what training leaves beside them (an optimizer's state
-    is twice as large) never comes into memory. Files in torch's format of before 1.6 can't be mapped, and are read whole.
+    They lie in the file, mapped, until they are touched, so that what training leaves beside them (an optimizer's
+    state is as large, or twice) never comes into memory. Files of torch before 1.6 can't be mapped: read whole.
 
     Raises:
         FileNotFoundError: there is no such file.

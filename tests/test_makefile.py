@@ -42,8 +42,10 @@ def test_a_python_is_taken_if_the_project_runs_on_it(folder: Path, version: tupl
 
 @pytest.mark.parametrize(
     ("target", "with_triton"),
-    [("serve", False), ("monitor", False), ("loadtest", False), ("bench", False), ("dashboards", False)]
-    + [("serve-triton", True), ("env", True), ("test", True), ("test-all", True), ("check", True)],
+    [
+        *((target, False) for target in ("serve", "monitor", "loadtest", "bench", "dashboards")),
+        *((target, True) for target in ("serve-triton", "env", "test", "test-all", "check")),
+    ],
 )
 def test_triton_is_installed_where_it_is_needed(folder: Path, target: str, with_triton: bool) -> None:
     """Its wheels need a newer system than everything else."""

@@ -1,9 +1,15 @@
 """Where a model goes when it is loaded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from handlers import loading
+from handlers.config import ServingConfig
 from handlers.loading import find_device
+
+pytest_plugins = ("tiny_server",)
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +25,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert find_device("cuda") == torch.device("cuda:0")
     with pytest.raises(ValueError, match=r"^device: expected one of the 2 GPUs that torch sees, got cuda:2$"):
         find_device("cuda:2")
+
+
+@pytest.mark.parametrize(("set_to", "quota", "expected"), [(0, 1.5, 1), (0, None, 2), (2, 1.0, 2)])
+def test_threads_are_those_of_the_configuration_or_of_the_container(
+    set_to: int, quota: float | None, expected: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(loading, "cpu_quota", lambda: quota)
+    try:
+        loading.load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to), name="a").close()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

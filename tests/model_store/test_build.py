@@ -34,7 +34,9 @@ def checkpoint(tmp_path: Path) -> Path:
     )
     inference = InferenceConfig(im_size=32, max_ratio=4, window_size=32, window_stride=32, normalization="vit")
     weights = Segmenter(network, inference).state_dict()
-    torch.save({"model": weights, "optimizer": {"state": {0: torch.ones(2**20)}}, "epoch": 7}, folder / "checkpoint.pth")
+    torch.save(
+        {"model": weights, "optimizer": {"state": {0: torch.ones(2**20)}}, "epoch": 7}, folder / "checkpoint.pth"
+    )
     (folder / "variant.yml").write_text(VARIANT)
     (folder / "classes.csv").write_text(CLASSES)
     return folder / "checkpoint.pth"
@@ -51,7 +53,8 @@ def build(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def run(**options: Any) -> int:
         values = {"target": "torchserve", "checkpoint": checkpoint, "name": "street", "out": out} | options
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+        named = {f"--{key.replace('_', '-')}": value for key, value in values.items()}
+        arguments = [name if value is True else f"{name}={value}" for name, value in named.items()]
         monkeypatch.setattr(sys, "argv", ["model_store", "build", *arguments])
         return main()
 
@@ -108,6 +111,30 @@ class TestArchive:
         for schedule, expected in (("1", [1]), ("2", [2])):
             assert build(schedule=schedule) == 0
             assert read_config(out)["mpm"] == {"schedule": expected}
+
+
+@pytest.mark.parametrize("target", ["torchserve", "triton"])
+class TestOthers:
+    """Whatever else a store serves, as the demo model that a volume was filled with."""
+
+    @pytest.fixture
+    def others(self, build: Callable[..., int], target: str, out: Path) -> Path:
+        assert build(target=target, schedule="1", name="demo") == 0
+        (out / "notes.txt").write_text("no model")
+        (out / "folder").mkdir()
+        return out
+
+    def test_stay(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="1") == 0
+        assert {path.stem for path in others.iterdir()} == {"demo", "street", "notes", "folder"}
+
+    def test_go_where_it_is_to_be_alone(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="1", alone=True) == 0
+        assert {path.stem for path in others.iterdir()} == {"street", "notes", "folder"}
+
+    def test_stay_where_nothing_was_built(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="9", alone=True) == 1
+        assert {path.stem for path in others.iterdir()} == {"demo", "notes", "folder"}
 
 
 class TestModelRepository:
