@@ -95,8 +95,7 @@ def names(manifests: Manifests) -> Iterator[str]:
     for server in manifests.servers:
         name = _build_options(server).get("name")
         for probe in ("startupProbe", "livenessProbe"):
-            command = server_of(server).get(probe, {}).get("exec", {}).get("command", [])
-            for url in command:
+            for url in server_of(server).get(probe, {}).get("exec", {}).get("command", []):
                 if url.startswith("http://") and not url.endswith(f"/{name}"):
                     yield f"{name_of(server)}: {probe}: expected the model {name!r}, got {url}"
 
@@ -262,16 +261,25 @@ def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
 def routes(manifests: Manifests) -> Iterator[str]:
     """Whatever clients ask of the model passes, and nothing that a server would inflate does."""
     for route in manifests.of("HTTPRoute"):
-        for number, rule in enumerate(route["spec"]["rules"]):
-            where = f"{name_of(route)}: rule {number}"
-            passed = {(match.get("method"), match.get("path", {}).get("value")) for match in rule.get("matches", [])}
-            for server in manifests.servers:
-                for method, path in sorted(_asked(server) - passed):
-                    yield f"{where}: expected a match for {method} {path}"
+        rules = route["spec"]["rules"]
+        admitted = [match for rule in rules for match in rule.get("matches", [{}])]
+        for method, path in sorted({asked for server in manifests.servers for asked in _asked(server)}):
+            if not any(_admits(match, method, path) for match in admitted):
+                yield f"{name_of(route)}: expected a match for {method} {path}"
+        for number, rule in enumerate(rules):
             modifiers = [f["requestHeaderModifier"] for f in rule.get("filters", []) if "requestHeaderModifier" in f]
             removed = [name.lower() for modifier in modifiers for name in modifier.get("remove", [])]
             if "content-encoding" not in removed:
-                yield f"{where}: filters: expected one that removes Content-Encoding, since Triton inflates any size"
+                yield (
+                    f"{name_of(route)}: rule {number}: filters: expected one that removes Content-Encoding, since "
+                    "Triton inflates to any size"
+                )
+
+
+def _admits(match: Mapping[str, Any], method: str, path: str) -> bool:
+    wanted = {"type": "PathPrefix", "value": "/"} | match.get("path", {})
+    below = wanted["type"] == "PathPrefix" and f"{path}/".startswith(f"{wanted['value'].rstrip('/')}/")
+    return match.get("method", method) == method and (below or wanted == {"type": "Exact", "value": path})
 
 
 def _asked(server: Manifest) -> set[tuple[str, str]]:
@@ -286,7 +294,7 @@ def _build_options(server: Manifest) -> dict[str, str]:
     """Options of the init container `model`, by their names without dashes."""
     builders = [c for c in pod_of(server).get("initContainers", []) if c["name"] == "model"]
     words = builders[0].get("args", []) if builders else []
-    return dict(word.removeprefix("--").split("=", 1) for word in words)
+    return {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
 
 
 def probes(manifests: Manifests) -> Iterator[str]:

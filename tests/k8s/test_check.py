@@ -293,6 +293,23 @@ def test_a_deadline_that_the_grace_does_not_cover(whole: str) -> None:
     assert any("timeouts.request" in line for line in found)
 
 
+@pytest.mark.parametrize(
+    ("match", "enough"),
+    [
+        ({}, True),
+        ({"path": {"type": "PathPrefix", "value": "/predictions"}}, True),
+        ({"path": {"value": "/"}}, True),
+        ({"path": {"type": "PathPrefix", "value": "/pred"}}, False),
+        ({"path": {"type": "Exact", "value": "/predictions/segmenter"}}, True),
+        ({"path": {"type": "Exact", "value": "/predictions"}}, False),
+        ({"method": "POST"}, False),
+    ],
+)
+def test_a_route_of_ones_own(whole: str, match: dict[str, Any], enough: bool) -> None:
+    found = problems(change(whole, [("HTTPRoute/segmenter", (*RULE, "matches"), [match])]))
+    assert any(line.startswith("routes: ") for line in found) is not enough
+
+
 @pytest.mark.parametrize("match", [2, 3])
 def test_a_route_without_triton_s_paths(match: int) -> None:
     text = render("overlays/h100-sxm/triton")

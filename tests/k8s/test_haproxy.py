@@ -172,7 +172,9 @@ def test_the_curl_lines_of_the_readme(
 ) -> None:
     """As they are typed, against a real TorchServe behind the proxy."""
     picture = photo(0)
-    (tmp_path / "street.jpg").write_bytes(encode_picture(picture, "image/png"))  # lossless, for the mask to be known
+    for name in re.findall(r"[\w/]+\.jpg", line):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode_picture(picture, "image/png"))  # lossless, for the mask to be known
     behind = (f"127.0.0.1:{server.port}", replica.server_port)
     with proxy(require_haproxy(), [behind, behind], tmp_path / "log") as listening:
         url = f"http://{listening}/predictions/tiny"
