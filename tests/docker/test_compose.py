@@ -11,7 +11,7 @@ import yaml
 from dockerfile import METRICS_PORT, TARGETS, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
-from loadtest.__main__ import _URLS
+from loadtest.options import _URLS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fake_cuda import fake_gpu, on_cuda
 
+from handlers.admission import Ticket
 from handlers.computing import Computer
 from handlers.options import RequestOptions
 from handlers.scheduler import Group, Lane, Waiting
@@ -30,7 +31,7 @@ def test_only_finishing_waits_and_only_for_its_own_group(
     schedule: tuple[int, ...], precision: str, tiny_model: Callable[..., Segmenter]
 ) -> None:
     model = tiny_model(schedule=schedule)
-    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, 1, NO_SPAN)
+    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, Ticket(1, 0), 1, NO_SPAN)
     with fake_gpu() as log:
         on_cuda(model)
         windows = [Window(request, torch.empty(3, 64, 64, device="cuda"), [16]) for _ in range(3)]
@@ -65,7 +66,7 @@ def test_a_group_can_be_launched_again(merges: bool, tiny_model: Callable[..., S
     schedule = (1,) if merges else ()
     model = tiny_model(schedule=schedule)
     computer = Computer(model, make_runtime(model, "torch", "fp32"), {schedule: model.stages})
-    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, 1, NO_SPAN)
+    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, Ticket(1, 0), 1, NO_SPAN)
     window = Window(request, torch.randn(3, 64, 64), [16])
     lane = Lane(0, schedule)
     group = Group(lane, (Waiting(lane, 17, 0.0, False, window),), "idle")

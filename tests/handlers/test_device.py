@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from handlers.admission import Ticket
 from handlers.computing import Times
 from handlers.device import DeviceThread
 from handlers.options import RequestOptions
@@ -22,7 +23,9 @@ NEVER = 1e9  # seconds
 
 
 def waiting(number: int, lane: Lane = LANE) -> Waiting[Window]:
-    request = Request(RequestOptions(request_id=str(number)), lane.schedule, Future(), float(number), 1, NO_SPAN)
+    request = Request(
+        RequestOptions(request_id=str(number)), lane.schedule, Future(), float(number), Ticket(1, 0), 1, NO_SPAN
+    )
     return Waiting(lane, 10, request.arrived, False, Window(request, None, [10]))
 
 
