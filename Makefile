@@ -19,23 +19,32 @@ SLO ?= p99=2s,errors=0.1%
 
 BIN := .venv/bin
 ENV := .venv/.installed
+TRITON := .venv/.triton
 DEMO := model_store/demo
 CHECKPOINT ?= $(DEMO)/checkpoint.pth
 STORE := build/model_store
 REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
 # The first that works: a client without its daemon does not.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 
 .PHONY: env serve serve-triton monitor loadtest soak dashboards images image test test-all check bench clean
 
-env: $(ENV)
+env: $(TRITON)
 
 $(ENV): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+		"Python 3.11 or 3.12 is needed, %s is %d.%d: make PYTHON=python3.12 ..." % ("$(PYTHON)", *v))'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,triton,loadtest,dev]'
+	$(INSTALL) -e '.[server,loadtest,dev]'
+	touch $@
+
+# Apart, because its wheels need Linux with glibc 2.35: TorchServe starts without.
+$(TRITON): $(ENV)
+	$(INSTALL) -e '.[triton]'
 	touch $@
 
 serve: $(ENV) $(SAMPLES)
@@ -44,7 +53,7 @@ serve: $(ENV) $(SAMPLES)
 	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
 
-serve-triton: $(ENV) $(SAMPLES)
+serve-triton: $(TRITON) $(SAMPLES)
 	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
 		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(REPOSITORY)
 	exec $(BIN)/python -m handlers.triton_launcher --model-repository $(REPOSITORY) --host $(HOST) \
@@ -74,20 +83,22 @@ images:
 	$(MAKE) image SERVER=triton
 	$(MAKE) image SERVER=loadtest VARIANT=cpu
 
+# PIP_EXTRA_INDEX_URL: PyTorch's package index for CPUs, the only one with torch's build for a CPU; none for CUDA's
 # BUILD_OPTIONS: what else the builder is told, such as --build-arg BASE_IMAGE=...
 image:
 	$(if $(BUILDER),,$(error neither docker nor podman nor buildah works here))
 	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) --file docker/Dockerfile --target $(SERVER) \
-		--build-arg VARIANT=$(VARIANT) --build-arg REVISION=$(shell git rev-parse HEAD) $(BUILD_OPTIONS) \
+		--build-arg VARIANT=$(VARIANT) --build-arg REVISION=$(shell git rev-parse HEAD) \
+		$(if $(PIP_EXTRA_INDEX_URL),--build-arg PIP_EXTRA_INDEX_URL=$(PIP_EXTRA_INDEX_URL)) $(BUILD_OPTIONS) \
 		--tag mpm-segmenter-$(SERVER):$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
 
-test: $(ENV)
+test: $(TRITON)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(ENV)
+test-all: $(TRITON)
 	$(BIN)/python -m pytest
 
-check: $(ENV)
+check: $(TRITON)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -43,7 +43,8 @@ class ServingConfig:
         jpeg_draft: decode a JPEG that is at least twice as large as the network needs at a fraction of its size. Saves
             time and moves labels: 0.5 % of them on soft pictures, several per cent on sharp ones reduced a lot.
         codec_threads: threads that decode pictures, and as many that encode replies.
-        torch_threads: threads of the network's operators; 0 leaves torch's default.
+        torch_threads: threads of the network's operators; 0 leaves torch's default, but no more than the container's
+            quota of processor time allows.
         metrics_port: where Prometheus finds this model's metrics; 0 for nowhere.
         metrics_host: address of that port.
         agreement_fraction: of pictures that an idle device also computes without merging, to compare; 0 for none.

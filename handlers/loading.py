@@ -11,6 +11,7 @@ from mpm_ops.classes import load_classes
 
 from . import codec
 from .config import ServingConfig
+from .cpus import cpu_quota, default_threads
 from .engine import Engine
 
 
@@ -25,8 +26,7 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     Raises:
         OSError, ValueError: a file is missing or does not fit.
     """
-    if config.torch_threads:
-        torch.set_num_threads(config.torch_threads)
+    torch.set_num_threads(config.torch_threads or default_threads(torch.get_num_threads(), cpu_quota()))
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

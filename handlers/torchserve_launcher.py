@@ -41,7 +41,7 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 </Configuration>
 """
 # Java holds a body about three times; a batch that does not fit is lost silently, and its worker killed in the end.
-_JAVA_MEMORY = "2g"  # 32 bodies of 32 MiB at once fit, which 1g does not hold; a quiet server takes 0.2g
+_JAVA_MEMORY = "2g"  # at most; a quiet server takes 0.2g
 # Bodies on their way in; beyond it they get a 507. 32 of 32 MiB at once take Java 1.2 GiB so, 3.7 with 1g, and end it
 # with as much as the heap, which is what it takes unasked.
 _JAVA_DIRECT_MEMORY = "512m"

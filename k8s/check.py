@@ -14,6 +14,7 @@ from typing import Any
 
 import promql_parser as promql
 
+from handlers.config import ServingConfig
 from mpm_ops.stages import parse_schedule
 
 from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
@@ -22,7 +23,7 @@ DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
-FILL_TOKENS = 1025  # of the smallest picture on a network of 512 x 512 pixels: one window
+FILL_TOKENS = 901  # of a request at least: one window of 480 x 480, the smallest of the official checkpoints
 
 CLUSTER_WIDE = (
     "ClusterRole",
@@ -73,6 +74,56 @@ def namespaces(manifests: Manifests) -> Iterator[str]:
         found = document["metadata"].get("namespace")
         if document["kind"] not in CLUSTER_WIDE and names != {found}:
             yield f"{name_of(document)}: namespace: expected that of the manifests, {', '.join(names)}, got {found}"
+
+
+def names(manifests: Manifests) -> Iterator[str]:
+    """Names that stand inside of longer texts, where kustomize doesn't change them, are those of these manifests."""
+    for namespace in manifests.names("Namespace"):
+        for document in manifests.documents:
+            if document["kind"] in CLUSTER_WIDE and not document["metadata"]["name"].startswith(namespace):
+                yield f"{name_of(document)}: name: expected to begin with {namespace}, or other namespaces replace it"
+        for binding in manifests.of("ValidatingAdmissionPolicyBinding"):
+            selector = binding["spec"].get("matchResources", {}).get("namespaceSelector", {})
+            if selector.get("matchLabels") != {"kubernetes.io/metadata.name": namespace}:
+                yield f"{name_of(binding)}: namespaceSelector: expected the namespace {namespace}, got {selector}"
+            if binding["spec"]["policyName"] not in manifests.names("ValidatingAdmissionPolicy"):
+                yield f"{name_of(binding)}: policyName: no ValidatingAdmissionPolicy {binding['spec']['policyName']!r}"
+        for scaler in manifests.of("ScaledObject"):
+            for trigger in scaler["spec"]["triggers"]:
+                for found in _asked_namespaces(trigger["metadata"].get("query", "")) - {namespace}:
+                    yield f"{name_of(scaler)}: query: expected namespace={namespace!r} of every metric, got {found!r}"
+    for server in manifests.servers:
+        name = _build_options(server).get("name")
+        for probe in ("startupProbe", "livenessProbe"):
+            for url in server_of(server).get(probe, {}).get("exec", {}).get("command", []):
+                if url.startswith("http://") and not url.endswith(f"/{name}"):
+                    yield f"{name_of(server)}: {probe}: expected the model {name!r}, got {url}"
+
+
+def _asked_namespaces(query: str) -> set[str | None]:
+    """Of every metric in a PromQL expression; None where one is asked for in all namespaces."""
+    try:
+        metrics = list(_vectors(promql.parse(query)))
+    except ValueError:  # told by `scaling`
+        return set()
+    wanted = [
+        [m.value for m in v.matchers.matchers if m.name == "namespace" and m.op == promql.MatchOp.Equal]
+        for v in metrics
+    ]
+    return {values[0] if values else None for values in wanted}
+
+
+def _vectors(expression: Any) -> Iterator[Any]:
+    if isinstance(expression, promql.VectorSelector):
+        yield expression
+    elif isinstance(expression, promql.MatrixSelector):
+        yield expression.vector_selector
+    elif isinstance(expression, promql.BinaryExpr):
+        yield from (*_vectors(expression.lhs), *_vectors(expression.rhs))
+    elif isinstance(expression, promql.Call):
+        yield from (vector for argument in expression.args for vector in _vectors(argument))
+    elif hasattr(expression, "expr"):
+        yield from _vectors(expression.expr)
 
 
 def quantities(manifests: Manifests) -> Iterator[str]:
@@ -205,6 +256,45 @@ def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
         for route_filter in rule.get("filters", []):
             if "requestMirror" in route_filter:
                 yield route_filter["requestMirror"]["backendRef"]
+
+
+def routes(manifests: Manifests) -> Iterator[str]:
+    """Whatever clients ask of the model passes, and nothing that a server would inflate does."""
+    for route in manifests.of("HTTPRoute"):
+        rules = route["spec"]["rules"]
+        admitted = [match for rule in rules for match in rule.get("matches", [{}])]
+        for method, path in sorted({asked for server in manifests.servers for asked in _asked(server)}):
+            if not any(_admits(match, method, path) for match in admitted):
+                yield f"{name_of(route)}: expected a match for {method} {path}"
+        for number, rule in enumerate(rules):
+            modifiers = [f["requestHeaderModifier"] for f in rule.get("filters", []) if "requestHeaderModifier" in f]
+            removed = [name.lower() for modifier in modifiers for name in modifier.get("remove", [])]
+            if "content-encoding" not in removed:
+                yield (
+                    f"{name_of(route)}: rule {number}: filters: expected one that removes Content-Encoding, since "
+                    "Triton inflates to any size"
+                )
+
+
+def _admits(match: Mapping[str, Any], method: str, path: str) -> bool:
+    wanted = {"type": "PathPrefix", "value": "/"} | match.get("path", {})
+    below = wanted["type"] == "PathPrefix" and f"{path}/".startswith(f"{wanted['value'].rstrip('/')}/")
+    return match.get("method", method) == method and (below or wanted == {"type": "Exact", "value": path})
+
+
+def _asked(server: Manifest) -> set[tuple[str, str]]:
+    """Methods and paths that clients of a server use: `curl -T` PUTs, forms and other clients POST."""
+    name = _build_options(server).get("name", "")
+    if "handlers.triton_launcher" in server_of(server).get("command", []):
+        return {("POST", f"/v2/models/{name}/infer"), ("GET", f"/v2/models/{name}")}
+    return {("PUT", f"/predictions/{name}"), ("POST", f"/predictions/{name}")}
+
+
+def _build_options(server: Manifest) -> dict[str, str]:
+    """Options of the init container `model`, by their names without dashes."""
+    builders = [c for c in pod_of(server).get("initContainers", []) if c["name"] == "model"]
+    words = builders[0].get("args", []) if builders else []
+    return {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in words)}
 
 
 def probes(manifests: Manifests) -> Iterator[str]:
@@ -433,7 +523,7 @@ def models(manifests: Manifests) -> Iterator[str]:
         if config is None or not builders:
             yield f"{where}: expected an init container `model` and its serving.yml"
             continue
-        options = dict(word.removeprefix("--").split("=", 1) for word in builders[0].get("args", []))
+        options = _build_options(server)
         try:
             parse_schedule(options.get("schedule", ""))
         except ValueError as error:
@@ -443,12 +533,26 @@ def models(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: metrics: expected metrics_host 0.0.0.0 and --metrics-port {offered.get('metrics')}"
         if _wants_gpu(server) and not config.device.startswith("cuda"):
             yield f"{where}: device: expected cuda where a GPU is asked for, got {config.device}"
-        fewest = int(options.get("batch-size", "0")) * FILL_TOKENS
+        if not config.torch_threads and not _knows_its_cores(server):
+            yield f"{where}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+        least = min(FILL_TOKENS, _window_tokens(config))
+        fewest = int(options.get("batch-size", "0")) * least
         if config.max_inflight_tokens > fewest:
             yield (
-                f"{where}: max_inflight_tokens: expected at most --batch-size x {FILL_TOKENS} = {fewest}, or requests "
+                f"{where}: max_inflight_tokens: expected at most --batch-size x {least} = {fewest}, or requests "
                 f"wait in the front end, unseen by autoscalers, got {config.max_inflight_tokens}"
             )
+
+
+def _window_tokens(config: ServingConfig) -> int:
+    """Of a window of the size that the configuration sets, on patches of 16 pixels; FILL_TOKENS where it sets none."""
+    size = config.inference.get("window_size")
+    return (size // 16) ** 2 + 1 if isinstance(size, int) else FILL_TOKENS
+
+
+def _knows_its_cores(server: Manifest) -> bool:
+    given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
+    return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -469,9 +573,11 @@ def digests(manifests: Manifests) -> Iterator[str]:
 CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     selectors,
     namespaces,
+    names,
     quantities,
     gpus,
     ports,
+    routes,
     probes,
     endings,
     disruptions,

@@ -4,6 +4,7 @@ python -m model_store build --target torchserve|triton --checkpoint checkpoint.p
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ def read_serving_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
     return values
+
+
+def remove_others(store: Path, name: str) -> None:
+    """Leave one model in a store or repository: other archives and folders of models are removed, nothing else is."""
+    for path in store.iterdir():
+        if path.suffix == ".mar" and path.stem != name:
+            path.unlink()
+        elif (path / "config.pbtxt").is_file() and path.name != name:
+            shutil.rmtree(path)
 
 
 def _build(arguments: argparse.Namespace, serving: dict[str, Any]) -> Path:
@@ -62,6 +72,7 @@ def main() -> int:
     build.add_argument("--max-delay-ms", type=int, help="of TorchServe: how long to wait for requests (5)")
     build.add_argument("--model-version", type=int, help="of Triton: others stay beside it (1)")
     build.add_argument("--metrics-port", type=int, help="where Prometheus finds the model's metrics (nowhere)")
+    build.add_argument("--alone", action="store_true", help="remove other models from OUT, once this one is built")
     build.add_argument("--config", type=Path, help="YAML with more fields of handlers.config.ServingConfig")
     arguments = parser.parse_args()
 
@@ -74,6 +85,8 @@ def main() -> int:
         if arguments.metrics_port is not None:
             serving["metrics_port"] = arguments.metrics_port
         built = _build(arguments, serving)
+        if arguments.alone:
+            remove_others(arguments.out, arguments.name)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
 from handlers.launching import MODEL_NAME
 from mpm_ops import load_segmenter
+from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
 
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
@@ -38,7 +40,7 @@ def build_archive(
     batch_size: int = 128,
     max_delay_ms: int = 5,
 ) -> Path:
-    """Write `NAME.mar` into a model store.
+    """Write `NAME.mar` into a model store; of the checkpoint it holds the weights alone.
 
     Args:
         checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
@@ -64,13 +66,14 @@ def build_archive(
     folder = checkpoint.parent
     load_classes(folder, model.config.n_cls)
 
-    with tempfile.TemporaryDirectory() as scratch_name:
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:  # /tmp may be memory
         scratch = Path(scratch_name)
         (scratch / "handler.py").write_text(_HANDLER.format(handler=_HANDLERS[batching]))
         (scratch / "model-config.yaml").write_text(
             yaml.safe_dump(_model_config(serving, batching, batch_size, max_delay_ms))
         )
-        shutil.copy(checkpoint, scratch / "checkpoint.pth")
+        torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
         extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
         _run_archiver(
             scratch,
@@ -81,7 +84,6 @@ def build_archive(
             "--extra-files=" + ",".join(str(path) for path in extra if path.is_file()),
             f"--export-path={scratch}",
         )
-        out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(scratch / f"{name}.mar", out / f"{name}.mar"))
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from handlers.config import ServingConfig
 from handlers.launching import MODEL_NAME
 from handlers.loading import warm_up_picture
 from mpm_ops import load_segmenter
+from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
 
 _MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
@@ -64,6 +66,8 @@ def build_model(
 ) -> Path:
     """Write a version of a model into a model repository: OUT/NAME/VERSION, with config.pbtxt and warm-up data.
 
+    Of the checkpoint it holds the weights alone.
+
     Args:
         checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
         name: under which the model is served.
@@ -92,10 +96,10 @@ def build_model(
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:
         scratch = Path(scratch_name) / str(version)
         scratch.mkdir()
-        for file in ("checkpoint.pth", "variant.yml", "classes.csv"):
-            source = checkpoint if file == "checkpoint.pth" else checkpoint.parent / file
-            if source.is_file():
-                shutil.copy(source, scratch / file)
+        torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
+        for file in ("variant.yml", "classes.csv"):
+            if (checkpoint.parent / file).is_file():
+                shutil.copy(checkpoint.parent / file, scratch / file)
         (scratch / "serving.yaml").write_text(yaml.safe_dump(dict(serving)))
         (scratch / "model.py").write_text(_MODEL)
 

@@ -1,5 +1,6 @@
 """Official Segmenter checkpoints: `checkpoint.pth` with `variant.yml` beside it."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def load_segmenter(
     variant = read_variant(path.parent / "variant.yml")
     config = _segmenter_config(variant)
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
-    _load_strictly(model, _read_weights(path), path)
+    _load_strictly(model, read_weights(path), path)
     model.eval().to(device)
     if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it
         model.runtime = make_runtime(model, runtime, precision)
@@ -146,11 +147,20 @@ def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) 
     return InferenceConfig(**(values | dict(overrides)))
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by name, as stored.
+
+    They lie in the file, mapped, until they are touched, so that what training leaves beside them (an optimizer's
+    state is as large, or twice) never comes into memory. Files of torch before 1.6 can't be mapped: read whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no checkpoint.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise CheckpointError(f"{path}: not a weights-only torch checkpoint: {reason}") from None

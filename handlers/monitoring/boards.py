@@ -1,12 +1,12 @@
 """What the dashboards show: panels and their queries, from which Grafana's boards and our own pictures are made.
 
-`$model` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
+`$namespace`, `$model` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
 """
 
 from dataclasses import dataclass
 
 RATE = "$__rate_interval"
-_MODEL = 'model=~"$model"'
+_MODEL = 'namespace=~"$namespace", model=~"$model"'
 _INTO = 'point="in"'
 _OUT_OF = 'point="out"'
 LONG = "30m"  # for what is sampled rarely
@@ -29,6 +29,7 @@ class Panel:
         unit: Grafana's name of the unit.
         queries: what is plotted.
         heatmap: the one query gives buckets, by `le`.
+        exemplars: dots for single requests, with their names, where the scraped histogram has them.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Panel:
     unit: str
     queries: tuple[Query, ...]
     heatmap: bool = False
+    exemplars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,9 @@ class Board:
     panels: tuple[Panel, ...]
 
 
-def concrete(expr: str, *, rate: str = "1m", model: str = ".+") -> str:
+def concrete(expr: str, *, rate: str = "1m", model: str = ".+", namespace: str = ".*") -> str:
     """The query with Grafana's variables filled in."""
-    return expr.replace(RATE, rate).replace("$model", model)
+    return expr.replace(RATE, rate).replace("$model", model).replace("$namespace", namespace)
 
 
 def _metric(name: str, *matchers: str) -> str:
@@ -114,9 +116,11 @@ OVERVIEW = Board(
         ),
         Panel(
             "Latency",
-            "From submitting a picture to its answer; the front end's own queue is not in it.",
+            "From submitting a picture to its answer; the front end's own queue isn't in it. Dots are single requests "
+            "with their trace's or their own id.",
             "s",
             _quantiles("mpm_request_seconds", 0.5, 0.95, 0.99),
+            exemplars=True,
         ),
         Panel(
             "Failed requests",

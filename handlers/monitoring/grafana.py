@@ -6,14 +6,19 @@ python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards
 import argparse
 import itertools
 import json
+import re
 from pathlib import Path
 
-from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, timeseries
+from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, text, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, VariableRefresh
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from grafana_foundation_sdk.models.text import TextMode
 
 from .boards import BOARDS, Board, Panel
+
+RUNBOOK = Path(__file__).resolve().parents[2] / "k8s" / "monitoring" / "runbook.md"
+RUNBOOK_UID = "mpm-runbook"
 
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _WIDTH, _HEIGHT, _COLUMNS = 12, 8, 2  # in Grafana's grid of 24 columns
@@ -30,14 +35,13 @@ def render(board: Board) -> str:
         .timezone("browser")
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(
-            dashboard.QueryVariable("model")
+            _variable("namespace").label("Namespace").query("label_values(mpm_model_info, namespace)").all_value(".*")
+        )
+        .with_variable(
+            _variable("model")
             .label("Model")
-            .datasource(_SOURCE)
-            .query("label_values(mpm_model_info, model)")
-            .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
-            .include_all(True)
+            .query('label_values(mpm_model_info{namespace=~"$namespace"}, model)')
             .all_value(".+")
-            .multi(True)
         )
     )
     for i, panel in enumerate(board.panels):
@@ -48,12 +52,44 @@ def render(board: Board) -> str:
     return json.dumps(builder.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
 
 
+def _variable(name: str) -> dashboard.QueryVariable:
+    refresh = VariableRefresh.ON_TIME_RANGE_CHANGED
+    return dashboard.QueryVariable(name).datasource(_SOURCE).refresh(refresh).include_all(True).multi(True)
+
+
+def render_runbook(markdown: str) -> str:
+    """The runbook as a board, a panel per alert, so that an alert can link to its own: panel 1 is the first entry.
+
+    Raises:
+        ValueError: it names a board that isn't there.
+    """
+    boards = {board.title.removeprefix("Segmenter: "): board.uid for board in BOARDS}
+    _, *entries = re.split(r"^## ", markdown, flags=re.MULTILINE)
+    builder = dashboard.Dashboard("Segmenter: runbook").uid(RUNBOOK_UID).tags(["segmenter", "mpm"])
+    for i, entry in enumerate(entries):
+        title, _, told = entry.partition("\n")
+        linked = re.sub(r"\*([A-Z]\w+)\*", lambda named: _link(named[1], boards), told.strip())
+        panel = text.Panel().title(title).mode(TextMode.MARKDOWN).content(linked)
+        row, column = divmod(i, _COLUMNS)
+        place = GridPos(h=_HEIGHT, w=_WIDTH, x=column * _WIDTH, y=row * _HEIGHT)
+        builder = builder.with_panel(panel.id(i + 1).grid_pos(place))
+    return json.dumps(builder.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+
+
+def _link(title: str, boards: dict[str, str]) -> str:
+    if title.lower() not in boards:
+        raise ValueError(f"runbook: expected a board, one of {', '.join(boards)}, got {title}")
+    return f"[{title}](/d/{boards[title.lower()]})"
+
+
 def _panel(panel: Panel) -> heatmap.Panel | timeseries.Panel:
     legend = common.VizLegendOptions().show_legend(True)
     builder = heatmap.Panel() if panel.heatmap else timeseries.Panel().min(0).legend(legend)
     builder = builder.title(panel.title).description(panel.about).unit(panel.unit).datasource(_SOURCE)
     for query, letter in zip(panel.queries, itertools.count(ord("A"))):
         target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(letter)).range()
+        if panel.exemplars:
+            target = target.exemplar(True)
         builder = builder.with_target(target.format(PromQueryFormat.HEATMAP) if panel.heatmap else target)
     return builder
 
@@ -65,6 +101,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for board in BOARDS:
         (out / f"{board.uid}.json").write_text(render(board))
+    (out / f"{RUNBOOK_UID}.json").write_text(render_runbook(RUNBOOK.read_text()))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Prometheus:
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
+                "--enable-feature=exemplar-storage",
                 "--rules.alert.resend-delay=5s",  # alerts before the Alertmanager is found are lost until then
             ],
             [

@@ -11,6 +11,7 @@ import yaml
 from dockerfile import METRICS_PORT, TARGETS, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
+from loadtest.options import _URLS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"
@@ -109,13 +110,27 @@ def test_the_server_may_take_its_time_to_end() -> None:
 
 def test_a_model_of_ones_own_is_built_where_the_server_looks() -> None:
     services = read("model.yml")["services"]
-    command = dict(word.split("=", 1) for word in services["model"]["command"] if word.startswith("--"))
+    command = dict(word.split("=", 1) for word in services["model"]["command"] if "=" in word)
+    assert "--alone" in services["model"]["command"], "else the image's demo, which fills the volume, is served too"
     assert command["--out"] in command_of("torchserve")
     assert command["--out"] in command_of("triton")
     assert command["--metrics-port"] == METRICS_PORT
     for option, place in (("--checkpoint", "/checkpoint/"), ("--config", "/config/"), ("--out", "/models")):
         assert command[option].startswith(place)
         assert any(f":{place}"[:-1] in mount for mount in services["model"]["volumes"])
+
+
+@pytest.mark.parametrize("server", TARGETS)
+def test_the_load_test_finds_the_server(server: str) -> None:
+    """On its own loopback, at the port that the way has by itself, for either server."""
+    services = read("compose.yml")["services"]
+    assert services["loadtest"]["network_mode"] == "service:server"
+    command = dict(word.split("=", 1) for word in services["loadtest"]["command"] if word.startswith("--"))
+    assert command["--way"].replace("${SERVER:-torchserve}", server) == f"${{LOADTEST_WAY:-{server}}}"
+    assert "--url" not in command
+    port = command_of(server)[command_of(server).index("--port") + 1]
+    assert _URLS[server] == f"http://127.0.0.1:{port}"
+    assert command["--metrics"] == f"http://127.0.0.1:{METRICS_PORT}/metrics"
 
 
 def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
@@ -134,6 +149,16 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rules found" in done.stdout
+
+
+def test_prometheus_keeps_what_the_dashboards_show_of_single_requests() -> None:
+    """Here, and as k8s/README.md has it installed."""
+    shown = [
+        path for path in (ROOT / "k8s/monitoring/dashboards").glob("*.json") if '"exemplar": true' in path.read_text()
+    ]
+    assert shown
+    assert "--enable-feature=exemplar-storage" in read("compose.yml")["services"]["prometheus"]["command"]
+    assert "prometheusSpec.enableFeatures={exemplar-storage}" in (ROOT / "k8s/README.md").read_text()
 
 
 def test_grafana_finds_its_dashboards() -> None:

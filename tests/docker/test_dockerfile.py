@@ -114,6 +114,29 @@ class TestStages:
             ]
 
 
+class TestPip:
+    def test_says_what_to_give_it_when_it_fails(self, tmp_path: Path) -> None:
+        """The command itself, with a pip that finds nothing."""
+        (tmp_path / "pins.txt").write_text("timm==1\ntorch==2.13.0+cpu\ntorchvision==1\n")
+        command = (
+            last("project-environment", "RUN").replace("python3 -m venv", ": ").replace("/tools/bin/pip", "false")
+        )
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True)
+        assert done.returncode == 1
+        assert b"found no torch==2.13.0+cpu: PIP_EXTRA_INDEX_URL: expected" in done.stderr
+        assert b"got ''" in done.stderr
+        assert subprocess.run(["sh", "-c", command.replace("false", "true")], cwd=tmp_path).returncode == 0
+
+    def test_make_hands_the_index_over(self, tmp_path: Path) -> None:
+        if not shutil.which("make"):
+            pytest.skip("make is not installed")
+        command = ["make", "-C", str(ROOT), "--dry-run", "image", "BUILDER=docker"]
+        for environment, handed in (({"PIP_EXTRA_INDEX_URL": "somewhere"}, True), ({}, False)):
+            done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True)
+            assert ("--build-arg PIP_EXTRA_INDEX_URL=somewhere" in done.stdout) is handed
+            assert ("PIP_EXTRA_INDEX_URL" in done.stdout) is handed
+
+
 class TestCommands:
     @pytest.mark.parametrize(
         ("target", "launcher"), [("torchserve", torchserve_launcher), ("triton", triton_launcher)]
@@ -135,15 +158,26 @@ class TestCommands:
         asked: list[str] = []
         monkeypatch.setattr(health, "check_model", lambda url, timeout_seconds: asked.append(url))
         check = json.loads(last(target, "HEALTHCHECK").partition(" CMD ")[2])
-        assert check[:3] == ["python", "-m", "handlers.health"]
-        monkeypatch.setattr(sys, "argv", check[2:])
+        shell, option, line = check
+        assert (shell, option) == ("sh", "-c")
+        # As the shell reads it, with another model than the image's own.
+        done = subprocess.run(
+            [shell, option, line.replace("exec", "printf '%s\\n'")],
+            env={"MODEL": "roads", "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        words = done.stdout.split()
+        assert words[:3] == ["python", "-m", "handlers.health"]
+        assert last(target, "ENV") == "MODEL=segmenter"
+        monkeypatch.setattr(sys, "argv", words[2:])
         assert health.main() == 0
         command = command_of(target)
         port = command[command.index("--port") + 1]
         assert asked == [
             {
-                "torchserve": f"http://127.0.0.1:{port}/predictions/segmenter",
-                "triton": f"http://127.0.0.1:{port}/v2/models/segmenter",
+                "torchserve": f"http://127.0.0.1:{port}/predictions/roads",
+                "triton": f"http://127.0.0.1:{port}/v2/models/roads",
             }[target]
         ]
 

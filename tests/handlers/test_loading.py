@@ -1,6 +1,7 @@
 """Where a model goes when it is loaded."""
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from handlers.config import ServingConfig
 from handlers.loading import find_device, load_engine
 from mpm_ops import load_segmenter
 from mpm_ops.bench.model import DEMO
+
+pytest_plugins = ("tiny_server",)
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +42,17 @@ def test_a_model_is_loaded_to_its_device_and_only_the_engine_builds_a_runtime(mo
     with closing(load_engine(DEMO.parent, ServingConfig(device="cpu", precision="fp32"))) as engine:
         assert devices == [torch.device("cpu")]
         assert engine._model._runtime is None
+
+
+@pytest.mark.parametrize(("set_to", "quota", "expected"), [(0, 1.5, 1), (0, None, 2), (2, 1.0, 2)])
+def test_threads_are_those_of_the_configuration_or_of_the_container(
+    set_to: int, quota: float | None, expected: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(loading, "cpu_quota", lambda: quota)
+    try:
+        loading.load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to), name="a").close()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from handlers.codec import encode_picture
 from handlers.launching import free_port
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from handlers.monitoring.boards import BOARDS, Board, concrete
-from handlers.monitoring.grafana import render
+from handlers.monitoring.grafana import RUNBOOK, RUNBOOK_UID, render, render_runbook
 from handlers.monitoring.pictures import draw_board
 from handlers.monitoring.prometheus import RULES, Prometheus
 from handlers.torchserve_launcher import TorchServe
@@ -183,6 +184,19 @@ def test_pictures_of_all_boards(prometheus: Prometheus, watched: tuple[float, fl
     assert (tmp_path / "board.png").stat().st_size > 20_000
 
 
+@pytest.mark.usefixtures("watched")
+def test_a_latency_leads_to_its_request(prometheus: Prometheus, watched: tuple[float, float]) -> None:
+    """Through an exemplar that Prometheus keeps, for the panel that shows such."""
+    start, end = watched
+    panels = [panel for _, panel in PANELS if panel.exemplars]
+    assert panels
+    for query in (query for panel in panels for query in panel.queries):
+        found = prometheus.get("query_exemplars", query=concrete(query.expr), start=start, end=end)
+        named = [exemplar["labels"] for series in found for exemplar in series["exemplars"]]
+        assert named
+        assert all(labels.keys() <= {"trace_id", "request_id"} and all(labels.values()) for labels in named)
+
+
 GPU_POD = {"pod": "segmenter-0", "namespace": "segmentation"}
 # One GPU computes for our pod, one for another, and one for nobody, which has no pod.
 DCGM = """\
@@ -299,16 +313,19 @@ def test_an_alert_reaches_the_alertmanager(tmp_path: Path) -> None:
         pytest.skip(str(error))
     with started as prometheus:
         deadline = time.monotonic() + 40
-        expected = {"SegmenterWorkerDead", "SegmenterMetricsMissing"}
+        expected = {"SegmenterNotStarting", "SegmenterMetricsMissing"}
         while (names := {alert["labels"]["alertname"] for alert in prometheus.alerts()}) != expected:
             assert time.monotonic() < deadline, f"only {names} arrived"
             time.sleep(0.5)
 
 
-@pytest.mark.parametrize("board", BOARDS, ids=[board.uid for board in BOARDS])
-def test_dashboards_are_those_of_the_code_and_fit_the_schema(board: Board) -> None:
-    text = (MONITORING / "dashboards" / f"{board.uid}.json").read_text()
-    assert text == render(board), "run `make dashboards`"
+RENDERED = {board.uid: render(board) for board in BOARDS} | {RUNBOOK_UID: render_runbook(RUNBOOK.read_text())}
+
+
+@pytest.mark.parametrize("uid", RENDERED)
+def test_dashboards_are_those_of_the_code_and_fit_the_schema(uid: str) -> None:
+    text = (MONITORING / "dashboards" / f"{uid}.json").read_text()
+    assert text == RENDERED[uid], "run `make dashboards`"
     register_default_plugins()  # the schemas of panels and queries
     read = json.loads(json.dumps(Dashboard.from_json(json.loads(text)), cls=JSONEncoder))
     assert read == json.loads(text), "the schema drops or changes something"
@@ -336,12 +353,30 @@ def test_every_alert_has_a_firing_case_a_silent_case_and_a_runbook_entry() -> No
     names = {alert["alert"] for alert in ALERTS}
     assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
     assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == names
-    entries = re.findall(r"^## (\w+)$", (MONITORING / "runbook.md").read_text(), re.MULTILINE)
-    assert sorted(entries) == sorted(names)
-    for alert in ALERTS:
-        anchor = f"k8s/monitoring/runbook.md#{alert['alert'].lower()}"
-        assert alert["annotations"]["runbook_url"] == anchor
-        assert alert["labels"]["severity"] in ("warning", "critical")
+    entries = re.findall(r"^## (\w+)$", RUNBOOK.read_text(), re.MULTILINE)
+    assert entries == [alert["alert"] for alert in ALERTS]
+    assert {alert["labels"]["severity"] for alert in ALERTS} <= {"warning", "critical"}
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
+def test_an_alert_links_to_its_entry(alert: dict[str, Any]) -> None:
+    """To the panel of the board that compose's Grafana serves, under its address."""
+    link = urllib.parse.urlsplit(alert["annotations"]["runbook_url"])
+    published = yaml.safe_load((ROOT / "docker/compose/compose.yml").read_text())["services"]["grafana"]["ports"]
+    assert (link.scheme, link.netloc) == ("http", published[0].removesuffix(":3000"))
+    board = json.loads((MONITORING / "dashboards" / "mpm-runbook.json").read_text())
+    assert link.path == f"/d/{board['uid']}"
+    (number,) = urllib.parse.parse_qs(link.query)["viewPanel"]
+    (panel,) = [panel for panel in board["panels"] if panel["id"] == int(number)]
+    assert panel["title"] == alert["alert"]
+    assert len(panel["options"]["content"]) > 50
+
+
+def test_the_runbook_links_to_boards_and_knows_them() -> None:
+    (panel,) = json.loads(render_runbook("# Title\n\nHead.\n\n## Alert\nSee *Overview*, *here*.\n"))["panels"]
+    assert panel["options"]["content"] == "See [Overview](/d/mpm-overview), *here*."
+    with pytest.raises(ValueError, match=r"^runbook: expected a board, one of overview, merging, .*, got Nowhere$"):
+        render_runbook("## Alert\nSee *Nowhere*.\n")
 
 
 def test_a_tool_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ OVERLAYS = sorted(
     if "kind: Kustomization" in path.read_text()
 )
 COMPONENTS = sorted({path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"production"})
+NAMES = "model=roads, grafana=https://grafana.example.com"
 _REPLACED = {"hpa": "keda"}  # what goes where the other comes
 
 
@@ -61,10 +62,14 @@ def render_with(component: str, server: str = "torchserve") -> str:
     text = (K8S / "components" / "production" / "kustomization.yaml").read_text()
     used = [line.removeprefix("  - ../") for line in text.splitlines() if line.startswith("  - ../")]
     used = [name for name in used if name != _REPLACED.get(component)]
-    used += [component] if component not in used else []
-    lines = ["kind: Kustomization", "namespace: segmenter", "resources:", "- ../../base/common"]
+    used += [component] if component not in used else []  # the last, as those have to be that replace
+    namespace = "vision" if component == "names" else "segmenter"
+    lines = ["kind: Kustomization", f"namespace: {namespace}", "resources:", "- ../../base/common"]
     lines += [f"- ../../base/{server}"]
     lines += [f"- ../../base/canary/{server}"] if component in ("canary", "shadow") else []
+    if component == "names":
+        lines += ["configMapGenerator:", "- name: names", f"  literals: [namespace={namespace}, {NAMES}]"]
+        lines += ['  options: {annotations: {config.kubernetes.io/local-config: "true"}}']
     lines += ["components:", "- ../h100-sxm/node", *(f"- ../../components/{name}" for name in used)]
     return render_overlay("\n".join(lines))
 

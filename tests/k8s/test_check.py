@@ -21,6 +21,10 @@ GONE = object()
 SERVER = ("spec", "template", "spec", "containers", 0)
 POD = ("spec", "template", "spec")
 DEPLOYMENT = "Deployment/segmenter"
+BINDING = "ValidatingAdmissionPolicyBinding"
+BOUND = ("spec", "matchResources", "namespaceSelector")
+RULE = ("spec", "rules", 0)
+MODIFIER = (*RULE, "filters", 0, "requestHeaderModifier")
 TRIGGER = ("spec", "triggers", 0, "metadata")
 Path = tuple[str | int, ...]
 
@@ -77,6 +81,36 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ),
     ("namespaces", ("Service/segmenter", ("metadata", "namespace"), GONE), "got None"),
     ("namespaces", ("ScaledObject/segmenter", ("metadata", "namespace"), "keda"), "got keda"),
+    (
+        "names",
+        ("ScaledObject/segmenter", (*TRIGGER, "query"), 'sum(a{namespace="segmenter"}) / sum(b{namespace="other"})'),
+        "expected namespace='segmenter' of every metric, got 'other'",
+    ),
+    (
+        "names",
+        ("ScaledObject/segmenter", (*TRIGGER, "query"), "sum(max_over_time(a[1m]))"),
+        "of every metric, got None",
+    ),
+    (
+        "names",
+        ("ScaledObject/segmenter", (*TRIGGER, "query"), 'sum(-rate(a{namespace!="segmenter"}[1m]))'),
+        "of every metric, got None",
+    ),
+    (
+        "names",
+        (f"{BINDING}/segmenter-image-digests", (*BOUND, "matchLabels"), {"kubernetes.io/metadata.name": "other"}),
+        "expected the namespace segmenter",
+    ),
+    ("names", (f"{BINDING}/segmenter-image-digests", BOUND, GONE), "expected the namespace segmenter"),
+    ("names", (f"{BINDING}/segmenter-image-digests", ("spec", "policyName"), "other"), "no ValidatingAdmissionPolicy"),
+    ("names", (f"{BINDING}/segmenter-image-digests", ("metadata", "name"), "image-digests"), "begin with segmenter"),
+    ("names", ("PriorityClass/segmenter", ("metadata", "name"), "serving"), "expected to begin with segmenter"),
+    ("names", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 2), "--name=other"), "expected the model 'other'"),
+    (
+        "names",
+        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 4), "http://127.0.0.1:8080/predictions/a"),
+        "livenessProbe: expected the model 'segmenter'",
+    ),
     ("quantities", (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "16Gib"), "got '16Gib'"),
     ("quantities", (DEPLOYMENT, (*SERVER, "resources", "requests", "cpu"), "8 cores"), "got '8 cores'"),
     (
@@ -113,6 +147,24 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         "'canary': no such Service",
     ),
     ("ports", ("HTTPRoute/segmenter", ("spec", "rules", 0, "backendRefs", 0, "port"), 8080), "it has no port 8080"),
+    (
+        "routes",
+        ("HTTPRoute/segmenter", (*RULE, "matches", 0, "method"), "POST"),
+        "match for PUT /predictions/segmenter",
+    ),
+    (
+        "routes",
+        ("HTTPRoute/segmenter", (*RULE, "matches", 1, "method"), "PUT"),
+        "match for POST /predictions/segmenter",
+    ),
+    ("routes", ("HTTPRoute/segmenter", (*RULE, "matches", 1, "path", "value"), "/"), "match for POST /predictions"),
+    (
+        "routes",
+        (DEPLOYMENT, (*POD, "initContainers", 2, "args", 2), "--name=other"),
+        "match for PUT /predictions/other",
+    ),
+    ("routes", ("HTTPRoute/segmenter", (*RULE, "filters"), []), "removes Content-Encoding"),
+    ("routes", ("HTTPRoute/segmenter", (*MODIFIER, "remove"), ["Accept-Encoding"]), "removes Content-Encoding"),
     ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "failureThreshold"), 3), "expected 300 s"),
     (
         "probes",
@@ -175,8 +227,8 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 3), "--schedule=two"), "--schedule: "),
     (
         "models",
-        (DEPLOYMENT, (*POD, "initContainers", 2, "args", 6), "--batch-size=127"),
-        "max_inflight_tokens: expected",
+        (DEPLOYMENT, (*POD, "initContainers", 2, "args", 6), "--batch-size=145"),
+        "max_inflight_tokens: expected at most --batch-size x 901 = 130645",
     ),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 4), "--metrics-port=9090"), "metrics: expected"),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "name"), "build"), "expected an init container `model`"),
@@ -210,7 +262,8 @@ def test_every_check_has_been_seen_to_fail() -> None:
         ("max_batch_tokens: many", "max_batch_tokens: expected an integer"),
         ("max_batch: 1", "unknown fields max_batch"),
         ("metrics_host: 127.0.0.1", "metrics: expected metrics_host 0.0.0.0"),
-        ("metrics_host: 0.0.0.0\nmax_inflight_tokens: 131201", "max_inflight_tokens: expected at most"),
+        ("metrics_host: 0.0.0.0\nmax_inflight_tokens: 144161", "expected at most --batch-size x 901 = 144160"),
+        ("metrics_host: 0.0.0.0\ninference: {window_size: 320}", "expected at most --batch-size x 401 = 64160"),
     ],
 )
 def test_serving_yml_is_read_as_the_server_reads_it(text: str, told: str) -> None:
@@ -221,12 +274,50 @@ def test_serving_yml_is_read_as_the_server_reads_it(text: str, told: str) -> Non
     assert any(told in line for line in found), found
 
 
+def test_threads_that_nobody_limits() -> None:
+    """Where serving.yml sets none, as on CPUs."""
+    text = render("overlays/dev-cpu/torchserve")
+    found = problems(change(text, [(DEPLOYMENT, (*SERVER, "env"), GONE)]))
+    assert found == [
+        f"models: {DEPLOYMENT}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+    ]
+    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "OMP_NUM_THREADS", "value": "64"})
+    assert any("torch_threads" in line for line in problems(change(text, [edit])))
+
+
 def test_a_deadline_that_the_grace_does_not_cover(whole: str) -> None:
     (config,) = [c for c in Manifests.parse(whole).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
     edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), "deadline_seconds: 66")
     found = problems(change(whole, [edit]))
     assert any("expected 91" in line for line in found)
     assert any("timeouts.request" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("match", "enough"),
+    [
+        ({}, True),
+        ({"path": {"type": "PathPrefix", "value": "/predictions"}}, True),
+        ({"path": {"value": "/"}}, True),
+        ({"path": {"type": "PathPrefix", "value": "/pred"}}, False),
+        ({"path": {"type": "Exact", "value": "/predictions/segmenter"}}, True),
+        ({"path": {"type": "Exact", "value": "/predictions"}}, False),
+        ({"method": "POST"}, False),
+    ],
+)
+def test_a_route_of_ones_own(whole: str, match: dict[str, Any], enough: bool) -> None:
+    found = problems(change(whole, [("HTTPRoute/segmenter", (*RULE, "matches"), [match])]))
+    assert any(line.startswith("routes: ") for line in found) is not enough
+
+
+@pytest.mark.parametrize("match", [2, 3])
+def test_a_route_without_triton_s_paths(match: int) -> None:
+    text = render("overlays/h100-sxm/triton")
+    edit = ("HTTPRoute/segmenter", (*RULE, "matches", match, "path", "value"), "/v2/models/other")
+    assert any(
+        line.startswith("routes: ") and "match for" in line and "/v2/models/segmenter" in line
+        for line in problems(change(text, [edit]))
+    )
 
 
 def test_two_autoscalers() -> None:

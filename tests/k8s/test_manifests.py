@@ -19,6 +19,7 @@ from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render
 from handlers.metrics import Metrics
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from handlers.monitoring.boards import BOARDS
+from handlers.monitoring.grafana import RUNBOOK_UID
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
 from k8s.manifests import Manifest, Manifests, pod_of, server_of
@@ -151,7 +152,33 @@ def test_a_shadow_gets_copies_and_answers_nobody() -> None:
     (route,) = Manifests.parse(render_with("shadow")).of("HTTPRoute")
     (rule,) = route["spec"]["rules"]
     assert [backend["name"] for backend in rule["backendRefs"]] == ["segmenter"]
-    assert rule["filters"][0]["requestMirror"]["backendRef"]["name"] == "segmenter-canary"
+    encoding, mirror = rule["filters"]
+    assert encoding["requestHeaderModifier"] == {"remove": ["Content-Encoding"]}
+    assert mirror["requestMirror"]["backendRef"]["name"] == "segmenter-canary"
+
+
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_another_namespace_and_name(server: str) -> None:
+    """They are all that is left; what keeps the name `segmenter` lies in the namespace."""
+    text = render_with("names", server)
+    assert problems(Manifests.parse(text)) == []
+    found = Manifests.parse(text)
+    assert found.names("Namespace") == found.names("PriorityClass") == {"vision"}
+    assert found.names("ValidatingAdmissionPolicyBinding") == {"vision-image-digests"}
+    assert "names" not in found.names("ConfigMap"), "it is for kustomize alone"
+    texts = [line for line in text.splitlines() if "app.kubernetes.io/name" not in line]
+    assert not [
+        line for line in texts if re.search(r"(--name=|/predictions/|/v2/models/|namespace=\")segmenter", line)
+    ]
+    (rule,) = found.of("PrometheusRule")
+    links = [alert["annotations"]["runbook_url"] for alert in rule["spec"]["groups"][1]["rules"]]
+    assert all(link.startswith("https://grafana.example.com/d/") for link in links)
+
+
+def test_a_namespace_that_is_only_half_changed_is_found() -> None:
+    found = problems(Manifests.parse(render_overlay("namespace: vision\nresources: [../h100-sxm/torchserve]")))
+    for kind in ("ScaledObject", "PriorityClass", "ValidatingAdmissionPolicyBinding"):
+        assert any(line.startswith(f"names: {kind}") for line in found), found
 
 
 def test_no_server_is_more_than_its_port_from_the_management() -> None:
@@ -165,7 +192,7 @@ def test_no_server_is_more_than_its_port_from_the_management() -> None:
 def test_the_example_of_the_readme_renders_and_may_be_released() -> None:
     text = (K8S / "README.md").read_text()
     (overlay,) = re.findall(r"<<END\n(.*?)\nEND\n", text, re.DOTALL)
-    (model,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    model, names = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     overlay = overlay.replace("$IMAGE", "registry.example.com/mpm").replace("${DIGEST#*@}", f"sha256:{'0a' * 32}")
     found = Manifests.parse(render_overlay(f"{overlay}\n{model.replace('2,5', '3,6')}"))
     assert problems(found, release=True) == []
@@ -173,6 +200,9 @@ def test_the_example_of_the_readme_renders_and_may_be_released() -> None:
     assert [c["name"] for c in pod_of(server)["initContainers"]] == ["cache", "model"]
     assert "--schedule=3,6" in pod_of(server)["initContainers"][1]["args"]
     assert any("persistentVolumeClaim" in volume for volume in pod_of(server)["volumes"])
+    other = Manifests.parse(render_overlay(overlay.replace("namespace: segmenter\n", "") + f"\n{names}"))
+    assert problems(other, release=True) == []
+    assert other.names("Namespace") == {"vision"}
 
 
 # What is made from other files
@@ -187,7 +217,7 @@ def test_the_rules_are_those_of_the_alerts() -> None:
 def test_every_board_is_in_the_dashboards() -> None:
     found = manifests("overlays/h100-sxm/torchserve").of("ConfigMap")
     (config,) = [config for config in found if config["metadata"]["name"] == "mpm-dashboards"]
-    assert set(config["data"]) == {f"{board.uid}.json" for board in BOARDS}
+    assert set(config["data"]) == {f"{uid}.json" for uid in (RUNBOOK_UID, *(board.uid for board in BOARDS))}
     for name, text in config["data"].items():
         assert text == (K8S / "monitoring" / "dashboards" / name).read_text()
     assert sum(map(len, config["data"].values())) < 2**19, "a ConfigMap holds a megabyte"
@@ -213,9 +243,12 @@ def query() -> str:
 def test_both_autoscalers_ask_the_same(query: str) -> None:
     values = yaml.safe_load((K8S / "components" / "hpa" / "prometheus-adapter.yml").read_text())
     (rule,) = values["rules"]["external"]
-    assert rule["metricsQuery"] == query
     (scaler,) = Manifests.parse(render_with("hpa")).of("HorizontalPodAutoscaler")
     metric = scaler["spec"]["metrics"][0]["external"]
+    labels = {"namespace": scaler["metadata"]["namespace"]} | metric["metric"]["selector"]["matchLabels"]
+    matchers = ", ".join(f'{name}="{value}"' for name, value in labels.items())
+    assert rule["metricsQuery"].replace("<<.LabelMatchers>>", matchers) == query
+    assert rule["resources"]["overrides"] == {"namespace": {"resource": "namespace"}}, "what the matchers come from"
     assert metric["metric"]["name"] == rule["name"]["as"]
     (trigger,) = manifests("overlays/h100-sxm/torchserve").of("ScaledObject")[0]["spec"]["triggers"]
     assert metric["target"]["averageValue"] == f"{1000 * float(trigger['metadata']['threshold']):.0f}m"

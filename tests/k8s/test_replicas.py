@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -21,10 +21,10 @@ from typing import Self
 import numpy as np
 import psutil
 import pytest
+from proxying import SECONDS_TO_START, proxy, require_haproxy, wait_for
 
 from handlers.codec import encode_mask_png, encode_picture
 from handlers.launching import free_port
-from handlers.monitoring.binaries import MissingToolError, find_tool, library_path
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import Segmenter
@@ -32,11 +32,9 @@ from mpm_ops.classes import Classes
 
 pytest_plugins = ("tiny_server",)
 
-CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"
 NUM_CLIENTS = 6
 PAUSE_SECONDS = 0.15  # of a client after an answer: the same few cores have to start a replica meanwhile
 LAME_DUCK_SECONDS = 2.0  # the proxy looks every half second
-SECONDS_TO_START = 150
 SECONDS_TO_END = 60
 
 
@@ -190,14 +188,6 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def haproxy() -> Path:
-    try:
-        return find_tool("haproxy")
-    except MissingToolError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def pictured(photo: Callable[..., np.ndarray], model: Segmenter, classes: Classes) -> tuple[bytes, bytes]:
     """A picture and its mask."""
     image = photo(0)
@@ -223,7 +213,6 @@ def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.fixture(scope="module", params=[pytest.param("torchserve"), pytest.param("triton", marks=pytest.mark.slow)])
 def pair(
     request: pytest.FixtureRequest,
-    haproxy: Path,
     build: Callable[[str], Path],
     pictured: tuple[bytes, bytes],
     tmp_path_factory: pytest.TempPathFactory,
@@ -237,30 +226,13 @@ def pair(
             stack.callback(replica.end)
         for replica in replicas:
             replica.wait_ready()
-        yield Pair(replicas, stack.enter_context(proxy(haproxy, replicas, folder / "haproxy.log")), *pictured)
-
-
-@contextmanager
-def proxy(haproxy: Path, replicas: Sequence[Replica], log: Path) -> Iterator[str]:
-    """A running HAProxy; gives its address."""
-    listen = f"127.0.0.1:{free_port()}"
-    environment = {"LISTEN": listen}
-    for i, replica in enumerate(replicas, 1):
-        environment |= {f"REPLICA_{i}": replica.address, f"REPLICA_{i}_READY": str(replica.ready_port)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [haproxy, "-db", "-f", CONFIG],
-            stdout=output,
-            stderr=output,
-            env=os.environ | library_path(haproxy) | environment,
+        yield Pair(
+            replicas,
+            stack.enter_context(
+                proxy(require_haproxy(), [(r.address, r.ready_port) for r in replicas], folder / "haproxy.log")
+            ),
+            *pictured,
         )
-    try:
-        wait_for(lambda: accepts(listen))
-        yield listen
-        assert process.poll() is None, log.read_text()
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 class TestPair:
@@ -396,15 +368,6 @@ def test_a_slow_reader(build: Callable[[str], Path], photo: Callable[..., np.nda
         replica.end()
 
 
-def accepts(address: str) -> bool:
-    host, _, port = address.partition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
 def has_child(pid: int, word: str) -> bool:
     for child in psutil.Process(pid).children():
         with suppress(psutil.NoSuchProcess):  # ended meanwhile
@@ -420,10 +383,3 @@ def ask_ready(port: int) -> int:
         return connection.getresponse().status
     finally:
         connection.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS_TO_START
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

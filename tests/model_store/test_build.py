@@ -1,5 +1,6 @@
 """`python -m model_store build`: an archive that can be served, or one line that says why not."""
 
+import io
 import json
 import sys
 import zipfile
@@ -32,7 +33,10 @@ def checkpoint(tmp_path: Path) -> Path:
         image_size=(32, 32), patch_size=16, d_model=64, n_heads=1, n_layers=4, n_cls=3, decoder="linear"
     )
     inference = InferenceConfig(im_size=32, max_ratio=4, window_size=32, window_stride=32, normalization="vit")
-    torch.save({"model": Segmenter(network, inference).state_dict()}, folder / "checkpoint.pth")
+    weights = Segmenter(network, inference).state_dict()
+    torch.save(
+        {"model": weights, "optimizer": {"state": {0: torch.ones(2**20)}}, "epoch": 7}, folder / "checkpoint.pth"
+    )
     (folder / "variant.yml").write_text(VARIANT)
     (folder / "classes.csv").write_text(CLASSES)
     return folder / "checkpoint.pth"
@@ -49,11 +53,21 @@ def build(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def run(**options: Any) -> int:
         values = {"target": "torchserve", "checkpoint": checkpoint, "name": "street", "out": out} | options
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+        named = {f"--{key.replace('_', '-')}": value for key, value in values.items()}
+        arguments = [name if value is True else f"{name}={value}" for name, value in named.items()]
         monkeypatch.setattr(sys, "argv", ["model_store", "build", *arguments])
         return main()
 
     return run
+
+
+def assert_weights_alone(built: Path | io.BytesIO, checkpoint: Path) -> None:
+    """What is built into an archive are the checkpoint's weights, bit for bit, and nothing else that it held."""
+    found = torch.load(built, weights_only=True)
+    assert found.keys() == {"model"}
+    expected = torch.load(checkpoint, weights_only=True)["model"]
+    assert found["model"].keys() == expected.keys()
+    assert all(torch.equal(found["model"][key], expected[key]) for key in expected)
 
 
 class TestArchive:
@@ -64,8 +78,9 @@ class TestArchive:
         assert capsys.readouterr().out == f"built {out / 'street.mar'}\n"
         assert [path.name for path in out.iterdir()] == ["street.mar"]
         with zipfile.ZipFile(out / "street.mar") as archive:
-            for name in ("checkpoint.pth", "variant.yml", "classes.csv"):
+            for name in ("variant.yml", "classes.csv"):
                 assert archive.read(name) == (checkpoint.parent / name).read_bytes()
+            assert_weights_alone(io.BytesIO(archive.read("checkpoint.pth")), checkpoint)
             manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
             assert (manifest["modelName"], manifest["handler"]) == ("street", "handler.py")
             assert archive.read("handler.py").count(b"\nclass ") == 1  # TorchServe takes the only one
@@ -98,6 +113,30 @@ class TestArchive:
             assert read_config(out)["mpm"] == {"schedule": expected}
 
 
+@pytest.mark.parametrize("target", ["torchserve", "triton"])
+class TestOthers:
+    """Whatever else a store serves, as the demo model that a volume was filled with."""
+
+    @pytest.fixture
+    def others(self, build: Callable[..., int], target: str, out: Path) -> Path:
+        assert build(target=target, schedule="1", name="demo") == 0
+        (out / "notes.txt").write_text("no model")
+        (out / "folder").mkdir()
+        return out
+
+    def test_stay(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="1") == 0
+        assert {path.stem for path in others.iterdir()} == {"demo", "street", "notes", "folder"}
+
+    def test_go_where_it_is_to_be_alone(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="1", alone=True) == 0
+        assert {path.stem for path in others.iterdir()} == {"street", "notes", "folder"}
+
+    def test_stay_where_nothing_was_built(self, build: Callable[..., int], target: str, others: Path) -> None:
+        assert build(target=target, schedule="9", alone=True) == 1
+        assert {path.stem for path in others.iterdir()} == {"demo", "notes", "folder"}
+
+
 class TestModelRepository:
     @pytest.fixture
     def model(self, out: Path) -> Path:
@@ -110,8 +149,9 @@ class TestModelRepository:
         assert capsys.readouterr().out == f"built {model / '1'}\n"
         assert [path.name for path in out.iterdir()] == ["street"]
         assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt", "warmup"]
-        for name in ("checkpoint.pth", "variant.yml", "classes.csv"):
+        for name in ("variant.yml", "classes.csv"):
             assert (model / "1" / name).read_bytes() == (checkpoint.parent / name).read_bytes()
+        assert_weights_alone(model / "1" / "checkpoint.pth", checkpoint)
         assert yaml.safe_load((model / "1" / "serving.yaml").read_text()) == {"schedule": [1, 2], "align": 2}
         assert len((model / "1" / "model.py").read_text().splitlines()) < 10
         config = (model / "config.pbtxt").read_text()

@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,39 @@ def test_official_variants_load_as_stored(name: str, stored: Path) -> None:
     assert model.inference == InferenceConfig(
         im_size=64, max_ratio=max_ratio, window_size=64, window_stride=64, normalization=case.normalization
     )
+
+
+def test_files_of_torch_before_1_6_load(checkpoint: Path) -> None:
+    """Those of the first releases, which can't be mapped."""
+    expected = load_segmenter(checkpoint).state_dict()
+    torch.save(torch.load(checkpoint, weights_only=True), checkpoint, _use_new_zipfile_serialization=False)
+    loaded = load_segmenter(checkpoint).state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+PEAK = """\
+import re, sys
+from pathlib import Path
+from mpm_ops import load_segmenter
+def peak():  # in KiB; getrusage's would be this test's own, whose process the child was before it became itself
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+load_segmenter(sys.argv[1])
+print(1024 * (peak() - before))
+"""
+
+
+def test_what_training_left_beside_the_weights_takes_no_memory(checkpoint: Path) -> None:
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs Linux, to know the most memory that a process held")
+    data = torch.load(checkpoint, weights_only=True)
+    data["optimizer"] = {"state": {0: {"exp_avg": torch.ones(2**26)}}, "param_groups": [{"lr": 1e-3}]}
+    torch.save(data, checkpoint)
+    assert checkpoint.stat().st_size > 2**28
+    done = subprocess.run([sys.executable, "-c", PEAK, str(checkpoint)], capture_output=True, text=True)
+    checkpoint.unlink()
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**27, "half of what the optimizer's state takes"
 
 
 def test_a_bare_state_dict_and_half_precision_weights_load_in_float32(checkpoint: Path) -> None:
