@@ -1,6 +1,7 @@
 """The files for one host: read as the client reads them, and held against the images and the files they mount."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -106,6 +107,27 @@ def test_the_servers_ports_are_the_images() -> None:
 def test_the_server_may_take_its_time_to_end() -> None:
     """Longer than the 60 s that launchers give to what is in flight, and the 14 s in which they end the rest."""
     assert int(read("compose.yml")["services"]["server"]["stop_grace_period"].removesuffix("s")) > 74
+
+
+def test_what_ends_is_started_again() -> None:
+    """A launcher ends with status 1 when nothing inside brings its model back; jobs that are done stay so."""
+    merged: dict[str, dict[str, Any]] = {}
+    for _, name, service in SERVICES:
+        merged[name] = merged.get(name, {}) | service
+    once = {"model", "loadtest"}
+    assert {name for name in merged if "restart" not in merged[name]} == once
+    assert {merged[name]["restart"] for name in merged.keys() - once} == {"unless-stopped"}
+
+
+def test_a_server_by_hand_is_started_again_too() -> None:
+    """The commands of the README that leave a server running; docker refuses --restart together with --rm."""
+    text = (ROOT / "docker" / "README.md").read_text().replace("\\\n", "")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("docker run ")]
+    servers = [words for words in commands if "-p" in words]
+    assert len(servers) == 2
+    for words in servers:
+        assert words[words.index("--restart") + 1] == "unless-stopped"
+        assert "--rm" not in words
 
 
 def test_a_model_of_ones_own_is_built_where_the_server_looks() -> None:
