@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -23,6 +24,10 @@ DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
+JAVA_BYTES = 2560 * 2**20  # TorchServe's heap and direct memory, at most
+ENGINE_BYTES = 768 * 2**20  # the process that computes: measured with the demo model on a CPU
+CUDA_ENGINE_BYTES = 4 * 2**30  # the same with CUDA's libraries: assumed
+TOKEN_BYTES = 16 * 16 * 3 * 4  # of a window in flight: float32 pixels of a patch
 FILL_TOKENS = 901  # of a request at least: one window of 480 x 480, the smallest of the official checkpoints
 
 CLUSTER_WIDE = (
@@ -285,7 +290,7 @@ def _admits(match: Mapping[str, Any], method: str, path: str) -> bool:
 def _asked(server: Manifest) -> set[tuple[str, str]]:
     """Methods and paths that clients of a server use: `curl -T` PUTs, forms and other clients POST."""
     name = _build_options(server).get("name", "")
-    if "handlers.triton_launcher" in server_of(server).get("command", []):
+    if _is_triton(server):
         return {("POST", f"/v2/models/{name}/infer"), ("GET", f"/v2/models/{name}")}
     return {("PUT", f"/predictions/{name}"), ("POST", f"/predictions/{name}")}
 
@@ -544,6 +549,44 @@ def models(manifests: Manifests) -> Iterator[str]:
             )
 
 
+def memory(manifests: Manifests) -> Iterator[str]:
+    """A server that holds all that it may hold stays below its limit: the kernel would end it without a word."""
+    for server in manifests.servers:
+        try:
+            config = manifests.serving(server)
+            limit = quantity(server_of(server).get("resources", {}).get("limits", {}).get("memory"))
+        except ValueError:  # told by `models` and `quantities`; nobody has to have a limit
+            continue
+        if config is None:
+            continue
+        parts = {
+            "the engine": CUDA_ENGINE_BYTES if _wants_gpu(server) else ENGINE_BYTES,
+            "max_inflight_mib": config.max_inflight_mib * 2**20,
+            "windows of max_inflight_tokens": config.max_inflight_tokens * TOKEN_BYTES,
+        }
+        if _is_triton(server):
+            parts["/dev/shm"] = _shared_bytes(server)
+        else:
+            parts["Java"] = JAVA_BYTES
+        if (needed := sum(parts.values())) > limit:
+            told = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+            yield f"{name_of(server)}: memory: expected a limit of {_gib(needed)} or more ({told}), got {_gib(limit)}"
+
+
+def _shared_bytes(server: Manifest) -> int:
+    """What /dev/shm may hold, which counts as the pod's memory; 0 without a limit that can be read."""
+    mounts = {mount["mountPath"]: mount["name"] for mount in server_of(server).get("volumeMounts", [])}
+    for volume in pod_of(server).get("volumes", []):
+        if volume["name"] == mounts.get("/dev/shm"):
+            with suppress(ValueError):
+                return int(quantity((volume.get("emptyDir") or {}).get("sizeLimit")))
+    return 0
+
+
+def _gib(size: Decimal | int) -> str:
+    return f"{float(size) / 2**30:.3g} GiB"
+
+
 def _window_tokens(config: ServingConfig) -> int:
     """Of a window of the size that the configuration sets, on patches of 16 pixels; FILL_TOKENS where it sets none."""
     size = config.inference.get("window_size")
@@ -553,6 +596,10 @@ def _window_tokens(config: ServingConfig) -> int:
 def _knows_its_cores(server: Manifest) -> bool:
     given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
     return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
+
+
+def _is_triton(server: Manifest) -> bool:
+    return "handlers.triton_launcher" in server_of(server).get("command", [])
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -585,6 +632,7 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     confinement,
     volumes,
     models,
+    memory,
 )
 
 

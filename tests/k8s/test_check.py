@@ -232,6 +232,11 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 4), "--metrics-port=9090"), "metrics: expected"),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "name"), "build"), "expected an init container `model`"),
+    (
+        "memory",
+        (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "8Gi"),
+        r"expected a limit of 8\.88 GiB or more .*Java 2\.5 GiB\), got 8 GiB",
+    ),
 ]
 
 
@@ -272,6 +277,28 @@ def test_serving_yml_is_read_as_the_server_reads_it(text: str, told: str) -> Non
     name = f"ConfigMap/{config['metadata']['name']}"
     found = problems(change(broken, [(name, ("data", "serving.yml"), text)]))
     assert any(told in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("overlay", "sizes", "most"),
+    [
+        ("dev-cpu/torchserve", "max_inflight_mib: {}", 576),  # 4 GiB - 2.5 - 0.75 - 65536 x 3 KiB
+        ("dev-cpu/triton", "max_inflight_mib: {}", 2112),  # /dev/shm has 1 GiB, and there is no Java
+        ("dev-cpu/torchserve", "max_inflight_tokens: {}", 131072),  # 384 MiB, beside 384 of pictures
+    ],
+)
+def test_what_is_in_flight_fits_into_the_memory(overlay: str, sizes: str, most: int) -> None:
+    text = render(f"overlays/{overlay}")
+    (config,) = [c for c in Manifests.parse(text).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
+    for size, fits in ((most, True), (most + 1, False)):
+        given = f"metrics_host: 0.0.0.0\n{sizes.format(size)}"
+        found = problems(change(text, [(f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), given)]))
+        assert (not [line for line in found if line.startswith("memory: ")]) is fits, found
+
+
+def test_memory_without_a_limit_is_the_node_s(whole: str) -> None:
+    found = problems(change(whole, [(DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), GONE)]))
+    assert not [line for line in found if line.startswith("memory: ")]
 
 
 def test_threads_that_nobody_limits() -> None:
