@@ -23,7 +23,9 @@ from .manifests import Manifest, Manifests, containers_of, labels_of, matches, n
 DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
-PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
+TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what its queue refuses
+# All that a server listens on beyond loopback
+PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,), TRITON_METRICS: (8002,)}
 JAVA_BYTES = 2560 * 2**20  # TorchServe's heap and direct memory, at most
 ENGINE_BYTES = 768 * 2**20  # the process that computes: measured with the demo model on a CPU
 CUDA_ENGINE_BYTES = 4 * 2**30  # the same with CUDA's libraries: assumed
@@ -221,6 +223,13 @@ def ports(manifests: Manifests) -> Iterator[str]:
                 yield f"{name_of(server)}: ports: expected http, grpc and metrics as in {PORTS}, got {port}"
             if "hostPort" in port:
                 yield f"{name_of(server)}: ports: expected no hostPort, got {port}"
+        if _is_triton(server):
+            (number,) = PORTS[TRITON_METRICS]
+            if number not in _offered(server) or f"--{TRITON_METRICS}-port={number}" not in server_of(server)["args"]:
+                yield (
+                    f"{name_of(server)}: ports: expected {TRITON_METRICS} {number} and "
+                    f"--{TRITON_METRICS}-port={number}, or what Triton's queue refuses goes unseen"
+                )
     for service in manifests.of("Service"):
         for workload in manifests.selected_by({"matchLabels": service["spec"]["selector"]}):
             for port in service["spec"]["ports"]:
@@ -229,10 +238,11 @@ def ports(manifests: Manifests) -> Iterator[str]:
     for monitor in manifests.of("PodMonitor"):
         for workload in manifests.selected_by(monitor["spec"]["selector"]):
             for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-                if endpoint["port"] not in _offered(workload):
+                if endpoint["port"] not in _offered(workload) | _others_ports(workload):
                     yield f"{name_of(monitor)}: port {endpoint['port']!r}: {name_of(workload)} has no such"
     for policy in manifests.of("NetworkPolicy"):
-        offers = [_offered(workload) for workload in manifests.selected_by(policy["spec"]["podSelector"])]
+        selected = manifests.selected_by(policy["spec"]["podSelector"])
+        offers = [_offered(workload) | _others_ports(workload) for workload in selected]
         for rule in policy["spec"].get("ingress", []):
             for port in rule.get("ports", []):
                 if not any(port["port"] in offered for offered in offers):
@@ -253,6 +263,11 @@ def _urls(command: Sequence[str]) -> list[int]:
 def _offered(workload: Manifest) -> set[str | int]:
     every = [port for container in pod_of(workload)["containers"] for port in container.get("ports", [])]
     return {port["containerPort"] for port in every} | {port["name"] for port in every if "name" in port}
+
+
+def _others_ports(workload: Manifest) -> set[str | int]:
+    """What may be asked of every server, and only Triton has; it has to."""
+    return set() if _is_triton(workload) else {TRITON_METRICS}
 
 
 def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
@@ -598,8 +613,8 @@ def _knows_its_cores(server: Manifest) -> bool:
     return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
 
 
-def _is_triton(server: Manifest) -> bool:
-    return "handlers.triton_launcher" in server_of(server).get("command", [])
+def _is_triton(workload: Manifest) -> bool:
+    return any("handlers.triton_launcher" in c.get("command", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dockerfile import METRICS_PORT, TARGETS, command_of, last
+from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from loadtest.options import _URLS
@@ -98,10 +98,14 @@ def test_every_port_is_on_loopback() -> None:
 def test_the_servers_ports_are_the_images() -> None:
     published = {port.split(":")[2] for port in read("compose.yml")["services"]["server"]["ports"]}
     exposed = {port for target in TARGETS for port in last(target, "EXPOSE").split()}
-    assert published == exposed - {METRICS_PORT}
-    (scrape,) = read("prometheus.yml")["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
-    assert scrape["job_name"].endswith("mpm")  # the rules look for it
+    assert published == exposed - {METRICS_PORT, TRITON_METRICS_PORT}
+    ours, tritons = read("prometheus.yml")["scrape_configs"]
+    assert ours["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
+    assert ours["job_name"].endswith("mpm")  # the rules look for it
+    command = command_of("triton")
+    assert command[command.index("--triton-metrics-port") + 1] == TRITON_METRICS_PORT
+    assert tritons["static_configs"] == [{"targets": [f"server:{TRITON_METRICS_PORT}"]}]
+    assert not tritons["job_name"].endswith("mpm"), "TorchServe has no such port, and nobody should be told so"
 
 
 def test_the_server_may_take_its_time_to_end() -> None:

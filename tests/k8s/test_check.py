@@ -347,6 +347,37 @@ def test_a_route_without_triton_s_paths(match: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        (DEPLOYMENT, (*SERVER, "args", 4), "--lame-duck-seconds=0"),
+        (DEPLOYMENT, (*SERVER, "args", 4), "--triton-metrics-port=8003"),
+        (DEPLOYMENT, (*SERVER, "ports", 2), {"name": "metrics", "containerPort": 8090}),
+        (DEPLOYMENT, (*SERVER, "ports", 2, "containerPort"), 8003),
+    ],
+)
+def test_what_triton_s_queue_refuses_is_seen(edit: tuple[str, Path, Any]) -> None:
+    text = render("overlays/h100-sxm/triton")
+    found = problems(change(text, [edit]))
+    assert any("expected triton-metrics 8002 and --triton-metrics-port=8002" in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("PodMonitor/mpm", ("spec", "podMetricsEndpoints", 1, "port")),
+        ("NetworkPolicy/allow-monitoring", ("spec", "ingress", 0, "ports", 1, "port")),
+    ],
+)
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_who_asks_for_triton_s_metrics(server: str, name: str, path: Path) -> None:
+    """TorchServe's pods have no such port, and one that is misspelt is found there too."""
+    text = render(f"overlays/h100-sxm/{server}")
+    assert problems(change(text, [(name, path, "triton-metrics")])) == []
+    found = problems(change(text, [(name, path, "triton-metric")]))
+    assert any("port 'triton-metric'" in line for line in found), found
+
+
 def test_two_autoscalers() -> None:
     both = Manifests(
         (*Manifests.parse(render_with("hpa")).documents, *manifests("overlays/h100-sxm/triton").of("ScaledObject"))

@@ -186,7 +186,12 @@ def test_no_server_is_more_than_its_port_from_the_management() -> None:
     for overlay in OVERLAYS:
         for server in manifests(overlay).servers:
             words = " ".join(server_of(server)["args"])
-            assert set(re.findall(r"--([\w-]*(?:host|port))=", words)) <= {"host", "port", "grpc-port"}
+            assert set(re.findall(r"--([\w-]*(?:host|port))=", words)) <= {
+                "host",
+                "port",
+                "grpc-port",
+                "triton-metrics-port",
+            }
 
 
 def test_the_example_of_the_readme_renders_and_may_be_released() -> None:
