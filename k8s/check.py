@@ -20,7 +20,6 @@ from mpm_ops.stages import parse_schedule
 
 from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
 
-DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what its queue refuses
@@ -345,23 +344,29 @@ def endings(manifests: Manifests) -> Iterator[str]:
             continue
         if config is None:
             continue
-        if config.deadline_seconds > DRAIN_SECONDS:
-            yield f"{name_of(server)}: deadline_seconds: expected at most {DRAIN_SECONDS}, launchers drain no longer"
         stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if stop < 10:
             yield f"{name_of(server)}: preStop: expected to sleep 10 s or more, so that balancers learn of the end"
-        needed = stop + config.deadline_seconds + STOP_SECONDS
+        lame = _lame_duck_seconds(server)
+        needed = stop + lame + config.deadline_seconds + STOP_SECONDS  # launchers drain for the deadline
         grace = pod_of(server).get("terminationGracePeriodSeconds", 30)
         if grace < needed:
             yield (
-                f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, "
-                f"deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
+                f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, lame duck "
+                f"{lame:g}, deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
             )
         for route in manifests.of("HTTPRoute"):
             for rule in route["spec"]["rules"]:
                 seconds = re.fullmatch(r"(\d+)s", rule.get("timeouts", {}).get("request", ""))
                 if not seconds or int(seconds[1]) < config.deadline_seconds:
                     yield f"{name_of(route)}: timeouts.request: expected deadline_seconds or more, or 504 goes unheard"
+
+
+def _lame_duck_seconds(server: Manifest) -> float:
+    """How long the launcher goes on as if nothing were, after SIGTERM; what is no number it refuses itself."""
+    words = server_of(server).get("args", [])
+    found = [re.fullmatch(r"--lame-duck-seconds=(\d+(?:\.\d+)?)", word) for word in words]
+    return sum(float(match[1]) for match in found if match)
 
 
 def disruptions(manifests: Manifests) -> Iterator[str]:

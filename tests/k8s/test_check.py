@@ -172,8 +172,10 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         "livenessProbe: expected handlers.health",
     ),
     ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "timeoutSeconds"), 20), "expected --timeout below"),
+    ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "timeoutSeconds"), GONE), "startupProbe: expected --timeout"),
+    ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 3), "-v"), "expected --timeout below"),
     ("probes", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "http"), "expected the engine's own port"),
-    ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, deadline"),
+    ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, lame"),
     ("endings", (DEPLOYMENT, (*SERVER, "lifecycle", "preStop", "sleep", "seconds"), 5), "expected to sleep 10 s"),
     ("endings", (DEPLOYMENT, (*SERVER, "lifecycle"), GONE), "expected to sleep 10 s"),
     ("endings", ("HTTPRoute/segmenter", ("spec", "rules", 0, "timeouts", "request"), "30s"), "timeouts.request"),
@@ -312,12 +314,27 @@ def test_threads_that_nobody_limits() -> None:
     assert any("torch_threads" in line for line in problems(change(text, [edit])))
 
 
-def test_a_deadline_that_the_grace_does_not_cover(whole: str) -> None:
-    (config,) = [c for c in Manifests.parse(whole).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
-    edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), "deadline_seconds: 66")
-    found = problems(change(whole, [edit]))
-    assert any("expected 91" in line for line in found)
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_a_deadline_that_the_grace_does_not_cover(server: str) -> None:
+    text = render(f"overlays/h100-sxm/{server}")
+    (config,) = [c for c in Manifests.parse(text).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
+    fields = config["data"]["serving.yml"]
+    edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), f"{fields}deadline_seconds: 300\n")
+    found = problems(change(text, [edit]))
+    assert any(
+        "expected 325 (preStop 15, lame duck 0, deadline_seconds 300, 10 to end), got 90" in line for line in found
+    )
     assert any("timeouts.request" in line for line in found)
+    grace = (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 325)
+    timeouts = ("HTTPRoute/segmenter", (*RULE, "timeouts"), {"request": "305s", "backendRequest": "305s"})
+    assert problems(change(text, [edit, grace, timeouts])) == [], "a longer deadline is none if all else follows"
+    assert problems(change(text, [edit, (*grace[:2], 324), timeouts]))
+
+
+def test_a_lame_duck_takes_of_the_grace(whole: str) -> None:
+    for seconds, fits in ((5, True), (5.5, False)):
+        found = problems(change(whole, [(DEPLOYMENT, (*SERVER, "args", 2), f"--lame-duck-seconds={seconds}")]))
+        assert (found == []) is fits, found
 
 
 @pytest.mark.parametrize(
