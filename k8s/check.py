@@ -22,7 +22,7 @@ from .manifests import Manifest, Manifests, containers_of, labels_of, matches, n
 
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
-TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what its queue refuses
+TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what waited too long in its queue
 # All that a server listens on beyond loopback
 PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,), TRITON_METRICS: (8002,)}
 JAVA_BYTES = 2560 * 2**20  # TorchServe's heap and direct memory, at most
@@ -227,7 +227,7 @@ def ports(manifests: Manifests) -> Iterator[str]:
             if number not in _offered(server) or f"--{TRITON_METRICS}-port={number}" not in server_of(server)["args"]:
                 yield (
                     f"{name_of(server)}: ports: expected {TRITON_METRICS} {number} and "
-                    f"--{TRITON_METRICS}-port={number}, or what Triton's queue refuses goes unseen"
+                    f"--{TRITON_METRICS}-port={number}, or what waits too long in Triton's queue goes unseen"
                 )
     for service in manifests.of("Service"):
         for workload in manifests.selected_by({"matchLabels": service["spec"]["selector"]}):
