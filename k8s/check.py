@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -19,10 +20,15 @@ from mpm_ops.stages import parse_schedule
 
 from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
 
-DRAIN_SECONDS = 60  # that launchers wait for what was accepted
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
-PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,)}  # all that a server listens on beyond loopback
+TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what waited too long in its queue
+# All that a server listens on beyond loopback
+PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,), TRITON_METRICS: (8002,)}
+JAVA_BYTES = 2560 * 2**20  # TorchServe's heap and direct memory, at most
+ENGINE_BYTES = 768 * 2**20  # the process that computes: measured with the demo model on a CPU
+CUDA_ENGINE_BYTES = 4 * 2**30  # the same with CUDA's libraries: assumed
+TOKEN_BYTES = 16 * 16 * 3 * 4  # of a window in flight: float32 pixels of a patch
 FILL_TOKENS = 901  # of a request at least: one window of 480 x 480, the smallest of the official checkpoints
 
 CLUSTER_WIDE = (
@@ -216,6 +222,13 @@ def ports(manifests: Manifests) -> Iterator[str]:
                 yield f"{name_of(server)}: ports: expected http, grpc and metrics as in {PORTS}, got {port}"
             if "hostPort" in port:
                 yield f"{name_of(server)}: ports: expected no hostPort, got {port}"
+        if _is_triton(server):
+            (number,) = PORTS[TRITON_METRICS]
+            if number not in _offered(server) or f"--{TRITON_METRICS}-port={number}" not in server_of(server)["args"]:
+                yield (
+                    f"{name_of(server)}: ports: expected {TRITON_METRICS} {number} and "
+                    f"--{TRITON_METRICS}-port={number}, or what waits too long in Triton's queue goes unseen"
+                )
     for service in manifests.of("Service"):
         for workload in manifests.selected_by({"matchLabels": service["spec"]["selector"]}):
             for port in service["spec"]["ports"]:
@@ -224,10 +237,11 @@ def ports(manifests: Manifests) -> Iterator[str]:
     for monitor in manifests.of("PodMonitor"):
         for workload in manifests.selected_by(monitor["spec"]["selector"]):
             for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-                if endpoint["port"] not in _offered(workload):
+                if endpoint["port"] not in _offered(workload) | _others_ports(workload):
                     yield f"{name_of(monitor)}: port {endpoint['port']!r}: {name_of(workload)} has no such"
     for policy in manifests.of("NetworkPolicy"):
-        offers = [_offered(workload) for workload in manifests.selected_by(policy["spec"]["podSelector"])]
+        selected = manifests.selected_by(policy["spec"]["podSelector"])
+        offers = [_offered(workload) | _others_ports(workload) for workload in selected]
         for rule in policy["spec"].get("ingress", []):
             for port in rule.get("ports", []):
                 if not any(port["port"] in offered for offered in offers):
@@ -248,6 +262,11 @@ def _urls(command: Sequence[str]) -> list[int]:
 def _offered(workload: Manifest) -> set[str | int]:
     every = [port for container in pod_of(workload)["containers"] for port in container.get("ports", [])]
     return {port["containerPort"] for port in every} | {port["name"] for port in every if "name" in port}
+
+
+def _others_ports(workload: Manifest) -> set[str | int]:
+    """What may be asked of every server, and only Triton has; it has to."""
+    return set() if _is_triton(workload) else {TRITON_METRICS}
 
 
 def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
@@ -285,7 +304,7 @@ def _admits(match: Mapping[str, Any], method: str, path: str) -> bool:
 def _asked(server: Manifest) -> set[tuple[str, str]]:
     """Methods and paths that clients of a server use: `curl -T` PUTs, forms and other clients POST."""
     name = _build_options(server).get("name", "")
-    if "handlers.triton_launcher" in server_of(server).get("command", []):
+    if _is_triton(server):
         return {("POST", f"/v2/models/{name}/infer"), ("GET", f"/v2/models/{name}")}
     return {("PUT", f"/predictions/{name}"), ("POST", f"/predictions/{name}")}
 
@@ -325,23 +344,29 @@ def endings(manifests: Manifests) -> Iterator[str]:
             continue
         if config is None:
             continue
-        if config.deadline_seconds > DRAIN_SECONDS:
-            yield f"{name_of(server)}: deadline_seconds: expected at most {DRAIN_SECONDS}, launchers drain no longer"
         stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if stop < 10:
             yield f"{name_of(server)}: preStop: expected to sleep 10 s or more, so that balancers learn of the end"
-        needed = stop + config.deadline_seconds + STOP_SECONDS
+        lame = _lame_duck_seconds(server)
+        needed = stop + lame + config.deadline_seconds + STOP_SECONDS  # launchers drain for the deadline
         grace = pod_of(server).get("terminationGracePeriodSeconds", 30)
         if grace < needed:
             yield (
-                f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, "
-                f"deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
+                f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, lame duck "
+                f"{lame:g}, deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
             )
         for route in manifests.of("HTTPRoute"):
             for rule in route["spec"]["rules"]:
                 seconds = re.fullmatch(r"(\d+)s", rule.get("timeouts", {}).get("request", ""))
                 if not seconds or int(seconds[1]) < config.deadline_seconds:
                     yield f"{name_of(route)}: timeouts.request: expected deadline_seconds or more, or 504 goes unheard"
+
+
+def _lame_duck_seconds(server: Manifest) -> float:
+    """How long the launcher goes on as if nothing were, after SIGTERM; what is no number it refuses itself."""
+    words = server_of(server).get("args", [])
+    found = [re.fullmatch(r"--lame-duck-seconds=(\d+(?:\.\d+)?)", word) for word in words]
+    return sum(float(match[1]) for match in found if match)
 
 
 def disruptions(manifests: Manifests) -> Iterator[str]:
@@ -544,6 +569,44 @@ def models(manifests: Manifests) -> Iterator[str]:
             )
 
 
+def memory(manifests: Manifests) -> Iterator[str]:
+    """A server that holds all that it may hold stays below its limit: the kernel would end it without a word."""
+    for server in manifests.servers:
+        try:
+            config = manifests.serving(server)
+            limit = quantity(server_of(server).get("resources", {}).get("limits", {}).get("memory"))
+        except ValueError:  # told by `models` and `quantities`; nobody has to have a limit
+            continue
+        if config is None:
+            continue
+        parts = {
+            "the engine": CUDA_ENGINE_BYTES if _wants_gpu(server) else ENGINE_BYTES,
+            "max_inflight_mib": config.max_inflight_mib * 2**20,
+            "windows of max_inflight_tokens": config.max_inflight_tokens * TOKEN_BYTES,
+        }
+        if _is_triton(server):
+            parts["/dev/shm"] = _shared_bytes(server)
+        else:
+            parts["Java"] = JAVA_BYTES
+        if (needed := sum(parts.values())) > limit:
+            told = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+            yield f"{name_of(server)}: memory: expected a limit of {_gib(needed)} or more ({told}), got {_gib(limit)}"
+
+
+def _shared_bytes(server: Manifest) -> int:
+    """What /dev/shm may hold, which counts as the pod's memory; 0 without a limit that can be read."""
+    mounts = {mount["mountPath"]: mount["name"] for mount in server_of(server).get("volumeMounts", [])}
+    for volume in pod_of(server).get("volumes", []):
+        if volume["name"] == mounts.get("/dev/shm"):
+            with suppress(ValueError):
+                return int(quantity((volume.get("emptyDir") or {}).get("sizeLimit")))
+    return 0
+
+
+def _gib(size: Decimal | int) -> str:
+    return f"{float(size) / 2**30:.3g} GiB"
+
+
 def _window_tokens(config: ServingConfig) -> int:
     """Of a window of the size that the configuration sets, on patches of 16 pixels; FILL_TOKENS where it sets none."""
     size = config.inference.get("window_size")
@@ -553,6 +616,10 @@ def _window_tokens(config: ServingConfig) -> int:
 def _knows_its_cores(server: Manifest) -> bool:
     given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
     return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
+
+
+def _is_triton(workload: Manifest) -> bool:
+    return any("handlers.triton_launcher" in c.get("command", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -585,6 +652,7 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     confinement,
     volumes,
     models,
+    memory,
 )
 
 

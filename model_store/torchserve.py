@@ -1,5 +1,6 @@
 """Package a checkpoint as a TorchServe model archive."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ from handlers.torchserve_handler import {handler}
 class Handler({handler}):
     pass
 '''
+_RESPONSE_SECONDS = 120  # at least, for TorchServe's worker to answer; it is killed after that
+_RESPONSE_MARGIN_SECONDS = 20
+_MAX_RESPONSE_SECONDS = 10**6  # a deadline may be infinite, Java's integers aren't
 _HANDLERS = {"synchronous": "SegmenterHandler", "continuous": "ContinuousHandler"}
 
 
@@ -71,7 +75,7 @@ def build_archive(
         scratch = Path(scratch_name)
         (scratch / "handler.py").write_text(_HANDLER.format(handler=_HANDLERS[batching]))
         (scratch / "model-config.yaml").write_text(
-            yaml.safe_dump(_model_config(serving, batching, batch_size, max_delay_ms))
+            yaml.safe_dump(_model_config(serving, config, batching, batch_size, max_delay_ms))
         )
         torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
         extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
@@ -87,14 +91,17 @@ def build_archive(
         return Path(shutil.move(scratch / f"{name}.mar", out / f"{name}.mar"))
 
 
-def _model_config(serving: Mapping[str, Any], batching: str, batch_size: int, max_delay_ms: int) -> dict[str, Any]:
+def _model_config(
+    serving: Mapping[str, Any], config: ServingConfig, batching: str, batch_size: int, max_delay_ms: int
+) -> dict[str, Any]:
+    longest = min(max(config.deadline_seconds, config.stall_seconds), _MAX_RESPONSE_SECONDS)
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
         "continuousBatching": batching == "continuous",
         "batchSize": batch_size,
         "maxBatchDelay": max_delay_ms,
-        "responseTimeout": 120,
+        "responseTimeout": max(_RESPONSE_SECONDS, math.ceil(longest) + _RESPONSE_MARGIN_SECONDS),
         "startupTimeout": 300,
         CONFIG_KEY: dict(serving),
     }

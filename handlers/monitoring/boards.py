@@ -353,6 +353,12 @@ CAPACITY = Board(
             (Query(f"process_resident_memory_bytes and on (instance) {_metric('mpm_model_info')}", "{{instance}}"),),
         ),
         Panel(
+            "Memory of pictures in flight",
+            "Bodies, pixels, and what decoding and drawing takes; at max_inflight_mib requests are refused.",
+            "bytes",
+            (Query(f"sum by (instance) ({_metric('mpm_inflight_bytes')})", "{{instance}}"),),
+        ),
+        Panel(
             "Processor of a replica",
             "Cores in use by the process that computes.",
             "short",

@@ -10,6 +10,7 @@ FOLDER = ROOT / "docker"
 DOCKERFILE = FOLDER / "Dockerfile"
 TARGETS = ("torchserve", "triton")
 METRICS_PORT = "8090"
+TRITON_METRICS_PORT = "8002"
 
 
 def instructions() -> Iterator[tuple[str, str, str]]:

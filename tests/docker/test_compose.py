@@ -1,6 +1,7 @@
 """The files for one host: read as the client reads them, and held against the images and the files they mount."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from dockerfile import METRICS_PORT, TARGETS, command_of, last
+from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from loadtest.options import _URLS
@@ -97,15 +98,40 @@ def test_every_port_is_on_loopback() -> None:
 def test_the_servers_ports_are_the_images() -> None:
     published = {port.split(":")[2] for port in read("compose.yml")["services"]["server"]["ports"]}
     exposed = {port for target in TARGETS for port in last(target, "EXPOSE").split()}
-    assert published == exposed - {METRICS_PORT}
-    (scrape,) = read("prometheus.yml")["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
-    assert scrape["job_name"].endswith("mpm")  # the rules look for it
+    assert published == exposed - {METRICS_PORT, TRITON_METRICS_PORT}
+    ours, tritons = read("prometheus.yml")["scrape_configs"]
+    assert ours["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
+    assert ours["job_name"].endswith("mpm")  # the rules look for it
+    command = command_of("triton")
+    assert command[command.index("--triton-metrics-port") + 1] == TRITON_METRICS_PORT
+    assert tritons["static_configs"] == [{"targets": [f"server:{TRITON_METRICS_PORT}"]}]
+    assert not tritons["job_name"].endswith("mpm"), "TorchServe has no such port, and nobody should be told so"
 
 
 def test_the_server_may_take_its_time_to_end() -> None:
     """Longer than the 60 s that launchers give to what is in flight, and the 14 s in which they end the rest."""
     assert int(read("compose.yml")["services"]["server"]["stop_grace_period"].removesuffix("s")) > 74
+
+
+def test_what_ends_is_started_again() -> None:
+    """A launcher ends with status 1 when nothing inside brings its model back; jobs that are done stay so."""
+    merged: dict[str, dict[str, Any]] = {}
+    for _, name, service in SERVICES:
+        merged[name] = merged.get(name, {}) | service
+    once = {"model", "loadtest"}
+    assert {name for name in merged if "restart" not in merged[name]} == once
+    assert {merged[name]["restart"] for name in merged.keys() - once} == {"unless-stopped"}
+
+
+def test_a_server_by_hand_is_started_again_too() -> None:
+    """The commands of the README that leave a server running; docker refuses --restart together with --rm."""
+    text = (ROOT / "docker" / "README.md").read_text().replace("\\\n", "")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("docker run ")]
+    servers = [words for words in commands if "-p" in words]
+    assert len(servers) == 2
+    for words in servers:
+        assert words[words.index("--restart") + 1] == "unless-stopped"
+        assert "--rm" not in words
 
 
 def test_a_model_of_ones_own_is_built_where_the_server_looks() -> None:

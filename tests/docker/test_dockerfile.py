@@ -156,9 +156,14 @@ class TestCommands:
     @pytest.mark.parametrize("target", TARGETS)
     def test_health_check_is_an_inference(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
         asked: list[str] = []
-        monkeypatch.setattr(health, "check_model", lambda url, timeout_seconds: asked.append(url))
-        check = json.loads(last(target, "HEALTHCHECK").partition(" CMD ")[2])
-        shell, option, line = check
+        told: list[str] = []
+
+        def check(url: str, *, timeout_seconds: float, metrics_url: str) -> None:
+            asked.append(url)
+            told.append(metrics_url)
+
+        monkeypatch.setattr(health, "check_model", check)
+        shell, option, line = json.loads(last(target, "HEALTHCHECK").partition(" CMD ")[2])
         assert (shell, option) == ("sh", "-c")
         # As the shell reads it, with another model than the image's own.
         done = subprocess.run(
@@ -180,6 +185,7 @@ class TestCommands:
                 "triton": f"http://127.0.0.1:{port}/v2/models/roads",
             }[target]
         ]
+        assert told == [f"http://127.0.0.1:{METRICS_PORT}/metrics"]
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_ports_are_said(self, target: str) -> None:

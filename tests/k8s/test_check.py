@@ -172,8 +172,10 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         "livenessProbe: expected handlers.health",
     ),
     ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "timeoutSeconds"), 20), "expected --timeout below"),
+    ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "timeoutSeconds"), GONE), "startupProbe: expected --timeout"),
+    ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 3), "-v"), "expected --timeout below"),
     ("probes", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "http"), "expected the engine's own port"),
-    ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, deadline"),
+    ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, lame"),
     ("endings", (DEPLOYMENT, (*SERVER, "lifecycle", "preStop", "sleep", "seconds"), 5), "expected to sleep 10 s"),
     ("endings", (DEPLOYMENT, (*SERVER, "lifecycle"), GONE), "expected to sleep 10 s"),
     ("endings", ("HTTPRoute/segmenter", ("spec", "rules", 0, "timeouts", "request"), "30s"), "timeouts.request"),
@@ -232,6 +234,11 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 4), "--metrics-port=9090"), "metrics: expected"),
     ("models", (DEPLOYMENT, (*POD, "initContainers", 2, "name"), "build"), "expected an init container `model`"),
+    (
+        "memory",
+        (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "8Gi"),
+        r"expected a limit of 8\.88 GiB or more .*Java 2\.5 GiB\), got 8 GiB",
+    ),
 ]
 
 
@@ -274,6 +281,28 @@ def test_serving_yml_is_read_as_the_server_reads_it(text: str, told: str) -> Non
     assert any(told in line for line in found), found
 
 
+@pytest.mark.parametrize(
+    ("overlay", "sizes", "most"),
+    [
+        ("dev-cpu/torchserve", "max_inflight_mib: {}", 576),  # 4 GiB - 2.5 - 0.75 - 65536 x 3 KiB
+        ("dev-cpu/triton", "max_inflight_mib: {}", 2112),  # /dev/shm has 1 GiB, and there is no Java
+        ("dev-cpu/torchserve", "max_inflight_tokens: {}", 131072),  # 384 MiB, beside 384 of pictures
+    ],
+)
+def test_what_is_in_flight_fits_into_the_memory(overlay: str, sizes: str, most: int) -> None:
+    text = render(f"overlays/{overlay}")
+    (config,) = [c for c in Manifests.parse(text).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
+    for size, fits in ((most, True), (most + 1, False)):
+        given = f"metrics_host: 0.0.0.0\n{sizes.format(size)}"
+        found = problems(change(text, [(f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), given)]))
+        assert (not [line for line in found if line.startswith("memory: ")]) is fits, found
+
+
+def test_memory_without_a_limit_is_the_node_s(whole: str) -> None:
+    found = problems(change(whole, [(DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), GONE)]))
+    assert not [line for line in found if line.startswith("memory: ")]
+
+
 def test_threads_that_nobody_limits() -> None:
     """Where serving.yml sets none, as on CPUs."""
     text = render("overlays/dev-cpu/torchserve")
@@ -285,12 +314,27 @@ def test_threads_that_nobody_limits() -> None:
     assert any("torch_threads" in line for line in problems(change(text, [edit])))
 
 
-def test_a_deadline_that_the_grace_does_not_cover(whole: str) -> None:
-    (config,) = [c for c in Manifests.parse(whole).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
-    edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), "deadline_seconds: 66")
-    found = problems(change(whole, [edit]))
-    assert any("expected 91" in line for line in found)
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_a_deadline_that_the_grace_does_not_cover(server: str) -> None:
+    text = render(f"overlays/h100-sxm/{server}")
+    (config,) = [c for c in Manifests.parse(text).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
+    fields = config["data"]["serving.yml"]
+    edit = (f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), f"{fields}deadline_seconds: 300\n")
+    found = problems(change(text, [edit]))
+    assert any(
+        "expected 325 (preStop 15, lame duck 0, deadline_seconds 300, 10 to end), got 90" in line for line in found
+    )
     assert any("timeouts.request" in line for line in found)
+    grace = (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 325)
+    timeouts = ("HTTPRoute/segmenter", (*RULE, "timeouts"), {"request": "305s", "backendRequest": "305s"})
+    assert problems(change(text, [edit, grace, timeouts])) == [], "a longer deadline is none if all else follows"
+    assert problems(change(text, [edit, (*grace[:2], 324), timeouts]))
+
+
+def test_a_lame_duck_takes_of_the_grace(whole: str) -> None:
+    for seconds, fits in ((5, True), (5.5, False)):
+        found = problems(change(whole, [(DEPLOYMENT, (*SERVER, "args", 2), f"--lame-duck-seconds={seconds}")]))
+        assert (found == []) is fits, found
 
 
 @pytest.mark.parametrize(
@@ -318,6 +362,37 @@ def test_a_route_without_triton_s_paths(match: int) -> None:
         line.startswith("routes: ") and "match for" in line and "/v2/models/segmenter" in line
         for line in problems(change(text, [edit]))
     )
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        (DEPLOYMENT, (*SERVER, "args", 4), "--lame-duck-seconds=0"),
+        (DEPLOYMENT, (*SERVER, "args", 4), "--triton-metrics-port=8003"),
+        (DEPLOYMENT, (*SERVER, "ports", 2), {"name": "metrics", "containerPort": 8090}),
+        (DEPLOYMENT, (*SERVER, "ports", 2, "containerPort"), 8003),
+    ],
+)
+def test_what_triton_s_queue_refuses_is_seen(edit: tuple[str, Path, Any]) -> None:
+    text = render("overlays/h100-sxm/triton")
+    found = problems(change(text, [edit]))
+    assert any("expected triton-metrics 8002 and --triton-metrics-port=8002" in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("PodMonitor/mpm", ("spec", "podMetricsEndpoints", 1, "port")),
+        ("NetworkPolicy/allow-monitoring", ("spec", "ingress", 0, "ports", 1, "port")),
+    ],
+)
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_who_asks_for_triton_s_metrics(server: str, name: str, path: Path) -> None:
+    """TorchServe's pods have no such port, and one that is misspelt is found there too."""
+    text = render(f"overlays/h100-sxm/{server}")
+    assert problems(change(text, [(name, path, "triton-metrics")])) == []
+    found = problems(change(text, [(name, path, "triton-metric")]))
+    assert any("port 'triton-metric'" in line for line in found), found
 
 
 def test_two_autoscalers() -> None:

@@ -102,17 +102,17 @@ def test_components_have_no_problem(component: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "resource", "cpu", "products", "codec_threads"),
+    ("overlay", "resource", "cpu", "products", "codec_threads", "inflight_mib"),
     [
-        ("h100-sxm", "nvidia.com/gpu", "8", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-80GB-HBM3-SHARED"], 6),
-        ("h100-pcie", "nvidia.com/gpu", "6", ["NVIDIA-H100-PCIe", "NVIDIA-H100-PCIe-SHARED"], 6),
-        ("h100-nvl", "nvidia.com/gpu", "8", ["NVIDIA-H100-NVL", "NVIDIA-H100-NVL-SHARED"], 6),
-        ("h100-mig-1g.10gb", "nvidia.com/mig-1g.10gb", "2", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-PCIe"], 2),
+        ("h100-sxm", "nvidia.com/gpu", "8", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-80GB-HBM3-SHARED"], 6, 2048),
+        ("h100-pcie", "nvidia.com/gpu", "6", ["NVIDIA-H100-PCIe", "NVIDIA-H100-PCIe-SHARED"], 6, 2048),
+        ("h100-nvl", "nvidia.com/gpu", "8", ["NVIDIA-H100-NVL", "NVIDIA-H100-NVL-SHARED"], 6, 2048),
+        ("h100-mig-1g.10gb", "nvidia.com/mig-1g.10gb", "2", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-PCIe"], 2, 512),
     ],
 )
 @pytest.mark.parametrize("server", ["torchserve", "triton"])
 def test_overlays_differ_as_they_should(
-    overlay: str, server: str, resource: str, cpu: str, products: list[str], codec_threads: int
+    overlay: str, server: str, resource: str, cpu: str, products: list[str], codec_threads: int, inflight_mib: int
 ) -> None:
     """A patch that another one overrides renders without a word."""
     found = manifests(f"overlays/{overlay}/{server}")
@@ -124,7 +124,7 @@ def test_overlays_differ_as_they_should(
     assert affinity["nodeSelectorTerms"][0]["matchExpressions"][0]["values"] == products
     config = found.serving(deployment)
     assert config is not None
-    assert config.codec_threads == codec_threads
+    assert (config.codec_threads, config.max_inflight_mib) == (codec_threads, inflight_mib)
     assert deployment["metadata"]["labels"]["app.kubernetes.io/component"] == server
 
 
@@ -186,7 +186,12 @@ def test_no_server_is_more_than_its_port_from_the_management() -> None:
     for overlay in OVERLAYS:
         for server in manifests(overlay).servers:
             words = " ".join(server_of(server)["args"])
-            assert set(re.findall(r"--([\w-]*(?:host|port))=", words)) <= {"host", "port", "grpc-port"}
+            assert set(re.findall(r"--([\w-]*(?:host|port))=", words)) <= {
+                "host",
+                "port",
+                "grpc-port",
+                "triton-metrics-port",
+            }
 
 
 def test_the_example_of_the_readme_renders_and_may_be_released() -> None:

@@ -31,7 +31,7 @@ from mpm_ops import load_segmenter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-_PORTS = {"torchserve": ("8080", "8090"), "triton": ("8000", "8001", "8090")}
+_PORTS = {"torchserve": ("8080", "8090"), "triton": ("8000", "8001", "8002", "8090")}
 _UNKNOWN = ("topologySpreadConstraints", "priorityClassName", "serviceAccountName")  # to podman, or of no use to it
 _CONFIG = """\
 [containers]

@@ -298,6 +298,26 @@ class TestRefusals:
         assert "many" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("{}", 120),
+        ("deadline_seconds: 5\nstall_seconds: 10", 120),
+        ("deadline_seconds: 300.5", 321),
+        ("stall_seconds: 200", 220),
+        ("deadline_seconds: .inf", 1_000_020),
+    ],
+)
+@pytest.mark.parametrize("batching", ["continuous", "synchronous"])
+def test_torchserve_waits_longer_than_any_answer_takes(
+    build: Callable[..., int], out: Path, tmp_path: Path, batching: str, text: str, seconds: int
+) -> None:
+    """Otherwise it kills the worker that computes what clients still wait for."""
+    (tmp_path / "serving.yml").write_text(text)
+    assert build(config=tmp_path / "serving.yml", batching=batching, schedule="1") == 0
+    assert read_config(out)["responseTimeout"] == seconds
+
+
 def read_config(out: Path) -> dict[str, Any]:
     with zipfile.ZipFile(out / "street.mar") as archive:
         config: dict[str, Any] = yaml.safe_load(archive.read("model-config.yaml"))
