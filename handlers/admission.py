@@ -36,7 +36,7 @@ class Admission:
 
     Args:
         max_inflight_tokens: at most so many.
-        max_inflight_bytes: at most so many, those that decoding and encoding take for a while included.
+        max_inflight_bytes: at most so many; what decoding and encoding take for a while waits for what is left.
         deadline_seconds: tokens that the device would not get through in most of this time are too many as well.
         capacity: gives the tokens per second that a busy device gets through, as measured lately; 0 while unknown.
     """
@@ -54,10 +54,16 @@ class Admission:
         self._capacity = capacity
         self._changed = threading.Condition()
         self._inflight_tokens = 0
+        self._held_bytes = 0
         self._num_working = 0
+        self._working_bytes = 0
         self._left: deque[tuple[float, int]] = deque()  # when requests left lately, and their tokens
         self._closed = False
-        self.inflight_bytes = 0
+
+    @property
+    def inflight_bytes(self) -> int:
+        """What pictures hold, and what is being decoded or encoded takes."""
+        return self._held_bytes + self._working_bytes
 
     def close(self) -> None:
         """Refuse everything from now on."""
@@ -75,15 +81,15 @@ class Admission:
             if self._closed:
                 raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down")
             self._check_tokens(tokens)
-            if self.inflight_bytes and self.inflight_bytes + size > self._max_inflight_bytes:
+            if self._held_bytes and self._held_bytes + size > self._max_inflight_bytes:
                 raise ServingError(
                     ErrorKind.OVERLOADED,
-                    f"the server is busy: pictures in flight hold {self.inflight_bytes} bytes, this one would hold "
+                    f"the server is busy: pictures in flight hold {self._held_bytes} bytes, this one would hold "
                     f"{size}, at most {self._max_inflight_bytes} may be held; try again later",
                     retry_after=self._retry_after(),
                 )
             self._inflight_tokens += tokens
-            self.inflight_bytes += size
+            self._held_bytes += size
 
     def leave(self, ticket: Ticket) -> None:
         """Count a picture out."""
@@ -91,17 +97,16 @@ class Admission:
             now = monotonic()
             ticket.is_in = False
             self._inflight_tokens -= ticket.tokens
-            self.inflight_bytes -= ticket.size
+            self._held_bytes -= ticket.size
             self._left.append((now, ticket.tokens))
-            while self._left[0][0] < now - _RATE_SECONDS:
-                self._left.popleft()
+            self._forget_old(now)
             self._changed.notify_all()
 
     def resize(self, ticket: Ticket, size: int) -> None:
         """A picture keeps so many bytes from now on."""
         with self._changed:
             if ticket.is_in:
-                self.inflight_bytes += size - ticket.size
+                self._held_bytes += size - ticket.size
                 ticket.size = size
                 self._changed.notify_all()
 
@@ -112,13 +117,13 @@ class Admission:
             while self._num_working and self.inflight_bytes + size > self._max_inflight_bytes:
                 self._changed.wait()
             self._num_working += 1
-            self.inflight_bytes += size
+            self._working_bytes += size
         try:
             yield
         finally:
             with self._changed:
                 self._num_working -= 1
-                self.inflight_bytes -= size
+                self._working_bytes -= size
                 self._changed.notify_all()
 
     def _check_tokens(self, tokens: int) -> None:
@@ -138,8 +143,14 @@ class Admission:
 
     def _retry_after(self) -> int:
         """Seconds until what is in flight has left at the rate at which requests left lately, at least 1."""
+        now = monotonic()
+        self._forget_old(now)
         if not self._left:
             return 1
-        seconds = max(monotonic() - self._left[0][0], 1.0)
+        seconds = max(now - self._left[0][0], 1.0)
         tokens_per_second = sum(tokens for _, tokens in self._left) / seconds
         return max(1, math.ceil(self._inflight_tokens / tokens_per_second))
+
+    def _forget_old(self, now: float) -> None:
+        while self._left and self._left[0][0] < now - _RATE_SECONDS:
+            self._left.popleft()

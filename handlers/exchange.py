@@ -116,9 +116,9 @@ class Exchange:
                 raise error.of_picture(index, len(self._parts)) from None
             with self._lock:
                 self._num_done += 1
-                is_last = self._num_done == len(self._parts)
-            if is_last:
-                replies = [part.result() for part in self._parts]
+                parts = self._parts  # none if it has ended meanwhile
+            if self._num_done == len(parts):
+                replies = [part.result() for part in parts]
                 rendered = self._render(replies)
                 if self._end(200, replies):
                     with contextlib.suppress(InvalidStateError):

@@ -24,6 +24,7 @@ _SIDE = 16
 _PAUSE_SECONDS = 0.2
 _METRICS_SECONDS = 5.0
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_NO_ROOM = (503, 504, 507)  # refused, late, or bodies on their way in are too many
 _METRICS_PORT = 8090  # of the Makefile, the images and the manifests
 
 
@@ -78,7 +79,7 @@ def check_model(url: str, *, timeout_seconds: float, metrics_url: str = "") -> N
                 raise UnhealthyError(f"{url}: expected the mask of the picture, got {mask[:40]!r}")
             return
         told = f"status {status}: {mask[:200].decode(errors='replace').strip()}"
-        if status != 503:
+        if status not in _NO_ROOM:
             raise UnhealthyError(f"{url}: {told}", status)
         if _computes(before, metrics_url, url):
             return

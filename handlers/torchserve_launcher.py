@@ -205,7 +205,7 @@ class TorchServe(Server):
                 return workers
         except urllib.error.HTTPError:
             raise ServerError(f"{model}.mar: TorchServe refused the archive{self._last_words()}") from None
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):
             return []
 
     def _answers(self, model: str) -> bool:

@@ -64,7 +64,8 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._gate = _Gate(int(parameters[MAX_INFLIGHT_KEY]["string_value"]))
         self._tracing = make_tracing(args["model_name"])
-        self._engine = load_engine(folder, config, name=args["model_name"])
+        name = args["model_name"]
+        self._engine = load_engine(folder, config, name=name, keeps_bodies=True)  # in shared memory, until the end
         self._engine.warm_up([picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
         self._open: dict[_Channel, Exchange] = {}
         self._stopped = threading.Event()

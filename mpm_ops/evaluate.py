@@ -115,18 +115,18 @@ def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Pat
     )
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder")
-    wanted = names.read_text().split() if dataset.names else ["*"]
+    found = {
+        image.name.removesuffix(dataset.image_ending.replace(".*", image.suffix)): image
+        for image in sorted(images.rglob(f"*{dataset.image_ending}"))
+    }
     pairs = []
-    for name in wanted:
-        found = sorted(images.rglob(f"{name}{dataset.image_ending}"))
-        if not found and dataset.names:
-            raise FileNotFoundError(f"{images / name}: no such picture, but {names} names it")
-        for image in found:
-            stem = image.name.removesuffix(dataset.image_ending.replace(".*", image.suffix))
-            label = labels / image.relative_to(images).with_name(stem + dataset.label_ending)
-            if not label.is_file():
-                raise FileNotFoundError(f"{label}: no labels for {image.name}")
-            pairs.append((image, label))
+    for stem in names.read_text().split() if dataset.names else found:
+        if stem not in found:
+            raise FileNotFoundError(f"{images / stem}: no such picture, but {names} names it")
+        label = labels / found[stem].relative_to(images).with_name(stem + dataset.label_ending)
+        if not label.is_file():
+            raise FileNotFoundError(f"{label}: no labels for {found[stem].name}")
+        pairs.append((found[stem], label))
     return pairs
 
 

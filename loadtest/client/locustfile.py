@@ -108,7 +108,7 @@ def _wire(environment: Environment, runner: Runner, **_: Any) -> None:
             part.begin(msg.data["at"], msg.data["problem"])
 
         def on_report(client_id: str, data: dict[str, Any]) -> None:
-            data.update({f"mpm_{name}": rows for name, rows in part.report().items()})
+            data.update({f"load_{name}": rows for name, rows in part.report().items()})
 
         runner.register_message(BEGIN, on_begin, concurrent=True)
         if not isinstance(runner, LocalRunner):

@@ -159,12 +159,17 @@ def _from_search(fields: _Fields) -> list[Measured]:
                 low=low,
                 high=high,
                 replicas=configuration.count("replicas") if "replicas" in configuration else 1,
-                p50_ms=row.number("p50_ms") if rate else None,
-                p99_ms=row.number("p99_ms") if rate else None,
+                p50_ms=_latency(row, "p50_ms"),
+                p99_ms=_latency(row, "p99_ms"),
                 assumptions=tuple(_assumed_of_search(fields, row)),
             )
         )
     return found
+
+
+def _latency(row: _Fields, name: str) -> float | None:
+    """A latency of a search; none where the middle one of its repeats kept the promises at no rate."""
+    return None if row.value.get(name, 0) is None else row.number(name)
 
 
 def _assumed_of_search(fields: _Fields, row: _Fields) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The server's own view: its metrics."""
 
+import http.client
 import socket
 import time
 import urllib.error
@@ -53,8 +54,11 @@ def read_metrics(urls: Sequence[str]) -> Sample:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # only the hosts that are given are asked
     for address in (address for url in urls for address in _addresses(url)):
         host = urllib.parse.urlsplit(address).netloc
-        with opener.open(address, timeout=_TIMEOUT_SECONDS) as response:
-            text = response.read().decode()
+        try:
+            with opener.open(address, timeout=_TIMEOUT_SECONDS) as response:
+                text = response.read().decode()
+        except http.client.HTTPException as error:  # it ended while it spoke
+            raise OSError(f"{address}: {error or type(error).__name__}") from None
         for family in text_string_to_metric_families(text):
             if not family.name.startswith(_PREFIXES):
                 continue

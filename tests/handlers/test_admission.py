@@ -80,6 +80,8 @@ def test_work_waits_for_memory_but_never_for_nobody() -> None:
     time.sleep(0.1)
     assert steps == ["first"]
     assert admission.inflight_bytes == 1000
+    assert not enter(admission, Ticket(1, 50)), "what works for a while keeps nobody out"
+    admission.leave(Ticket(1, 50))
     first.set()
     while len(steps) < 2:
         time.sleep(0.001)

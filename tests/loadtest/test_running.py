@@ -130,7 +130,8 @@ def test_what_is_beyond_the_bounds_counts_as_failed(fake: FakeServer, pictures: 
 
 def test_workers_share_the_same_load(fake: FakeServer, pictures: Path) -> None:
     shares = {"json": 0.3}
-    run = settings(fake, pictures, rate=40, shares=shares, process="poisson", num_workers=2)
+    seconds = 5.0  # workers hand in what they have every three
+    run = settings(fake, pictures, rate=40, seconds=seconds, shares=shares, process="poisson", num_workers=2)
     result = run_load(run)
     assert result.workers_finished == 2
     assert [record.number for record in result.records] == list(range(len(run.arrivals())))
