@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 import psutil
 
 from .readiness import Readiness
-from .supervision import supervise
+from .supervision import Supervised, supervise
 
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -33,7 +33,7 @@ class ServerError(RuntimeError):
     """The server did not come up; the message says what it printed last."""
 
 
-class Server(ABC):
+class Server(Supervised):
     """A server as a child process; a context manager that stops it.
 
     Args:
@@ -84,23 +84,6 @@ class Server(ABC):
             subprocess.TimeoutExpired: it goes on.
         """
         return self._process.wait(timeout_seconds)
-
-    @property
-    @abstractmethod
-    def watched(self) -> Mapping[str, str]:
-        """Where each model answers, and where it tells how it gets on."""
-
-    @abstractmethod
-    def ailment(self) -> str:
-        """What can be seen of a dead model without asking it; empty if nothing can."""
-
-    @abstractmethod
-    def forget(self) -> None:
-        """All models answer: what was seen of dead ones so far is over."""
-
-    @abstractmethod
-    def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
-        """Whether a server that was found ill so often in a row, for so long, may still mend itself."""
 
     @abstractmethod
     def drain(self) -> None:

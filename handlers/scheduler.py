@@ -85,10 +85,6 @@ class Scheduler(Generic[Payload]):
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
 
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(window.length for lane in self._lanes.values() for window in lane)
-
     def add(self, windows: Iterable[Waiting[Payload]], now: float) -> None:
         for window in windows:
             window.entered = now

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 from .health import Progress, UnhealthyError, check_model, read_progress
 from .readiness import Readiness
@@ -15,22 +15,27 @@ _ANSWER_SECONDS = 20.0  # that a model has for a tiny picture, while nothing els
 _NOT_FOUND = 404
 
 
-class Supervised(Protocol):
+class Supervised(ABC):
     """What of a server is looked after."""
 
     @property
+    @abstractmethod
     def watched(self) -> Mapping[str, str]:
         """Where each model answers, and where it tells how it gets on."""
 
+    @abstractmethod
     def wait(self, timeout_seconds: float | None = None) -> int:
         """Wait for the end of the server, see `Server.wait`."""
 
+    @abstractmethod
     def ailment(self) -> str:
         """What can be seen of a dead model without asking it; empty if nothing can."""
 
+    @abstractmethod
     def forget(self) -> None:
         """All models answer: what was seen of dead ones so far is over."""
 
+    @abstractmethod
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
         """Whether a server that was found ill so often in a row, for so long, may still mend itself."""
 

@@ -16,7 +16,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, Runner
 
-from loadtest.client.part import BEGIN, FINISHED, READY, Part
+from loadtest.client.part import BEGIN, FINISHED, READY, REPORT, Part
 from loadtest.client.users import ClosedLoopUser, OpenLoopUser
 from loadtest.settings import LoadSettings
 
@@ -56,15 +56,18 @@ class Collection:
             self._end(problem)
 
     def on_report(self, client_id: str, data: dict[str, Any]) -> None:
-        self._records += data.pop("load_records", [])
-        self._pulses += data.pop("load_pulses", [])
+        if REPORT in data:
+            self._keep(data.pop(REPORT))
 
     def on_finished(self, environment: Environment, msg: Any) -> None:
-        self._records += msg.data["records"]
-        self._pulses += msg.data["pulses"]
+        self._keep(msg.data)
         self._finished[msg.node_id] = msg.data["gave_up"]
         if len(self._finished) == self._settings.num_workers:
             self._end("")
+
+    def _keep(self, report: dict[str, Any]) -> None:
+        self._records += report["records"]
+        self._pulses += report["pulses"]
 
     def _end(self, problem: str) -> None:
         if self._ended:
@@ -108,7 +111,7 @@ def _wire(environment: Environment, runner: Runner, **_: Any) -> None:
             part.begin(msg.data["at"], msg.data["problem"])
 
         def on_report(client_id: str, data: dict[str, Any]) -> None:
-            data.update({f"load_{name}": rows for name, rows in part.report().items()})
+            data[REPORT] = part.report()
 
         runner.register_message(BEGIN, on_begin, concurrent=True)
         if not isinstance(runner, LocalRunner):

@@ -19,6 +19,7 @@ from .session import Session
 logger = logging.getLogger(__name__)
 
 READY, BEGIN, FINISHED = "load_ready", "load_begin", "load_finished"
+REPORT = "load_report"  # in what locust's workers tell their master every few seconds
 
 
 class Part:

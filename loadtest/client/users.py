@@ -1,7 +1,5 @@
 """Locust's view of a run: who asks."""
 
-from typing import Any
-
 from locust import User, constant, task
 from locust.exception import StopUser
 
@@ -40,6 +38,3 @@ class ClosedLoopUser(User):
 
     def on_stop(self) -> None:
         self.stopping = True
-
-
-USERS: dict[bool, type[Any]] = {False: OpenLoopUser, True: ClosedLoopUser}

@@ -12,7 +12,7 @@ import yaml
 from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
-from loadtest.options import _URLS
+from loadtest.options import load_settings, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"
@@ -155,7 +155,8 @@ def test_the_load_test_finds_the_server(server: str) -> None:
     assert command["--way"].replace("${SERVER:-torchserve}", server) == f"${{LOADTEST_WAY:-{server}}}"
     assert "--url" not in command
     port = command_of(server)[command_of(server).index("--port") + 1]
-    assert _URLS[server] == f"http://127.0.0.1:{port}"
+    asked = load_settings(make_parser().parse_args(["--way", server])).urls
+    assert asked == (f"http://127.0.0.1:{port}",)
     assert command["--metrics"] == f"http://127.0.0.1:{METRICS_PORT}/metrics"
 
 
