@@ -18,6 +18,8 @@ from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("bf16") and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("needs a CPU that multiplies bfloat16 natively")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,12 @@ from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
 
 CONFIG = ServingConfig(
-    schedule=(1, 2), runtime="torch", max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250
+    schedule=(1, 2),
+    runtime="torch",
+    precision="fp32",
+    max_inflight_tokens=2**18,
+    deadline_seconds=250,
+    stall_seconds=250,
 )
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
@@ -84,9 +89,23 @@ def error_of(answer: "Future[SegmentReply]") -> ServingError:
     return error
 
 
-@pytest.mark.parametrize(("runtime", "deterministic"), [("torch", False), ("torch", True), ("openvino", False)])
+@pytest.mark.parametrize(
+    ("runtime", "precision", "deterministic", "repeats"),
+    [
+        ("torch", "fp32", False, 125),
+        ("torch", "fp32", True, 25),
+        ("openvino", "fp32", False, 125),
+        pytest.param("torch", "bf16", False, 25, marks=pytest.mark.bf16),
+        pytest.param("openvino", "bf16", False, 25, marks=pytest.mark.bf16),
+    ],
+)
 def test_same_picture_same_mask_whatever_shares_its_groups(
-    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], runtime: str, deterministic: bool
+    tiny_model: Callable[..., Segmenter],
+    start: Callable[..., Engine],
+    runtime: str,
+    precision: str,
+    deterministic: bool,
+    repeats: int,
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
@@ -94,15 +113,15 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     schedules: list[tuple[int, ...]] = [(1, 2), ()]
     library = {schedule: tiny_model(schedule=schedule, **TINY) for schedule in schedules}
     for network in library.values():
-        network.runtime = make_runtime(network, runtime)
+        network.runtime = make_runtime(network, runtime, precision)
     expected = {
         (i, schedule): network.segment(image)
         for i, image in enumerate(pictures)
         for schedule, network in library.items()
     }
-    engine = start(replace(CONFIG, runtime=runtime, deterministic=deterministic))
+    engine = start(replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
-    kinds = list(expected) * (25 if deterministic else 125)
+    kinds = list(expected) * repeats
     np.random.default_rng(0).shuffle(kinds)
     answers = [engine.submit(encoded[i], replace(NPY, schedule=tuple(schedule))) for i, schedule in kinds]
     for (i, schedule), answer in zip(kinds, answers, strict=True):
