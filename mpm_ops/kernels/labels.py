@@ -17,7 +17,16 @@ WARPS = 4
 
 # Of every picture's own size; triton would compile again for those that are 1 or divide by 16.
 @triton.jit(
-    do_not_specialize=["picture_stride", "windows_across", "grid_height", "grid_width", "most_rows", "most_columns", "height", "width"]
+    do_not_specialize=[
+        "picture_stride",
+        "windows_across",
+        "grid_height",
+        "grid_width",
+        "most_rows",
+        "most_columns",
+        "height",
+        "width",
+    ]
 )
 def _label_pixels(
     p_tokens, p_row_cells, p_row_tokens, p_row_counts, p_row_weights,
