@@ -159,8 +159,8 @@ def time_engines(
                         {
                             "network": network, "source": source, "processes": number, "mps": mps,
                             "pictures_per_second": round(sum(rates), 1),
-                            "p50_ms": round(float(np.percentile(ms, 50)), 2),
-                            "p99_ms": round(float(np.percentile(ms, 99)), 2),
+                            "p50_ms": round(float(np.percentile(ms, 50)), 2) if len(ms) else None,
+                            "p99_ms": round(float(np.percentile(ms, 99)), 2) if len(ms) else None,
                             "of_each": [round(rate, 1) for rate in rates],
                         }
                     )  # fmt: skip
@@ -173,9 +173,10 @@ def time_engines(
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     mps = ", MPS" if row["mps"] else ""
+    times = f"p50 {row['p50_ms']} ms  p99 {row['p99_ms']} ms"
     return (
         f"    {row['network']:<4} network, {row['source']:<5} {row['processes']} processes{mps:<5}"
-        f" {row['pictures_per_second']:9.1f} pictures/s  p50 {row['p50_ms']:8.2f} ms  p99 {row['p99_ms']:8.2f} ms"
+        f" {row['pictures_per_second']:9.1f} pictures/s  {times}"
     )
 
 
