@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from mpm_ops import Segmenter
 from mpm_ops.runtime import Runtime
 from mpm_ops.stages import Stage, WindowBatch
 from mpm_ops.transfers import fetch, stack
+from mpm_ops.windows import normalize_windows
 
 from .clock import DeviceClock
 from .scheduler import Group
@@ -43,13 +45,20 @@ class Computer:
         stage = self._stages[group.lane.schedule][group.lane.stage]
         start = self._clock.mark()
         if stage.index == 0:
-            batch = self._model.embed(stack([window.state for window in windows]))  # type: ignore[misc]
+            batch = self._model.embed(self._stack([window.state for window in windows]))  # type: ignore[misc]
         else:
             batch = WindowBatch.join([window.state for window in windows])  # type: ignore[misc]
         batch = self._runtime.run_blocks(stage, batch)
         return (
             self._launch_merge(windows, batch, start) if stage.merges else self._launch_decoder(windows, batch, start)
         )
+
+    def _stack(self, windows: Sequence[Tensor]) -> Tensor:
+        """Normalised windows of one group, some of which may come as bytes."""
+        normalization = self._model.inference.normalization
+        if len({window.dtype for window in windows}) == 1:
+            return normalize_windows(stack(windows), normalization)
+        return stack([normalize_windows(window[None], normalization)[0] for window in windows])
 
     def _launch_merge(self, windows: Sequence[Window], batch: WindowBatch, start: object) -> Callable[[], Times]:
         before_merge = self._clock.mark()

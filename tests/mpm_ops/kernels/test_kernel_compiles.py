@@ -113,8 +113,8 @@ for height, width in sizes:
         continue
     plan = plan_windows(height, width, official)
     rows, columns, widest = _axes_on(plan, (32, 32), 16, torch.device("cpu"))
-    tokens = torch.zeros(len(plan.tops) * 32, len(plan.lefts) * 32, 150)
-    labels.label_pixels(tokens, rows, columns, widest)
+    logits = torch.zeros(1, len(plan.tops), len(plan.lefts), 32, 32, 150)
+    labels.label_pixels(logits, rows, columns, widest)
 for lengths in [(1025,), (1024,), (1025, 1025), (600, 593, 701), (16,), (17,), (1025,) * 16, (333, 222)]:
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     merging.merge_packed(torch.zeros(sum(lengths), 384, dtype=torch.bfloat16), bounds, max(lengths), 1, 1)
