@@ -97,7 +97,7 @@ class Engine:
             config.precision,
             schedules=sorted(schedules),
             padded=config.padded,
-            graph_bytes=config.graph_mib * 2**20,
+            graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
         stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
@@ -166,18 +166,20 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
 
-        Where graphs are captured, each as often as it takes until those of its shapes are.
+        Where graphs are captured, each as often as it takes until those of its shapes are: in full groups, then alone.
 
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
-        times = PATIENCE + 1 if self._config.graph_mib else 1
+        times, full = (PATIENCE + 1, self._config.max_group_windows) if hasattr(self._runtime, "policy") else (1, 1)
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                for _ in range(times):
-                    self.submit(picture, RequestOptions(request_id="warm-up")).result()
+                for together in [full] * times + [1] * times if full > 1 else [1] * times:
+                    answers = [self.submit(picture, RequestOptions(request_id="warm-up")) for _ in range(together)]
+                    for answer in answers:
+                        answer.result()
         finally:
             self.metrics, self._agreement = metrics, agreement
 
