@@ -24,7 +24,7 @@ import torch
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.runtime import make_runtime
-from mpm_ops.runtime.graphs import PATIENCE
+from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.stages import cut_stages, format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
@@ -172,16 +172,25 @@ class Engine:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
-        times, full = (PATIENCE + 1, self._config.max_group_windows) if hasattr(self._runtime, "policy") else (1, 1)
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                for together in [full] * times + [1] * times if full > 1 else [1] * times:
+                for together in self._warm_up_rounds(picture):
                     answers = [self.submit(picture, RequestOptions(request_id="warm-up")) for _ in range(together)]
                     for answer in answers:
                         answer.result()
         finally:
             self.metrics, self._agreement = metrics, agreement
+
+    def _warm_up_rounds(self, picture: bytes) -> list[int]:
+        """How often to send a picture at once, round by round."""
+        if not isinstance(self._runtime, GraphRuntime):
+            return [1]
+        config, times = self._config, PATIENCE + 1
+        size = codec.read_size(picture, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
+        most = min(config.max_group_windows, config.max_inflight_tokens // self._tokens_of_window)
+        full = max(1, most // self._plan(*size).num_windows)
+        return [full] * times + [1] * times
 
     def submit(
         self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN

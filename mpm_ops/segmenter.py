@@ -163,7 +163,7 @@ class Segmenter(nn.Module):
         captured = getattr(runtime, "launch_piece", None)
         launched = captured and captured(stage, given)
         if launched is not None:
-            return launched  # type: ignore[no-any-return]
+            return launched
         if isinstance(given, Tensor):
             given = runtime.embed(given) if isinstance(runtime, TorchRuntime) else self.embed(given)
         batch = runtime.run_blocks(stage, given)
