@@ -25,7 +25,7 @@ from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.labels import label_maps
 from mpm_ops.runtime import Runtime, make_runtime
-from mpm_ops.runtime.graphs import PATIENCE
+from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.stages import cut_stages, format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
@@ -100,7 +100,7 @@ class Engine:
             config.precision,
             schedules=sorted(schedules),
             padded=config.padded,
-            graph_bytes=config.graph_mib * 2**20,
+            graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
         stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
@@ -169,20 +169,31 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
 
-        Where graphs are captured, each as often as it takes until those of its shapes are.
+        Where graphs are captured, each as often as it takes until those of its shapes are: in full groups, then alone.
 
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
-        times = PATIENCE + 1 if self._config.graph_mib else 1
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                for _ in range(times):
-                    self.submit(picture, RequestOptions(request_id="warm-up")).result()
+                for together in self._warm_up_rounds(picture):
+                    answers = [self.submit(picture, RequestOptions(request_id="warm-up")) for _ in range(together)]
+                    for answer in answers:
+                        answer.result()
         finally:
             self.metrics, self._agreement = metrics, agreement
+
+    def _warm_up_rounds(self, picture: bytes) -> list[int]:
+        """How often to send a picture at once, round by round."""
+        if not isinstance(self._runtime, GraphRuntime):
+            return [1]
+        config, times = self._config, PATIENCE + 1
+        size = codec.read_size(picture, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
+        most = min(config.max_group_windows, config.max_inflight_tokens // self._tokens_of_window)
+        full = max(1, most // self._plan(*size).num_windows)
+        return [full] * times + [1] * times
 
     def submit(
         self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN

@@ -226,7 +226,7 @@ class Metrics:
             tokens_in: image tokens of each window into it.
             tokens_out: image tokens of all windows out of it.
             seconds: that it took, its merge included.
-            merge_seconds: that its merge took; None for the last stage, after which pictures are done.
+            merge_seconds: that its merge took; None where none was timed.
         """
         metrics = self._lane(lane)
         metrics.stage_seconds.observe(seconds)
@@ -238,6 +238,7 @@ class Metrics:
         if merge_seconds is not None:
             schedule = format_schedule(lane.schedule)
             self._merge_seconds.labels(self._model, str(lane.stage), schedule).observe(merge_seconds)
+        if lane.stage < len(lane.schedule):  # pictures are done after the last stage
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
         capacity = self._finished_tokens / self._busy_seconds

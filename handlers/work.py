@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mpm_ops.stages import WindowBatch
+from mpm_ops.stages import WindowView
 from mpm_ops.windows import WindowPlan
 
 from .admission import Ticket
@@ -40,7 +40,7 @@ class Window:
     """One window of a request, between two stages."""
 
     request: Request
-    state: Tensor | WindowBatch | None  # pixels [3, H, W] at first, None in the end
+    state: Tensor | WindowView | None  # pixels at first, [3, H, W] or uint8 [H, W, 3]; None in the end
     lengths: list[int]  # image tokens at the start and after each merge
     logits: Tensor | None = None  # [K, Gh, Gw] in the end
     merge_map: Tensor | None = None  # [N] in the end

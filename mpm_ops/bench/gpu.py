@@ -26,7 +26,7 @@ from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import format_schedule, parse_schedule
 
 from .gpu_labels import time_labels
-from .gpu_networks import PAPER, TINY, Scale, time_groups, time_network
+from .gpu_networks import PAPER, TINY, Scale, time_groups, time_network, time_served
 from .timing import Report, Timer, Work, in_turn
 
 Section = tuple[str, str, Callable[[], dict[str, Any]]]  # kind, name and what measures it
@@ -92,6 +92,9 @@ def _sections(
     def groups(name: str, precision: str) -> Section:
         return "groups", f"{name} {precision}", partial(time_groups, scale, name, precision, device)
 
+    def served(name: str) -> Section:
+        return "served", f"{name} bf16", partial(time_served, scale, name, "bf16", device)
+
     first, *others = scale.networks
     rival = COMPILED if COMPILED in scale.networks else first
     widths = [width for width, *_ in scale.networks.values()]
@@ -100,6 +103,7 @@ def _sections(
         network(first, "bf16"),
         ("labels", "", partial(time_labels, scale, device)),
     ]
+    sections += [served(name) for name in scale.networks]
     sections += [network(name, "bf16") for name in others] + [groups(first, "bf16"), *more]
     sections += [network(name, "bf16", schedule) for schedule in schedules[1:] for name in scale.networks]
     sections += [merge(4 * scale.patches, widths[0])] + [merge(scale.patches, width) for width in widths[1:]]

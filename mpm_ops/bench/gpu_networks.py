@@ -5,6 +5,7 @@ imposed (see `Injected`), and the pairs that are found are only timed.
 """
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from mpm_ops.runtime import Runtime
 from mpm_ops.runtime.eager import DTYPES, TorchRuntime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.segmenter import Segmenter, SegmenterConfig
-from mpm_ops.stages import cut_stages
+from mpm_ops.stages import Decoded, WindowBatch, cut_stages
 from mpm_ops.windows import InferenceConfig, plan_windows
 
 from .dense import DenseSegmenter
@@ -122,14 +123,14 @@ def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ..
     return model
 
 
-def make_graphs(model: Segmenter, precision: str) -> Runtime | None:
-    """The runtime whose small groups are captured graphs; None where there is no GPU to capture them."""
+def make_graphs(model: Segmenter, precision: str) -> GraphRuntime | None:
+    """The runtime whose stages are captured graphs; None where there is no GPU to capture them."""
     if not model.encoder.pos_embed.is_cuda:
         return None
     return GraphRuntime(model, precision, budget_bytes=GRAPH_BYTES)
 
 
-def make_packed(model: Segmenter, precision: str) -> Runtime:
+def make_packed(model: Segmenter, precision: str) -> TorchRuntime:
     return TorchRuntime(model, precision, attention="auto")
 
 
@@ -206,16 +207,14 @@ def network_ways(
 ) -> dict[str, Way]:  # fmt: skip
     """Ways by name; each notes the lengths of its stages, special tokens included.
 
-    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed, launched
-    operator by operator or as graphs; "MPM grouped" attends window by window.
+    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed;
+    "MPM grouped" attends window by window. For graphs see `time_served`.
     """
     model, unmerged = build(scale, name, windows.device, schedule), build(scale, name, windows.device, ())
     runs: dict[str, tuple[Segmenter, Runtime | None, int]] = {
         "plain": (unmerged, TorchRuntime(unmerged, precision, attention="grouped"), 1),
         "unmerged": (unmerged, make_packed(unmerged, precision), 1),
-        "unmerged, graphs": (unmerged, make_graphs(unmerged, precision), 1),
         "MPM": (model, make_packed(model, precision), 1),
-        "MPM, graphs": (model, make_graphs(model, precision), 1),
         "MPM aligned": (model, make_packed(model, precision), scale.align),
         "MPM grouped": (model, TorchRuntime(model, precision, attention="grouped"), 1),
     }
@@ -232,7 +231,7 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
 
     def run(laps: Laps, injected: Injected) -> Tensor:
         lengths.clear()
-        batch = model.embed(windows)
+        batch = runtime.embed(windows) if isinstance(runtime, TorchRuntime) else model.embed(windows)
         laps.lap("embed")
         for stage in model.stages:
             lengths.append(batch.tokens.lengths)
@@ -248,6 +247,113 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
         return logits
 
     return run
+
+
+@torch.inference_mode()
+def served(model: Segmenter, runtime: Runtime, windows: Tensor, injected: Injected) -> Callable[[], Tensor]:
+    """A batch as it is served, stage by stage, with a wait for the lengths after each merge.
+
+    Every stage computes all it does, and then starts from a batch whose lengths are imposed: prepared once, operator
+    by operator, so that imposing them takes no time here.
+    """
+    prepared: list[Tensor | WindowBatch] = [windows]
+    packed = make_packed(model, runtime.precision)
+    for stage in model.stages:
+        if stage.merges:
+            given = prepared[-1]
+            before = packed.run_blocks(stage, packed.embed(given) if isinstance(given, Tensor) else given)
+            imposed = injected.apply(before, before, stage.index, 1)
+            assert imposed.merge_maps is not None
+            prepared.append(WindowBatch(imposed.tokens, torch.stack(imposed.merge_maps)))
+
+    def run() -> Tensor:
+        for stage, given in zip(model.stages, prepared, strict=True):
+            launched = model.launch(stage, given, runtime)
+            if not isinstance(launched, Decoded):
+                launched()
+        assert isinstance(launched, Decoded)
+        return launched.logits
+
+    return run
+
+
+def captured(model: Segmenter, graphs: GraphRuntime, windows: Tensor, injected: Injected) -> Callable[[], Tensor]:
+    """`served` by graphs that are there already.
+
+    Raises:
+        RuntimeError: a stage was not captured; operators would be compared with themselves.
+    """
+    run = served(model, graphs, windows, injected)
+    for _ in range(PATIENCE + 1):
+        run()
+    if graphs.policy.counts["replay"] < len(model.stages):
+        raise RuntimeError(f"parity: not all stages were captured: {dict(graphs.policy.counts)}")
+    return run
+
+
+@torch.inference_mode()
+def time_served(scale: Scale, name: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """Batches as they are served, by operators and by graphs: wall and device milliseconds, and images per second.
+
+    Raises:
+        RuntimeError: graphs give other logits, or were not captured.
+    """
+    timer = Timer(device)
+    windows = torch.randn(scale.batch, 3, scale.side, scale.side, device=device)
+    runs: dict[str, Callable[[], Tensor]] = {}
+    parity = {}
+    for way, schedule in (("unmerged", ()), ("MPM", (2, 5))):
+        network = build(scale, name, device, schedule)
+        runs[way] = served(network, make_packed(network, precision), windows, scale.injected())
+        graphs = make_graphs(network, precision)
+        if graphs is None:
+            continue
+        runs[f"{way}, graphs"] = captured(network, graphs, windows, scale.injected())
+        parity[way] = check_logits(runs[f"{way}, graphs"](), runs[way](), precision)
+    times = in_turn({way: _lapped(run) for way, run in runs.items()}, timer, repeats=scale.repeats)
+    walls = {way: _wall_ms(run, timer, scale.repeats) for way, run in runs.items()}
+    rows = {
+        way: {
+            "wall_ms": round(walls[way], 4),
+            "events_ms": round(times[way]["served"], 4),
+            "busy_ms": _busy_ms(run, device),
+            "images_per_second": round(1000 * scale.batch / walls[way], 1),
+        }
+        for way, run in runs.items()
+    }
+    return {"precision": precision, "batch": scale.batch, "ways": rows, "parity": parity}
+
+
+def _lapped(run: Callable[[], Tensor]) -> Callable[[Laps], object]:
+    def work(laps: Laps) -> None:
+        run()
+        laps.lap("served")
+
+    return work
+
+
+def _wall_ms(run: Callable[[], Tensor], timer: Timer, repeats: int) -> float:
+    """Milliseconds of one batch on the clock, median."""
+    samples = []
+    for _ in range(repeats):
+        timer.synchronize()
+        start = perf_counter()
+        run()
+        timer.synchronize()
+        samples.append(1000 * (perf_counter() - start))
+    return statistics.median(samples)
+
+
+def _busy_ms(run: Callable[[], Tensor], device: torch.device) -> float | None:
+    """Milliseconds that the device's kernels and copies take, one batch; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return round(sum(e.time_range.elapsed_us() for e in profile.events() if e.device_type == cuda) / 1000, 4)
 
 
 def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
@@ -337,6 +443,11 @@ def check_same(
         RuntimeError: it is too large; figures would compare different work.
     """
     found, wanted = (run(Laps(timer), scale.injected(schedule)) for run in (way, reference))
+    return check_logits(found, wanted, precision)
+
+
+def check_logits(found: Tensor, wanted: Tensor, precision: str) -> float:
+    """See `check_same`."""
     deviation = float((found - wanted).abs().mean() / wanted.std())
     if not deviation <= MOST_DIFFERENT[precision]:
         raise RuntimeError(f"parity: logits deviate by {deviation:.1e} of their spread; no figures are reported")
@@ -355,30 +466,17 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
     rows = []
     for number in scale.groups:
         windows = torch.randn(number, 3, scale.side, scale.side, device=device)
-        ways: dict[str, Way] = {}
+        runs: dict[str, Callable[[], Tensor]] = {}
+        parity = {}
         for way, network in (("unmerged", unmerged), ("MPM", model)):
-            graphs = make_graphs(network, precision)
-            ways[way] = ours(network, make_packed(network, precision), windows, 1, [])
-            if graphs is None:
-                continue
-            ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
-            for _ in range(PATIENCE):  # the same lengths until all is captured, or nothing captured would be checked
-                ways[f"{way}, graphs"](Laps(timer), scale.injected())
-        parity = {
-            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision)
-            for way in ("MPM", "unmerged")
-            if f"{way}, graphs" in ways
-        }
-        injected = {way: scale.injected() for way in ways}
-        works = {way: _once(run, injected[way]) for way, run in ways.items()}
-        times = in_turn(works, timer, repeats=4 * scale.repeats, warm_ups=8)
-        ms = {way: round(network_ms(laps), 4) for way, laps in times.items()}
+            runs[way] = served(network, make_packed(network, precision), windows, scale.injected())
+            if graphs := make_graphs(network, precision):
+                runs[f"{way}, graphs"] = captured(network, graphs, windows, scale.injected())
+                parity[way] = check_logits(runs[f"{way}, graphs"](), runs[way](), precision)
+        times = in_turn({way: _lapped(run) for way, run in runs.items()}, timer, repeats=4 * scale.repeats, warm_ups=8)
+        ms = {way: round(laps["served"], 4) for way, laps in times.items()}
         rows.append({"windows": number, "median_ms": ms, "parity": parity})
     return {"precision": precision, "groups": rows}
-
-
-def _once(way: Way, injected: Injected) -> Callable[[Laps], object]:
-    return lambda laps: way(laps, injected)
 
 
 def network_ms(laps: Mapping[str, float]) -> float:
