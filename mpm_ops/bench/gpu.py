@@ -190,7 +190,7 @@ def summary(row: dict[str, Any]) -> str:
         return f"{title}: {row['error']}"
     if "engines" in row:
         return "\n".join([title, *(row["lines"])])
-    if row["kind"] == "served":
+    if row.get("kind") == "served":
         return "\n".join([title, *(_served_line(way, found) for way, found in row["ways"].items())])
     if "ways" in row:
         return "\n".join([title, *(_line(way, found) for way, found in row["ways"].items())])
