@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
-from handlers.launching import MODEL_NAME
+from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
@@ -22,7 +22,7 @@ from mpm_ops.classes import load_classes
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
 _HANDLER = '''"""Serves the Segmenter in this archive."""
 
-from handlers.torchserve_handler import {handler}
+from handlers.servers.torchserve import {handler}
 
 
 class Handler({handler}):

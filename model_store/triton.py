@@ -10,15 +10,15 @@ import torch
 import yaml
 
 from handlers.config import ServingConfig
-from handlers.launching import MODEL_NAME
-from handlers.loading import warm_up_picture
+from handlers.engine.loading import warm_up_picture
+from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
 
 _MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
 
-from handlers.triton_model import TritonPythonModel
+from handlers.servers.triton import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''

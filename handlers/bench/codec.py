@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from torch import Tensor
 
-from handlers import codec
+from handlers.api import codec
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench import model_shapes, percentile_ms, read_images, time_in_turn, write_report
 from mpm_ops.classes import Classes, default_colors

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from handlers import codec
+from handlers.api import codec
+from handlers.api.options import RequestOptions
 from handlers.config import ServingConfig
-from handlers.engine import Engine
-from handlers.options import RequestOptions
+from handlers.engine.engine import Engine
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench import model_shapes, percentile_ms, read_images, write_report
 from mpm_ops.classes import Classes, load_classes

@@ -40,9 +40,9 @@ def time_engine(
         ServingError: a picture was not answered.
     """
     from handlers import codec  # these need packages that a machine for kernels alone may lack
+    from handlers.api.options import RequestOptions
     from handlers.config import ServingConfig
-    from handlers.loading import load_engine
-    from handlers.options import RequestOptions
+    from handlers.engine.loading import load_engine
 
     config = ServingConfig(
         device=device,

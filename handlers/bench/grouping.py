@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from handlers.grouping import GroupCost
+from handlers.engine.grouping import GroupCost
 from mpm_ops import load_segmenter
 from mpm_ops.bench import environment, write_report
 from mpm_ops.stages import parse_schedule

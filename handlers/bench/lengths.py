@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handlers.grouping import GroupCost
+from handlers.engine.grouping import GroupCost
 from mpm_ops import Segmenter
 from mpm_ops.bench import read_images
 from mpm_ops.packed import PackedTokens

@@ -23,14 +23,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from handlers.api.options import RequestOptions
+from handlers.api.replies import SegmentReply
 from handlers.config import ServingConfig
-from handlers.engine import Engine
-from handlers.launching import free_port
-from handlers.loading import load_engine
-from handlers.metrics import Metrics
-from handlers.options import RequestOptions
-from handlers.replies import SegmentReply
-from handlers.tracing import Tracing
+from handlers.engine.engine import Engine
+from handlers.engine.loading import load_engine
+from handlers.launch.processes import free_port
+from handlers.observe.metrics import Metrics
+from handlers.observe.tracing import Tracing
 
 _OBSERVED = ("answered", "replied", "waiting", "released", "computed", "agreed")
 _INFLIGHT = 8
@@ -170,7 +170,7 @@ def _record_for_nobody() -> Tracing:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-    from handlers.otel import OpenTelemetry
+    from handlers.observe.otel import OpenTelemetry
 
     class Nowhere(SpanExporter):
         def export(self, spans: Any) -> SpanExportResult:

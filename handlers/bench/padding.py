@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.grouping import GroupCost
-from handlers.scheduler import Lane, Waiting
+from handlers.engine.grouping import GroupCost
+from handlers.engine.scheduler import Lane, Waiting
 
 from .simulate import Rules
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from handlers.api.options import RequestOptions
 from handlers.config import ServingConfig
-from handlers.engine import Engine
-from handlers.options import RequestOptions
-from handlers.scheduler import Group, Scheduler
+from handlers.engine.engine import Engine
+from handlers.engine.scheduler import Group, Scheduler
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench import percentile_ms, read_images
 from mpm_ops.classes import Classes, default_colors

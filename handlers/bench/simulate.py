@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from handlers.grouping import GroupCost
-from handlers.scheduler import Group, Lane, Scheduler, Waiting
+from handlers.engine.grouping import GroupCost
+from handlers.engine.scheduler import Group, Lane, Scheduler, Waiting
 from mpm_ops.bench import percentile_ms
 
 _PAPER = "MPM (arXiv 2604.05718), supplement"

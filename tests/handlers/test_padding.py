@@ -3,7 +3,7 @@ import pytest
 
 from handlers.bench.padding import batches_by_arrival, overhead, scheduled_groups, sorted_slices
 from handlers.bench.simulate import Rules
-from handlers.grouping import GroupCost
+from handlers.engine.grouping import GroupCost
 
 LENGTHS = [4, 1, 3, 2, 4, 1]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from handlers.bench.simulate import Profile, Rules, Simulation, paper_profiles, poisson
-from handlers.grouping import GroupCost
+from handlers.engine.grouping import GroupCost
 
 COST = GroupCost(launch=0.001, token=1e-5)
 TWO_STAGES = Profile(name="test", source="made up", stages=(COST, COST))

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from handlers.launching import free_port
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.launch.processes import free_port
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
