@@ -3,6 +3,7 @@
 import math
 import re
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,28 +54,38 @@ def is_frame(data: bytes | bytearray) -> bool:
     return data[: len(_MAGIC)] == _MAGIC
 
 
-def read_frame_size(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a frame, from its header; refuses what `decode_frame` would."""
-    height, width, _ = _read_header(data, max_bytes, max_pixels)
-    return height, width
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A raw frame whose header was read.
+
+    Attributes:
+        size: height and width in pixels.
+        num_bytes: of the file.
+    """
+
+    size: tuple[int, int]
+    num_bytes: int
+    _data: bytes
+    _offset: int
+
+    def decode(self) -> np.ndarray:
+        """uint8 RGB [H, W, 3], read-only and not copied."""
+        return np.frombuffer(self._data, np.uint8, offset=self._offset).reshape(*self.size, 3)
 
 
-def decode_frame(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> np.ndarray:
-    """The pixels of a frame, without copying them where data is immutable.
+def read_frame(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> Frame:
+    """Read the header of a frame.
 
     Args:
-        data: a NumPy file (`numpy.save`) of uint8 [H, W, 3] in C order.
+        data: a NumPy file (`numpy.save`) of uint8 [H, W, 3] in C order; only what can change is copied.
         max_bytes: longer data is refused.
-        max_pixels: larger frames are refused from their header.
-
-    Returns:
-        uint8 RGB [H, W, 3], read-only.
+        max_pixels: larger frames are refused.
 
     Raises:
         ServingError: too large, or not such a frame.
     """
     height, width, offset = _read_header(data, max_bytes, max_pixels)
-    return np.frombuffer(bytes(data), np.uint8, offset=offset).reshape(height, width, 3)
+    return Frame((height, width), len(data), bytes(data), offset)
 
 
 def _read_header(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> tuple[int, int, int]:

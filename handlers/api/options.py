@@ -5,47 +5,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handlers.errors import ErrorKind, ServingError
-from handlers.observe.tracing import CONTEXT_HEADERS
 from mpm_ops.stages import parse_schedule
 
-MASK_TYPES = ("image/png", "application/json", "application/x-npy")
-VIEW_TYPES = ("image/png", "image/jpeg")
-VIEWS = ("overlay", "tokens", "confidence")
-VIEWS_OF_PIXELS = ("overlay", "tokens")  # which show the picture itself
-PRIORITIES = ("interactive", "bulk")
-# All that Triton passes on of a request's headers, and takes as its parameters.
-OPTION_HEADERS = (
-    "x-mpm-outputs",
-    "x-mpm-priority",
-    "x-mpm-schedule",
-    "x-mpm-view",
-    "x-request-id",
-    *CONTEXT_HEADERS,
-)
+from .formats import FORMATS, MASKS, VIEWS
 
+PRIORITIES = ("interactive", "bulk")
+
+_MASK_TYPES = {FORMATS[name].media_types[0]: name for name in MASKS}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """One request's wishes.
+    """What one request asks for.
 
     Attributes:
         request_id: names the request in replies and logs.
-        media_type: of the reply; one of MASK_TYPES, or of VIEW_TYPES where a view is asked for.
-        also: further forms of the mask, of MASK_TYPES, from the same computation.
-        view: a picture for people instead of the mask, one of VIEWS, or None.
+        format: of the body, a key of FORMATS.
+        media_type: of the body; by default the format's first.
+        also: further formats from the same computation.
+        arrays: give the array of a format that has one, instead of its bytes.
         schedule: encoder blocks before which tokens merge, or None for the server's default.
         bulk: the request gives way to interactive ones.
     """
 
     request_id: str
-    media_type: str = "image/png"
+    format: str = "png"
+    media_type: str = ""
     also: tuple[str, ...] = ()
-    view: str | None = None
+    arrays: bool = False
     schedule: tuple[int, ...] | None = None
     bulk: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.media_type:
+            object.__setattr__(self, "media_type", FORMATS[self.format].media_types[0])
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All that are asked for, the body's first."""
+        return (self.format, *self.also)
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
@@ -56,14 +56,22 @@ class RequestOptions:
         """
         view = _one_of("X-MPM-View", headers.get("x-mpm-view"), VIEWS)
         priority = _one_of("X-MPM-Priority", headers.get("x-mpm-priority"), PRIORITIES)
-        media_type = negotiate(headers.get("accept", "*/*"), MASK_TYPES if view is None else VIEW_TYPES)
+        accept = headers.get("accept", "*/*")
+        if view is None:
+            media_type = negotiate(accept, tuple(_MASK_TYPES))
+            chosen = _MASK_TYPES[media_type]
+        else:
+            media_type = negotiate(accept, FORMATS[view].media_types)
+            chosen = view
         schedule = None
         if "x-mpm-schedule" in headers:
             try:
                 schedule = parse_schedule(headers["x-mpm-schedule"][:100])
             except ValueError as error:
                 raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: {error}") from None
-        return cls(request_id=request_id, media_type=media_type, view=view, schedule=schedule, bulk=priority == "bulk")
+        return cls(
+            request_id=request_id, format=chosen, media_type=media_type, schedule=schedule, bulk=priority == "bulk"
+        )
 
 
 def _one_of(header: str, value: str | None, allowed: tuple[str, ...]) -> str | None:

@@ -39,7 +39,9 @@ def time_engine(
     Raises:
         ServingError: a picture was not answered.
     """
-    from handlers import codec  # these need packages that a machine for kernels alone may lack
+    # These need packages that a machine for kernels alone may lack.
+    from handlers.api.formats.npy import encode_npy
+    from handlers.api.formats.views import encode_picture
     from handlers.api.options import RequestOptions
     from handlers.config import ServingConfig
     from handlers.engine.loading import load_engine
@@ -55,8 +57,8 @@ def time_engine(
         graph_mib=graph_mib,
     )
     sources = {
-        "jpeg": [codec.encode_picture(image, "image/jpeg") for image in images],
-        "frame": [codec.encode_npy(image) for image in images],
+        "jpeg": [encode_picture(image, "image/jpeg") for image in images],
+        "frame": [encode_npy(image) for image in images],
     }
     rows: dict[str, dict[str, Any]] = {}
     with closing(load_engine(folder, config)) as engine:

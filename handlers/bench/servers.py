@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from handlers.api.codec import FORMATS, decode_image, encode_mask_png
+from handlers.api.decode import FORMATS, decode_image
+from handlers.api.formats.png import encode_mask_png
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive

@@ -3,30 +3,16 @@
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from time import monotonic
 
 from handlers.errors import ErrorKind, ServingError
 
+from .request import Picture
+
 _RATE_SECONDS = 10.0  # over which the drain rate is measured
 _ANSWERABLE = 0.8  # of what the device computes within the deadline; the rest is for decoding, encoding and misjudging
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """What a picture that was admitted holds.
-
-    Attributes:
-        tokens: of its windows, before merging.
-        size: bytes of it that are kept: its body until it is decoded, its pixels where they are needed to the end.
-        is_in: it has not left.
-    """
-
-    tokens: int
-    size: int
-    is_in: bool = True
 
 
 class Admission:
@@ -39,6 +25,9 @@ class Admission:
         max_inflight_bytes: at most so many; what decoding and encoding take for a while waits for what is left.
         deadline_seconds: tokens that the device would not get through in most of this time are too many as well.
         capacity: gives the tokens per second that a busy device gets through, as measured lately; 0 while unknown.
+
+    Attributes:
+        num_inflight: pictures that entered and have not left.
     """
 
     def __init__(
@@ -53,6 +42,7 @@ class Admission:
         self._deadline_seconds = deadline_seconds
         self._capacity = capacity
         self._changed = threading.Condition()
+        self.num_inflight = 0
         self._inflight_tokens = 0
         self._held_bytes = 0
         self._num_working = 0
@@ -70,13 +60,14 @@ class Admission:
         with self._changed:
             self._closed = True
 
-    def enter(self, tickets: list[Ticket]) -> None:
+    def enter(self, pictures: Sequence[Picture]) -> None:
         """Count the pictures of a request in, all or none.
 
         Raises:
             ServingError: overloaded, or closed.
         """
-        tokens, size = sum(ticket.tokens for ticket in tickets), sum(ticket.size for ticket in tickets)
+        tokens = sum(picture.tokens for picture in pictures)
+        size = sum(picture.held_bytes for picture in pictures)
         with self._changed:
             if self._closed:
                 raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down")
@@ -90,24 +81,30 @@ class Admission:
                 )
             self._inflight_tokens += tokens
             self._held_bytes += size
+            self.num_inflight += len(pictures)
+            for picture in pictures:
+                picture.is_admitted = True
 
-    def leave(self, ticket: Ticket) -> None:
-        """Count a picture out."""
+    def leave(self, picture: Picture) -> None:
+        """Count a picture out, unless it was."""
         with self._changed:
+            if not picture.is_admitted:
+                return
             now = monotonic()
-            ticket.is_in = False
-            self._inflight_tokens -= ticket.tokens
-            self._held_bytes -= ticket.size
-            self._left.append((now, ticket.tokens))
+            picture.is_admitted = False
+            self.num_inflight -= 1
+            self._inflight_tokens -= picture.tokens
+            self._held_bytes -= picture.held_bytes
+            self._left.append((now, picture.tokens))
             self._forget_old(now)
             self._changed.notify_all()
 
-    def resize(self, ticket: Ticket, size: int) -> None:
+    def resize(self, picture: Picture, size: int) -> None:
         """A picture keeps so many bytes from now on."""
         with self._changed:
-            if ticket.is_in:
-                self._held_bytes += size - ticket.size
-                ticket.size = size
+            if picture.is_admitted:
+                self._held_bytes += size - picture.held_bytes
+                picture.held_bytes = size
                 self._changed.notify_all()
 
     @contextmanager

@@ -1,17 +1,18 @@
 """Whether merging is still right for the pictures that come in: some are also computed without it, and compared."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
-from handlers.api.options import RequestOptions
-from handlers.api.replies import Segmented
 from handlers.observe.metrics import Metrics
 from mpm_ops.classes import Classes
 from mpm_ops.labels import label_map
+from mpm_ops.windows import WindowPlan
+
+from .request import Picture
 
 _MAX_CREDIT = 5.0  # pictures that a busy time leaves to be made up for when the device is idle
 
@@ -57,12 +58,19 @@ class Sampler:
             self._running = False
 
 
+class ComputeUnmerged(Protocol):
+    """Computes a picture again without merging; the future gives its logits [num_windows, K, Gh, Gw]."""
+
+    def __call__(self, picture: Picture, *, bulk: bool) -> "Future[Any]":
+        """Bulk gives way to others."""
+
+
 class Agreement:
     """Has some answered pictures computed again without merging, and reports how far the labels agree.
 
     Args:
         sampler: chooses them.
-        compute_unmerged: computes a picture that was found with merging again, with these options.
+        compute_unmerged: computes a picture again.
         metrics: told of each comparison.
         classes, patch_size: of the model.
     """
@@ -70,7 +78,7 @@ class Agreement:
     def __init__(
         self,
         sampler: Sampler,
-        compute_unmerged: Callable[[Segmented, RequestOptions], "Future[Segmented]"],
+        compute_unmerged: ComputeUnmerged,
         metrics: Metrics,
         classes: Classes,
         patch_size: int,
@@ -81,18 +89,19 @@ class Agreement:
         self._classes = classes
         self._patch_size = patch_size
 
-    def consider(self, merged: Segmented, options: RequestOptions, *, idle: bool) -> None:
-        """A picture was answered; it may be this one's turn."""
+    def consider(self, picture: Picture, logits: Tensor, *, idle: bool) -> None:
+        """A picture was answered with these logits; it may be this one's turn."""
         priority = self._sampler.choose(idle=idle)
         if priority is not None:
-            again = self._compute_unmerged(merged, replace(options, bulk=priority == "bulk"))
-            again.add_done_callback(lambda done: self._compare(merged, done))
+            plan = picture.plan
+            again = self._compute_unmerged(picture, bulk=priority == "bulk")
+            again.add_done_callback(lambda done: self._compare(logits, plan, done))
 
-    def _compare(self, merged: Segmented, again: "Future[Segmented]") -> None:
+    def _compare(self, merged: Tensor, plan: WindowPlan, again: "Future[Any]") -> None:
         try:
             if again.exception() is None:  # else it is in the log
                 labels, expected = (
-                    label_map(found.logits, found.plan, self._patch_size).labels for found in (merged, again.result())
+                    label_map(logits, plan, self._patch_size).labels for logits in (merged, again.result())
                 )
                 self._metrics.agreed(*compare_labels(labels, expected, self._classes))
         finally:

@@ -10,8 +10,7 @@ from mpm_ops.stages import Stage, WindowBatch
 from mpm_ops.transfers import fetch, stack
 
 from .clock import DeviceClock
-from .scheduler import Group
-from .work import Window
+from .request import Group, Window
 
 Times = tuple[float, float | None]  # seconds of a group on the device, and those of its merge
 
@@ -32,14 +31,14 @@ class Computer:
         self._clock = DeviceClock(model.encoder.pos_embed.device)
 
     @torch.inference_mode()
-    def launch(self, group: Group[Window]) -> Callable[[], Times]:
+    def launch(self, group: Group) -> Callable[[], Times]:
         """Launch a group and wait for nothing on a GPU; windows stay as they are, so it can be launched again.
 
         Returns:
             What waits for the group, and for nothing launched behind it, then keeps each window's outcome with it
             and gives the group's own seconds. To be called once.
         """
-        windows = [member.payload for member in group.members]
+        windows = group.windows
         stage = self._stages[group.lane.schedule][group.lane.stage]
         start = self._clock.mark()
         if stage.index == 0:

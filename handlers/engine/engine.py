@@ -1,61 +1,59 @@
 """The engine: takes encoded pictures, answers with encoded masks, whatever server stands in front.
 
-admit -> decode and cut (threads) -> schedule, run stages, regroup (one device thread) -> labels and encode (threads)
+admit -> decode and cut (threads) -> schedule, run, route (one thread, see `loop`) -> labels and encode (threads)
 
-Windows are what is batched. Between two stages they wait in the scheduler, because only a merge tells
-how long each of them became; the group they run in next is chosen anew every time.
+Windows are the unit of batching. Between two stages they wait in the scheduler, because only a merge tells
+how long each of them became; the group that they run in next is chosen anew every time.
 """
 
-import contextlib
-import itertools
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 
-from handlers.api import codec
-from handlers.api.options import VIEWS_OF_PIXELS, RequestOptions
-from handlers.api.replies import Segmented, SegmentReply, encode_reply, encoding_bytes
+from handlers.api import decode
+from handlers.api.formats import FORMATS
+from handlers.api.options import RequestOptions
 from handlers.config import ServingConfig
 from handlers.errors import ErrorKind, ServingError
+from handlers.observe.log import describe_request
 from handlers.observe.metrics import Metrics
 from handlers.observe.tracing import NO_SPAN, RequestSpan
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
+from mpm_ops.labels import label_map
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.graphs import PATIENCE
 from mpm_ops.stages import cut_stages, format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 
-from .admission import Admission, Ticket
+from .admission import Admission
 from .agreement import Agreement, Sampler
-from .computing import Computer, Times
-from .costs import measure_cost
-from .loop import DeviceThread
-from .request import Exchange, only_reply
-from .scheduler import Group, Lane, Scheduler, Waiting
-from .work import Request, Window, by_request
+from .computing import Computer
+from .lane import Lane
+from .loop import Loop
+from .request import Group, Picture, Reply, Request, Window, internal_error, only_reply
+from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
-_POOL_GROUPS = 8  # groups' worth of windows among which padded execution chooses mates
 
 
 class Engine:
     """Runs one model for many requests at a time.
 
     A request's failure is its own: it reaches the answer of that request as a `ServingError` and
-    leaves its neighbours alone. Cancelling the answer drops the request at the next stage.
+    leaves its neighbours alone.
 
     Args:
         model: its schedule is the default; others are allowed by the configuration.
@@ -77,7 +75,7 @@ class Engine:
         *,
         name: str = "segmenter",
         on_fatal: Callable[[], None] = lambda: os._exit(70),
-        observer: Callable[[Group["Window"], float], None] = lambda group, seconds: None,
+        observer: Callable[[Group, float], None] = lambda group, seconds: None,
         keeps_bodies: bool = False,
         lookahead: int | None = None,
     ) -> None:
@@ -87,7 +85,6 @@ class Engine:
         self._classes = classes
         self._config = config
         self._on_fatal = on_fatal
-        self._observer = observer
         self._keeps_bodies = keeps_bodies
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
@@ -96,7 +93,6 @@ class Engine:
             config.runtime,
             config.precision,
             schedules=sorted(schedules),
-            padded=config.padded,
             graph_bytes=config.graph_mib * 2**20,
         )
         device = self._device_of_model = model.encoder.pos_embed.device
@@ -104,15 +100,12 @@ class Engine:
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
-        scheduler: Scheduler[Window] = Scheduler(
+        scheduler = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
             max_group_windows=1 if config.deterministic else config.max_group_windows,
-            pool_windows=_POOL_GROUPS * config.max_group_windows if config.padded else config.max_group_windows,
             max_group_delay=config.max_group_delay_ms / 1000,
             bulk_patience=config.bulk_patience_seconds,
-            cost=measure_cost(model, longest=self._tokens_of_window, max_group_windows=config.max_group_windows)
-            if config.padded
-            else None,
+            bucket=self._runtime.bucket,
         )
         self._admission = Admission(
             config.max_inflight_tokens,
@@ -121,10 +114,9 @@ class Engine:
             capacity=lambda: self.metrics.capacity,
         )
         self._lock = threading.Lock()
-        self._inflight: dict[Future[Any], Request] = {}  # by answer; guarded by the lock
-        self._open: set[Exchange] = set()  # guarded by the lock
+        self._open: set[Request] = set()  # guarded by the lock
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
-        self.metrics.watch_inflight(lambda: len(self._inflight), lambda: self._admission.inflight_bytes)
+        self.metrics.watch_inflight(lambda: self.inflight, lambda: self._admission.inflight_bytes)
         self.metrics.expect(Lane(stage.index, model.schedule) for stage in stages[model.schedule])
         sampler = Sampler(config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction))
         patch_size = model.config.patch_size
@@ -134,16 +126,16 @@ class Engine:
         port = config.metrics_port
         self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
 
-        self._group_numbers = itertools.count(1)
-        self._device = DeviceThread(
+        self._loop = Loop(
             device,
             scheduler,
             Computer(model, self._runtime, stages).launch,
+            self.metrics,
+            num_special=self._special,
+            bucket=self._runtime.bucket,
             lookahead=lookahead,
-            on_removed=lambda windows: self.metrics.waiting(windows, -1),
-            on_released=lambda group, now: self.metrics.released(group, now, padded=config.padded),
+            on_group=observer,
             on_computed=self._computed,
-            on_failed=self._failed,
             on_lost=self._give_up,
         )
         own_stream: dict[str, Any] = {"initializer": use_own_stream, "initargs": (device,)}
@@ -151,7 +143,7 @@ class Engine:
         self._encoders = ThreadPoolExecutor(config.codec_threads, "encode", **own_stream)
         self._stopped = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._device.start()
+        self._loop.start()
         self._watchdog.start()
         logger.info(
             "serving on %s, %s; schedule %s, align %d",
@@ -161,10 +153,8 @@ class Engine:
             model.align,
         )
 
-    # Taking work
-
     def warm_up(self, pictures: Iterable[bytes]) -> None:
-        """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
+        """Compute pictures before requests come; no metric counts them and none is sampled.
 
         Where graphs are captured, each as often as it takes until those of its shapes are.
 
@@ -173,21 +163,23 @@ class Engine:
         """
         metrics, agreement = self.metrics, self._agreement
         times = PATIENCE + 1 if self._config.graph_mib else 1
-        self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
+        self.metrics = self._loop.metrics = Metrics("warm-up", grid=self._grid, info={})
+        self._agreement = None
         try:
             for picture in pictures:
                 for _ in range(times):
                     self.submit(picture, RequestOptions(request_id="warm-up")).result()
         finally:
-            self.metrics, self._agreement = metrics, agreement
+            self.metrics = self._loop.metrics = metrics
+            self._agreement = agreement
 
-    def submit(
-        self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN
-    ) -> "Future[SegmentReply]":
-        """Take an encoded picture; the future gives a SegmentReply or raises a ServingError."""
-        exchange = self.open(options.request_id, span=span)
-        self.take(exchange, [data], options)
-        return exchange.answer
+    # Requests
+
+    def submit(self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN) -> Request:
+        """Take a request of one encoded picture; its answer is a Reply or a ServingError."""
+        request = self.open(options.request_id, span=span)
+        self.take(request, [data], options)
+        return request
 
     def open(
         self,
@@ -196,44 +188,35 @@ class Engine:
         arrived: float | None = None,
         timeout_seconds: float = 0.0,
         span: RequestSpan = NO_SPAN,
-        render: Callable[[Sequence[SegmentReply]], Any] = only_reply,
-    ) -> Exchange:
-        """Begin a request, which from now on ends in time and is counted, whatever becomes of it.
+        render: Callable[[Sequence[Reply]], Any] = only_reply,
+    ) -> Request:
+        """Begin a request: from now on its deadline holds, and its end is counted and logged.
 
         Args:
             request_id: names it.
             arrived: when it came, on the clock of `time.monotonic`; now, if that isn't known.
             timeout_seconds: its client's own deadline, which can only be an earlier one; 0 for none.
-            span: told of its steps and its end.
-            render: see `Exchange`.
+            span: of the request.
+            render: makes the answer from the pictures' replies.
         """
         arrived = monotonic() if arrived is None else arrived
         seconds = min(timeout_seconds or math.inf, self._config.deadline_seconds)
-        metrics = self.metrics  # of this moment: those of a warm-up are others
-
-        def close(exchange: Exchange, code: int, replies: Sequence[SegmentReply]) -> None:
-            with self._lock:
-                self._open.discard(exchange)
-            metrics.answered(code, monotonic() - exchange.arrived, exchange.request_id, exchange.span.trace_id)
-            for reply in replies:
-                metrics.replied(reply.num_windows, reply.seconds)
-
-        exchange = Exchange(request_id, arrived, arrived + seconds, span=span, render=render, on_end=close)
+        on_end = partial(self._ended, self.metrics)  # those of this moment: a warm-up has others
+        request = Request(request_id, arrived, arrived + seconds, span=span, render=render, on_end=on_end)
         with self._lock:
-            self._open.add(exchange)
-        return exchange
+            self._open.add(request)
+        return request
 
-    def take(self, exchange: Exchange, pictures: Sequence[bytes | bytearray], options: RequestOptions) -> None:
+    def take(self, request: Request, pictures: Sequence[bytes | bytearray], options: RequestOptions) -> None:
         """Compute the pictures of a request, which are admitted all or none; never raises.
 
         What can be refused from their headers is refused at once.
         """
-        with exchange.guarded():
-            requests = self._admit(exchange, pictures, options)
-            exchange.gather([request.answer for request in requests])
-            for request, data in zip(requests, pictures, strict=True):
+        with request.guarded():
+            admitted = self._admit(request, pictures, options)
+            for picture in admitted:
                 try:
-                    self._decoders.submit(self._guard, request, self._prepare, request, data)
+                    self._decoders.submit(self._guard, self._prepare, picture)
                 except RuntimeError:  # closed in between
                     raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down") from None
 
@@ -241,7 +224,7 @@ class Engine:
         """Refuse new requests, finish those that were accepted, then stop."""
         self._admission.close()
         self._decoders.shutdown()
-        self._device.close()
+        self._loop.close()
         self._encoders.shutdown()
         self._stopped.set()
         self._watchdog.join()
@@ -250,134 +233,114 @@ class Engine:
     @property
     def lookahead(self) -> int:
         """Groups launched behind the one that runs; may be changed at any time."""
-        return self._device.lookahead
+        return self._loop.lookahead
 
     @lookahead.setter
     def lookahead(self, number: int) -> None:
-        self._device.lookahead = number
+        self._loop.lookahead = number
 
     @property
     def inflight(self) -> int:
-        """Requests accepted and not yet answered."""
-        return len(self._inflight)
+        """Pictures accepted and not yet answered."""
+        return self._admission.num_inflight
 
     def _admit(
-        self, exchange: Exchange, pictures: Sequence[bytes | bytearray], options: RequestOptions
-    ) -> list[Request]:
-        config = self._config
+        self, request: Request, pictures: Sequence[bytes | bytearray], options: RequestOptions
+    ) -> list[Picture]:
         schedule = self._model.schedule if options.schedule is None else options.schedule
         if schedule not in self._offered:
             allowed = ", ".join(sorted(map(format_schedule, self._offered)))
             raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
-        requests = []
+        admitted = []
         for i, data in enumerate(pictures):
             try:
-                size = codec.read_size(data, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
-                ticket = Ticket(self._plan(*size).num_windows * self._tokens_of_window, len(data))
+                admitted.append(self._read(request, data, i, len(pictures), options, schedule))
             except ServingError as error:
                 raise error.of_picture(i, len(pictures)) from None
-            name = options.request_id if len(pictures) == 1 else f"{options.request_id}:{i}"
-            own = replace(options, request_id=name)
-            pixels = size[0] * size[1]
-            requests.append(Request(own, schedule, Future(), monotonic(), ticket, exchange.span, pixels=pixels))
-        tickets = [request.ticket for request in requests]
-        total = sum(ticket.tokens for ticket in tickets)
-        if len(requests) > 1 and total > config.max_inflight_tokens:
+        total = sum(picture.tokens for picture in admitted)
+        if len(admitted) > 1 and total > self._config.max_inflight_tokens:
             raise ServingError(
                 ErrorKind.TOO_LARGE,
-                f"expected a batch of at most {config.max_inflight_tokens} tokens, got {len(requests)} pictures of "
-                f"{total}; send them in several requests",
+                f"expected a batch of at most {self._config.max_inflight_tokens} tokens, got {len(admitted)} pictures "
+                f"of {total}; send them in several requests",
             )
-        self._admission.enter(tickets)
+        self._admission.enter(admitted)
+        if not request.begin(admitted):
+            for picture in admitted:
+                self._admission.leave(picture)
+            return []
+        return admitted
+
+    def _read(
+        self,
+        request: Request,
+        data: bytes | bytearray,
+        index: int,
+        num_pictures: int,
+        options: RequestOptions,
+        schedule: tuple[int, ...],
+    ) -> Picture:
+        """Read a picture's header and plan its windows."""
+        limits = {"max_bytes": self._config.max_image_bytes, "max_pixels": self._config.max_image_pixels}
+        source = decode.read_picture(data, **limits)
+        plan = self._plan(*source.size)
+        if num_pictures > 1:
+            options = replace(options, request_id=f"{options.request_id}:{index}")
+        return Picture(
+            request,
+            options,
+            schedule,
+            plan,
+            monotonic(),
+            source=source,
+            index=index,
+            num_pictures=num_pictures,
+            tokens=plan.num_windows * self._tokens_of_window,
+            held_bytes=source.num_bytes,
+        )
+
+    def _ended(self, metrics: Metrics, request: Request, code: int, pictures: Sequence[Picture], error: str) -> None:
+        """Release, count and log a request that ends."""
         with self._lock:
-            self._inflight |= {request.answer: request for request in requests}
-        for request in requests:
-            request.answer.add_done_callback(self._leave)  # which must not hold the request: its answer may be kept
-        return requests
+            self._open.discard(request)
+        for picture in pictures:
+            self._admission.leave(picture)
+        seconds = monotonic() - request.arrived
+        name, trace_id = request.request_id, request.span.trace_id
+        metrics.answered(code, seconds, name, trace_id)
+        replies = [picture.reply for picture in pictures] if code == 200 else []
+        for reply in replies:
+            metrics.replied(reply.num_windows, reply.seconds)
+        request.span.end(code)
+        logger.info(describe_request(name, code, seconds, trace_id=trace_id, replies=replies, error=error))
 
-    def _leave(self, answer: "Future[SegmentReply]") -> None:
-        with self._lock:
-            request = self._inflight.pop(answer)
-        self._admission.leave(request.ticket)
+    # Before the device
 
-    def _prepare(self, request: Request, data: bytes | bytearray) -> None:
-        config, view = self._config, request.options.view
-        limits = {"max_bytes": config.max_image_bytes, "max_pixels": config.max_image_pixels}
-        with self._admission.working(codec.DECODING_BYTES * request.pixels):
-            if config.jpeg_draft and view is None:  # views show all pixels
-                image, size = codec.decode_reduced(
-                    data, **limits, enough=lambda *whole: self._plan(*whole).fitted_size
-                )
-            else:
-                image = codec.decode_image(data, **limits)
-                size = (image.shape[0], image.shape[1])
-            plan = self._plan(*size)
-            if view not in VIEWS_OF_PIXELS:
-                image = fit_picture(image, plan)  # a picture's pixels are its largest part by far
-        self._admission.resize(request.ticket, image.nbytes + (len(data) if self._keeps_bodies else 0))
-        self._enqueue(request, image, plan)
+    def _prepare(self, picture: Picture) -> None:
+        """Decode a picture, cut it into windows and have them computed."""
+        needs_image = any(FORMATS[name].needs_image for name in picture.options.formats)
+        source, picture.source = picture.source, None
+        with self._admission.working(decode.DECODING_BYTES * picture.num_pixels):
+            image = source.decode()
+            if image.shape[:2] != picture.plan.original_size:  # its orientation stood behind its pixels
+                picture.plan = self._plan(*image.shape[:2])
+            if not needs_image:
+                image = fit_picture(image, picture.plan)  # a picture's pixels are its largest part by far
+        self._admission.resize(picture, image.nbytes + (source.num_bytes if self._keeps_bodies else 0))
+        picture.image = image
+        self._enqueue(picture)
 
-    def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:
-        """Cut a picture into windows that wait for the first stage."""
-        pixels = upload(cut_windows(image, plan, self._model.inference), self._device_of_model)
-        request.image, request.plan = image, plan
-        request.windows = [Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
-        request.ready_at = monotonic()
-        request.seconds["decode"] = request.ready_at - request.arrived
-        request.span.step("decode", request.ready_at, request.seconds["decode"])
-        arrivals = [self._waiting(window, 0, self._tokens_of_window) for window in request.windows]
-        self.metrics.waiting(arrivals, +1)
-        self._device.add(arrivals)
-
-    # What the device's thread tells, see `DeviceThread`
-
-    def _computed(self, group: Group[Window], times: Times) -> None:
-        """Account for a group that is through, and send its windows on."""
-        seconds, merge_seconds = times
-        windows = [member.payload for member in group.members]
-        self._observer(group, seconds)
-        self._account(group.lane, windows, seconds, merge_seconds)
-        tokens_in = [window.lengths[group.lane.stage] for window in windows]
-        self.metrics.computed(group.lane, tokens_in, sum(w.lengths[-1] for w in windows), seconds, merge_seconds)
-        self._route(group.lane, windows)  # last: who gets an answer finds it counted
-
-    def _failed(self, window: Window, stage: int, error: Exception) -> None:
-        request_id = window.request.options.request_id
-        logger.error("request %s failed at stage %d", request_id, stage, exc_info=error)
-        _fail(window.request.answer, ServingError(ErrorKind.INTERNAL, "computing the picture failed"))
-
-    def _account(self, lane: Lane, windows: Sequence[Window], seconds: float, merge_seconds: float | None) -> None:
-        """Tell every request of a group what the group took; those that share it took it together."""
-        stop = monotonic()
-        requests = by_request(windows)
-        group = (next(self._group_numbers), len(windows), len(requests))
-        for request, own in requests.items():
-            request.seconds["compute"] += seconds - (merge_seconds or 0.0)
-            request.seconds["merge"] += merge_seconds or 0.0
-            request.span.stage(lane, group, [window.lengths for window in own], stop, seconds, merge_seconds)
-
-    def _route(self, lane: Lane, windows: Sequence[Window]) -> None:
-        """Send windows to their next lane, and requests whose windows are all done to be labelled."""
-        now = monotonic()
-        if lane.stage < len(lane.schedule):  # it merged
-            arrivals = [self._waiting(w, lane.stage + 1, w.lengths[-1] + self._special) for w in windows]
-            self.metrics.waiting(arrivals, +1)
-            self._device.scheduler.add(arrivals, now)
-            return
-        for request in by_request(windows):
-            logits = [window.logits for window in request.windows if window.logits is not None]
-            if not all(window.is_finite for window in request.windows):
-                logger.error("request %s: the network gave non-finite logits", request.options.request_id)
-                _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the network found no finite answer"))
-            elif len(logits) == len(request.windows):
-                busy = request.seconds["compute"] + request.seconds["merge"]
-                request.seconds["queue"] = max(0.0, now - request.ready_at - busy)
-                self._encoders.submit(self._guard, request, self._finish, request)
-
-    def _waiting(self, window: Window, stage: int, length: int) -> Waiting[Window]:
-        request = window.request
-        lane = Lane(stage, request.schedule)
-        return Waiting(lane, length, request.arrived, request.options.bulk, window)
+    def _enqueue(self, picture: Picture) -> None:
+        """Cut a decoded picture into windows that wait for the first stage."""
+        assert picture.image is not None
+        pixels = upload(cut_windows(picture.image, picture.plan, self._model.inference), self._device_of_model)
+        lane, length = Lane(0, picture.schedule), self._tokens_of_window
+        windows = [Window(picture, lane, length, window, [length - self._special]) for window in pixels]
+        picture.windows, picture.num_left = windows, len(windows)
+        picture.ready_at = monotonic()
+        picture.seconds["decode"] = picture.ready_at - picture.arrived
+        picture.request.span.step("decode", picture.ready_at, picture.seconds["decode"])
+        self._loop.add(windows)
 
     # The watchdog: deadlines hold and a dead or hung device is noticed even when nothing else moves
 
@@ -385,14 +348,14 @@ class Engine:
         while not self._stopped.wait(_WATCH_SECONDS):
             now = monotonic()
             with self._lock:
-                late = [exchange for exchange in self._open if now > exchange.deadline]
-            for exchange in late:
-                exchange.expire()
-            started = self._device.busy_since
+                late = [request for request in self._open if now > request.deadline]
+            for request in late:
+                request.expire()
+            started = self._loop.busy_since
             if started is not None and now - started > self._config.stall_seconds:
                 self._give_up(f"a group has been running for {now - started:.0f} s")
                 return
-            if self._device.died:
+            if self._loop.died:
                 self._give_up("the device thread died")
                 return
 
@@ -401,45 +364,62 @@ class Engine:
         self._admission.close()
         with self._lock:
             lost = list(self._open)
-        for exchange in lost:
-            exchange.fail(ServingError(ErrorKind.INTERNAL, f"the server failed: {reason}"))
+        for request in lost:
+            request.fail(internal_error(f"the server failed: {reason}"))
         self._on_fatal()
 
-    # Answering
+    # After the device
 
-    def _finish(self, request: Request) -> None:
-        assert request.image is not None
-        assert request.plan is not None
+    def _computed(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            self._encoders.submit(self._guard, self._finish, picture)
+
+    def _finish(self, picture: Picture) -> None:
+        """Label a picture and encode what was asked for."""
         grid = (self._grid, self._grid)
-        segmented = Segmented(
-            request.image,
-            request.plan,
-            torch.stack([window.logits.unflatten(1, grid) for window in request.windows if window.logits is not None]),
-            [window.merge_map for window in request.windows],
-            [window.lengths for window in request.windows],
-            request.seconds,
-        )
-        agreement = self._agreement  # before the answer, which may be the end of the warm-up
-        if not request.encoded:
-            if segmented.logits.is_cuda:  # who asked may read them in another stream
-                torch.cuda.current_stream(segmented.logits.device).synchronize()
-            request.answer.set_result(segmented)
+        windows = picture.windows
+        logits = torch.stack([window.logits.unflatten(1, grid) for window in windows if window.logits is not None])
+        if picture.keeps_logits:
+            if logits.is_cuda:  # who asked may read them in another stream
+                torch.cuda.current_stream(logits.device).synchronize()
+            picture.request.complete(picture, logits)
             return
-        with self._admission.working(encoding_bytes(request.options) * request.pixels):
-            reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
-        encode_seconds, now = reply.seconds["encode"], monotonic()
-        request.span.step("labels", now - encode_seconds, reply.seconds["labels"])
-        request.span.step("encode", now, encode_seconds)
-        with contextlib.suppress(InvalidStateError):  # cancelled, or failed by the watchdog
-            request.answer.set_result(reply)
-        if agreement is not None and request.schedule:
-            agreement.consider(segmented, request.options, idle=not self._inflight)
+        agreement = self._agreement  # before the answer, which may be the end of the warm-up
+        formats = {name: FORMATS[name] for name in picture.options.formats}
+        patch_size = self._model.config.patch_size
+        bytes_per_pixel = max(form.bytes_per_pixel for form in formats.values())
+        with self._admission.working(bytes_per_pixel * picture.num_pixels):
+            start = monotonic()
+            confidence = any(form.needs_confidence for form in formats.values())
+            labelled = label_map(logits, picture.plan, patch_size, confidence=confidence)
+            picture.labels, picture.confidence = labelled.labels, labelled.confidence
+            middle = monotonic()
+            picture.seconds["labels"] = middle - start
+            bodies = {
+                name: form.array(picture)
+                if form.array is not None and picture.options.arrays
+                else form.encode(picture, self._classes, patch_size)
+                for name, form in formats.items()
+            }
+            stop = monotonic()
+            picture.seconds["encode"] = stop - middle
+        picture.request.span.step("labels", middle, middle - start)
+        picture.request.span.step("encode", stop, stop - middle)
+        media_type = picture.options.media_type
+        reply = Reply(bodies, media_type, picture.tokens_per_stage, picture.seconds, picture.plan.num_windows)
+        self._admission.leave(picture)
+        picture.request.complete(picture, reply)
+        if agreement is not None and picture.schedule:
+            agreement.consider(picture, logits, idle=not self.inflight)
 
-    def _compute_unmerged(self, merged: Segmented, options: RequestOptions) -> "Future[Segmented]":
+    def _compute_unmerged(self, picture: Picture, *, bulk: bool) -> "Request":
         """Compute a picture again without merging, for ourselves: not admitted, not counted and never late."""
-        again = Request(options, (), Future(), monotonic(), Ticket(0, 0), NO_SPAN, encoded=False)
-        self._guard(again, self._enqueue, again, merged.image, merged.plan)
-        return again.answer
+        request = Request(picture.options.request_id, monotonic(), math.inf)
+        options = replace(picture.options, bulk=bulk)
+        again = Picture(request, options, (), picture.plan, request.arrived, keeps_logits=True, image=picture.image)
+        request.begin([again])
+        self._guard(self._enqueue, again)
+        return request
 
     # Small parts
 
@@ -462,19 +442,16 @@ class Engine:
             raise ServingError(ErrorKind.TOO_LARGE, f"image: {error}") from None
 
     @staticmethod
-    def _guard(request: Request, step: Callable[..., None], *args: Any) -> None:
-        """Run one step of one request, unless it is over; what the step raises is the request's answer."""
-        if request.answer.done():
+    def _guard(step: Callable[[Picture], None], picture: Picture) -> None:
+        """Run one step of a picture, unless it is over; an error in it fails the picture."""
+        if picture.is_over:
             return
         try:
-            step(*args)
+            step(picture)
         except ServingError as error:
-            _fail(request.answer, error)
+            picture.fail(error)
         except Exception:
-            logger.exception("request %s failed", request.options.request_id)
-            _fail(request.answer, ServingError(ErrorKind.INTERNAL, "the request failed inside the server"))
-
-
-def _fail(answer: "Future[SegmentReply]", error: ServingError) -> None:
-    with contextlib.suppress(InvalidStateError):
-        answer.set_exception(error)
+            if picture.is_over:  # in between, and its windows are gone
+                return
+            logger.exception("request %s failed", picture.options.request_id)
+            picture.fail(internal_error())

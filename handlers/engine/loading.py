@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from handlers.api import codec
+from handlers.api.formats.views import encode_picture
 from handlers.config import ServingConfig
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
@@ -53,4 +53,4 @@ def find_device(name: str) -> torch.device:
 def warm_up_picture() -> bytes:
     """A small JPEG of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
-    return codec.encode_picture(noise, "image/jpeg")
+    return encode_picture(noise, "image/jpeg")

@@ -229,8 +229,11 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             archive.getinfo("MAR-INF/MANIFEST.json")
+            handler = archive.read("handler.py") if "handler.py" in archive.namelist() else b""
     except (zipfile.BadZipFile, KeyError):
         raise ValueError(f"{path}: not a TorchServe model archive") from None
+    if b"handlers.torchserve_handler" in handler:
+        raise ValueError(f"{path}: built by an older version; build it again from its checkpoint")
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from handlers.api.options import OPTION_HEADERS
+from handlers.api.headers import OPTION_HEADERS
 
 from .health import UnhealthyError, check_model
 from .models import Watch, read_repository
@@ -85,6 +85,10 @@ class Triton(Server):
         for name in self.models:
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{model_repository / name}: expected a name of letters, digits, '.', '_' and '-'")
+            if any(
+                "handlers.triton_model" in file.read_text() for file in (model_repository / name).glob("*/model.py")
+            ):
+                raise ValueError(f"{model_repository / name}: built by an older version; build it again")
         installed = _find_server()
         if not _SHELL_SAFE.fullmatch(tempfile.gettempdir()):
             raise ServerError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from handlers.api.replies import SegmentReply
+from handlers.engine.request import Reply
 
 
 def describe_request(
@@ -13,19 +13,19 @@ def describe_request(
     seconds: float,
     *,
     trace_id: str = "",
-    replies: Sequence[SegmentReply] = (),
+    replies: Sequence[Reply] = (),
     error: str = "",
 ) -> str:
-    """What became of a request, for the log.
+    """Describe the end of a request.
 
     Args:
         request_id: names it.
         code: its HTTP status.
-        seconds: from its coming to its answer.
+        seconds: from its arrival to its answer.
         trace_id: of its span, where one is recorded.
         replies: one for each of its pictures, if it was answered: of several, the tokens and windows of all and the
             steps of the slowest.
-        error: what its client was told, if it was not.
+        error: the message that its client got otherwise.
     """
     fields: dict[str, Any] = {"request_id": request_id, "code": code}
     if trace_id:

@@ -12,7 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
-from handlers.engine.scheduler import Group, Lane, Waiting
+from handlers.engine.lane import Lane
+from handlers.engine.request import Group
 from mpm_ops.stages import format_schedule
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _MAX_EXEMPLAR = 100  # characters of a request id; OpenMetrics allows 128 for th
 _REBIND_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _LaneMetrics:
     """The metrics of one stage of one schedule, looked up once."""
 
@@ -40,6 +41,7 @@ class _LaneMetrics:
     group_windows: Histogram
     group_wait_seconds: Histogram
     waiting_windows: Gauge
+    merge_seconds: Histogram | None = None  # only of stages that merged
 
 
 class Metrics:
@@ -61,7 +63,7 @@ class Metrics:
         self._images = self._bound(Counter, "mpm_images", "Pictures answered with a mask or a view")
         self._windows = self._bound(Counter, "mpm_windows", "Windows of those pictures")
         self._request_seconds = self._bound(
-            Histogram, "mpm_request_seconds", "From the coming of a request to its answer", _REQUEST_SECONDS
+            Histogram, "mpm_request_seconds", "From the arrival of a request to its answer", _REQUEST_SECONDS
         )
         steps = {
             "decode": "Decoding a picture and cutting it into windows, waiting for a thread included",
@@ -101,11 +103,10 @@ class Metrics:
             *lane,
             buckets=_STEP_SECONDS,
         )
-        self._release = self._make(
+        release = self._make(
             Counter, "mpm_group_release", "Groups by why they were released: full, delay or idle", "reason"
         )
-        for reason in ("full", "delay", "idle"):
-            self._release.labels(model, reason)
+        self._released = {reason: release.labels(model, reason) for reason in ("full", "delay", "idle")}
         self._waiting_windows = self._make(Gauge, "mpm_waiting_windows", "Windows waiting for a stage", *lane)
         self._waiting_tokens = self._bound(Gauge, "mpm_waiting_tokens", "Tokens of all waiting windows")
         self._capacity = self._bound(
@@ -132,6 +133,7 @@ class Metrics:
         )
         self._make(Gauge, "mpm_model_info", "What is served, and on what", *info).labels(model, *info.values()).set(1)
         self._lanes: dict[Lane, _LaneMetrics] = {}
+        self._requests_by_code: dict[int, Counter] = {}
         self.capacity = 0.0  # tokens per second; 0 until enough was measured to refuse anything by it
         self._num_finished = 0  # groups
         self._busy_seconds = self._finished_tokens = 0.0  # both fade, so that their ratio follows the load
@@ -181,8 +183,11 @@ class Metrics:
             self._lane(lane)
 
     def answered(self, code: int, seconds: float, request_id: str, trace_id: str = "") -> None:
-        """A request is over, whoever ended it; 499 means that it was given up, no trace that none is recorded."""
-        self._requests.labels(self._model, str(code)).inc()
+        """A request has ended; 499 if it was cancelled. Without a trace_id, none is recorded."""
+        counter = self._requests_by_code.get(code)
+        if counter is None:
+            counter = self._requests_by_code[code] = self._requests.labels(self._model, str(code))
+        counter.inc()
         exemplar = {"trace_id": trace_id} if trace_id else {"request_id": request_id}
         fits = trace_id or len(request_id) <= _MAX_EXEMPLAR
         self._request_seconds.observe(seconds, exemplar if fits else None)
@@ -194,22 +199,21 @@ class Metrics:
         for step, histogram in self._steps.items():
             histogram.observe(seconds[step])
 
-    def waiting(self, windows: Iterable[Waiting[Any]], sign: int) -> None:
-        """Windows began (+1) or ceased (-1) to wait."""
-        for window in windows:
-            self._lane(window.lane).waiting_windows.inc(sign)
-            self._waiting_tokens.inc(sign * window.length)
+    def waiting(self, lane: Lane, windows: int, tokens: int) -> None:
+        """So many windows of a lane, with so many tokens, began to wait; fewer than 0 ceased to."""
+        self._lane(lane).waiting_windows.inc(windows)
+        self._waiting_tokens.inc(tokens)
 
-    def released(self, group: Group[Any], now: float, *, padded: bool) -> None:
-        """A group is about to run."""
-        self.waiting(group.members, -1)
+    def released(self, group: Group, now: float, padding_tokens: int) -> None:
+        """A group is about to run, in which so many tokens are padding."""
+        windows = group.windows
+        self.waiting(group.lane, -len(windows), -sum(window.length for window in windows))
         lane = self._lane(group.lane)
-        lane.group_windows.observe(len(group.members))
-        lane.group_wait_seconds.observe(now - min(member.entered for member in group.members))
-        self._release.labels(self._model, group.reason).inc()
-        if padded:
-            lengths = [member.length for member in group.members]
-            self._padding.inc(len(lengths) * max(lengths) - sum(lengths))
+        lane.group_windows.observe(len(windows))
+        lane.group_wait_seconds.observe(now - min(window.entered for window in windows))
+        self._released[group.reason].inc()
+        if padding_tokens:
+            self._padding.inc(padding_tokens)
 
     def computed(
         self, lane: Lane, tokens_in: Sequence[int], tokens_out: int, seconds: float, merge_seconds: float | None
@@ -231,8 +235,10 @@ class Metrics:
             metrics.tokens_per_window.observe(tokens)
         self._busy_seconds += seconds
         if merge_seconds is not None:
-            schedule = format_schedule(lane.schedule)
-            self._merge_seconds.labels(self._model, str(lane.stage), schedule).observe(merge_seconds)
+            if metrics.merge_seconds is None:
+                labels = (self._model, str(lane.stage), format_schedule(lane.schedule))
+                metrics.merge_seconds = self._merge_seconds.labels(*labels)
+            metrics.merge_seconds.observe(merge_seconds)
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
         capacity = self._finished_tokens / self._busy_seconds

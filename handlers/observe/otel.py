@@ -12,10 +12,11 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, format_trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
-from handlers.engine.scheduler import Lane
+from handlers.api.headers import CONTEXT_HEADERS
+from handlers.engine.lane import Lane
 from mpm_ops.stages import format_schedule
 
-from .tracing import CONTEXT_HEADERS, NO_SPAN, RequestSpan, Tracing
+from .tracing import NO_SPAN, RequestSpan, Tracing
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _SERVER_ERROR = 500

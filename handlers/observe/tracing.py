@@ -11,9 +11,7 @@ OTEL_SDK_DISABLED off; sampling, headers, batching and resource are read by the 
 import os
 from collections.abc import Mapping, Sequence
 
-from handlers.engine.scheduler import Lane
-
-CONTEXT_HEADERS = ("traceparent", "tracestate")
+from handlers.engine.lane import Lane
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")

@@ -1,6 +1,6 @@
 """Triton's view of the engine. All that is peculiar to Triton's Python backend stays in this file.
 
-`execute` hands work to the engine and returns; answers go out from the engine's threads, whenever they are
+`execute` hands requests to the engine and returns; answers go out from the engine's threads, whenever they are
 there. Triton asks four things of a model that does so: every request gets exactly one final response; nobody
 touches a request after it (the whole server would end); `execute` never raises once a sender exists (the
 same); and the model itself limits what is in flight, because only while `execute` blocks do requests
@@ -10,9 +10,8 @@ stay in Triton's queue, where its limits, timeouts and priorities hold.
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -23,12 +22,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 import yaml
 
-from handlers.api.frames import read_header
-from handlers.api.options import OPTION_HEADERS, RequestOptions, request_id_from
-from handlers.api.replies import SegmentReply
+from handlers.api.formats import FORMATS, MASKS
+from handlers.api.headers import OPTION_HEADERS
+from handlers.api.options import RequestOptions, request_id_from
 from handlers.config import ServingConfig
 from handlers.engine.loading import load_engine
-from handlers.engine.request import Exchange
+from handlers.engine.request import Reply, Request
 from handlers.errors import ErrorKind, ServingError
 from handlers.launch.models import with_watch
 from handlers.observe.tracing import make_tracing
@@ -36,10 +35,10 @@ from handlers.observe.tracing import make_tracing
 logger = logging.getLogger(__name__)
 
 INPUT = "IMAGE"
-OUTPUTS = {"MASK": "application/x-npy", "MASK_PNG": "image/png", "RESULT_JSON": "application/json"}
+OUTPUTS = tuple(sorted(FORMATS[name].output for name in MASKS))
 MAX_INFLIGHT_KEY = "max_inflight"  # a parameter in config.pbtxt
 
-_VIEWED = "MASK_PNG"  # the output that holds a view, where one is asked for
+_FORMAT_OF = {FORMATS[name].output: name for name in MASKS}
 _POLL_SECONDS = 0.05
 
 
@@ -67,7 +66,7 @@ class TritonPythonModel:
         name = args["model_name"]
         self._engine = load_engine(folder, config, name=name, keeps_bodies=True)  # in shared memory, until the end
         self._engine.warm_up([picture.read_bytes() for picture in sorted((folder.parent / "warmup").glob("*"))])
-        self._open: dict[_Channel, Exchange] = {}
+        self._open: dict[_Channel, Request] = {}
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._watcher.start()
@@ -88,40 +87,46 @@ class TritonPythonModel:
         logger.info("stopped with %d pictures in flight", self._gate.inflight)
 
     def _take(self, channel: "_Channel") -> None:
-        exchange = self._engine.open(
-            channel.request_id,
+        """Answer a request; it was read before its deadline can end it and send its response."""
+        headers, outputs, wrong = channel.headers, channel.outputs, channel.error
+        pictures, channel.pictures = channel.pictures, []  # the engine drops them when they are decoded
+        num_pictures = len(pictures)
+        request_id = request_id_from(headers, default=channel.request_id)
+        request = self._engine.open(
+            request_id,
             arrived=channel.arrived,
             timeout_seconds=channel.timeout_seconds,
-            render=lambda replies: pb_utils.InferenceResponse(_tensors(replies, channel.outputs)),
+            span=self._tracing.start(headers, request_id, channel.arrived),
+            render=lambda replies: pb_utils.InferenceResponse(_tensors(replies, outputs)),
         )
-        exchange.answer.add_done_callback(channel.send)
-        self._open[channel] = exchange
-        exchange.answer.add_done_callback(lambda _: self._open.pop(channel, None))
-        with exchange.guarded():
-            with channel.asked() as request:
-                if request is None:
-                    return
-                headers = _headers(request)
-                exchange.request_id = request_id_from(headers, default=exchange.request_id)
-                exchange.span = self._tracing.start(headers, exchange.request_id, exchange.arrived)
-                channel.outputs = _outputs(request, headers)
-                options = _options(headers, channel.outputs, exchange.request_id)
-                pictures = _pictures(request)
-            num_pictures = len(pictures)
-            if self._gate.enter(num_pictures, give_up=exchange.answer.done):
-                exchange.answer.add_done_callback(lambda _: self._gate.leave(num_pictures))
-                self._engine.take(exchange, pictures, options)
+        request.add_done_callback(channel.send)
+        self._open[channel] = request
+        request.add_done_callback(lambda _: self._open.pop(channel, None))
+        with request.guarded():
+            if wrong is not None:
+                raise wrong
+            options = _options(headers, outputs, request_id)
+            if self._gate.enter(num_pictures, give_up=request.done):
+                request.add_done_callback(lambda _: self._gate.leave(num_pictures))
+                self._engine.take(request, pictures, options)
 
     def _watch(self) -> None:
-        """Nobody tells that a client went away; it has to be asked for."""
+        """Cancel requests whose client went away; Triton tells it only if asked."""
         while not self._stopped.wait(_POLL_SECONDS):
-            for channel, exchange in list(self._open.items()):
+            for channel, request in list(self._open.items()):
                 if channel.is_cancelled():
-                    exchange.cancel()
+                    request.cancel()
 
 
 class _Channel:
-    """A request and its one response. The lock keeps everyone off the request once its response is out."""
+    """A request as it was read, and its one response. The lock keeps everyone off the request once that is out.
+
+    Attributes:
+        headers: its options by lower-case name.
+        outputs: that it asks for.
+        pictures: encoded.
+        error: what makes it unusable; None if nothing does.
+    """
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
@@ -131,13 +136,16 @@ class _Channel:
         self.arrived = monotonic()
         self.timeout_seconds = request.timeout() / 1e6  # from microseconds; 0 is none
         self.request_id = request_id_from({"x-request-id": request.request_id()}, default=str(uuid4()))
+        self.headers: dict[str, str] = {}
         self.outputs: tuple[str, ...] = ()
-
-    @contextmanager
-    def asked(self) -> Iterator[Any]:
-        """The request for a while, None if it is answered already."""
-        with self._lock:
-            yield None if self._sent else self._request
+        self.pictures: list[bytes] = []
+        self.error: Exception | None = None
+        try:
+            self.headers = _headers(request)
+            self.outputs = _outputs(request, self.headers)
+            self.pictures = _pictures(request)
+        except Exception as error:  # raised again where it ends the request
+            self.error = error
 
     def is_cancelled(self) -> bool:
         with self._lock:
@@ -210,13 +218,15 @@ def _outputs(request: Any, headers: Mapping[str, str]) -> tuple[str, ...]:
 
 def _options(headers: Mapping[str, str], outputs: Sequence[str], request_id: str) -> RequestOptions:
     options = RequestOptions.from_headers(headers, request_id)
-    if options.view is not None and _VIEWED not in outputs:
+    form = FORMATS[options.format]
+    if form.is_view and form.output not in outputs:
         raise ServingError(
-            ErrorKind.BAD_REQUEST, f"X-MPM-View: expected {_VIEWED} among the outputs, got {', '.join(outputs)}"
+            ErrorKind.BAD_REQUEST, f"X-MPM-View: expected {form.output} among the outputs, got {', '.join(outputs)}"
         )
-    first = _VIEWED if options.view is not None else outputs[0]
-    also = tuple(OUTPUTS[name] for name in outputs if name != first)
-    return replace(options, media_type=OUTPUTS[first], also=also)
+    first = form.output if form.is_view else outputs[0]
+    also = tuple(_FORMAT_OF[name] for name in outputs if name != first)
+    chosen = options.format if form.is_view else _FORMAT_OF[first]
+    return replace(options, format=chosen, media_type="", also=also, arrays=True)
 
 
 def _pictures(request: Any) -> list[bytes]:
@@ -224,21 +234,19 @@ def _pictures(request: Any) -> list[bytes]:
     return [bytes(value) for value in values]
 
 
-def _tensors(replies: Sequence[SegmentReply], outputs: Sequence[str]) -> list[Any]:
+def _tensors(replies: Sequence[Reply], outputs: Sequence[str]) -> list[Any]:
     """Outputs of [pictures, ...] each."""
     tensors = []
-    for name in outputs:
-        bodies = [{reply.media_type: reply.body, **reply.also}[OUTPUTS[name]] for reply in replies]
-        if name == "MASK":
-            tensors.append(pb_utils.Tensor(name, _stack([_labels(body) for body in bodies])))
-        else:
-            tensors.append(pb_utils.Tensor(name, np.array([[body] for body in bodies], dtype=np.object_)))
+    for output in outputs:
+        bodies = [_body(reply, output) for reply in replies]
+        arrays = isinstance(bodies[0], np.ndarray)
+        values = _stack(bodies) if arrays else np.array([[body] for body in bodies], dtype=np.object_)
+        tensors.append(pb_utils.Tensor(output, values))
     return tensors
 
 
-def _labels(npy: bytes) -> np.ndarray:
-    header = read_header(npy)
-    return np.frombuffer(npy, header.descr, offset=header.offset).reshape(header.shape)
+def _body(reply: Reply, output: str) -> Any:
+    return next(body for name, body in reply.bodies.items() if FORMATS[name].output == output)
 
 
 def _stack(masks: Sequence[np.ndarray]) -> np.ndarray:

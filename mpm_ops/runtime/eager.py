@@ -41,6 +41,9 @@ class TorchRuntime:
         if attention:
             use_attention(self._network, attention)
 
+    def bucket(self, length: int) -> int:
+        return length  # windows are packed
+
     def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
         return self._network.run_blocks(stage, self._in_precision(stage, batch), padded=self._padded)
 

@@ -18,7 +18,9 @@ import psutil
 import pytest
 from image_building import CannotBuildError, build_image, install_programs
 
-from handlers.api.codec import decode_image, encode_mask_png, encode_picture
+from handlers.api.decode import decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.classes import Classes, load_classes
 

@@ -25,7 +25,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import free_port
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from rendering import ROOT, render
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import free_port
 from handlers.triton_client import segment_http
 from k8s.manifests import Manifests, containers_of, pod_of, server_of

@@ -23,7 +23,8 @@ import psutil
 import pytest
 from proxying import SECONDS_TO_START, proxy, require_haproxy, wait_for
 
-from handlers.api.codec import encode_mask_png, encode_picture
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import free_port
 from model_store.torchserve import build_archive
 from model_store.triton import build_model

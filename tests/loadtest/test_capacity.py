@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.bench import servers as bench_servers
 from handlers.bench.__main__ import main as bench
 from loadtest import capacity

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from loadtest import compare

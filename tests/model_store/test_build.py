@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from handlers.api.codec import decode_image
+from handlers.api.decode import decode_image
 from model_store.__main__ import main
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 

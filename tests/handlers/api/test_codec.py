@@ -14,8 +14,12 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco
 
-from handlers.api import codec
-from handlers.api.run_lengths import regions
+from handlers.api import decode as decoding
+from handlers.api.decode import FORMATS, decode_image
+from handlers.api.formats.json import describe_classes, regions
+from handlers.api.formats.npy import encode_npy
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from handlers.errors import ErrorKind, ServingError
 from mpm_ops.classes import Classes, default_colors
 
@@ -23,7 +27,7 @@ CLOSE = 12  # grey levels that lossy formats may be off on smooth pictures
 
 
 def decode(data: bytes, *, max_bytes: int = 10**7, max_pixels: int = 10**6) -> np.ndarray:
-    return codec.decode_image(data, max_bytes=max_bytes, max_pixels=max_pixels)
+    return decode_image(data, max_bytes=max_bytes, max_pixels=max_pixels)
 
 
 def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
@@ -45,10 +49,10 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= CLOSE
 
 
-@pytest.fixture(params=[codec._STRIP_PIXELS, 100], ids=["whole", "in strips"])
+@pytest.fixture(params=[decoding._STRIP_PIXELS, 100], ids=["whole", "in strips"])
 def _strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are converted as a whole, and a few rows at a time."""
-    monkeypatch.setattr(codec, "_STRIP_PIXELS", request.param)
+    monkeypatch.setattr(decoding, "_STRIP_PIXELS", request.param)
 
 
 @pytest.mark.usefixtures("_strips")
@@ -193,7 +197,7 @@ class TestJpeg:
             exif[ExifTags.Base.Orientation] = orientation
             body = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
             data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
-        image = Image.open(io.BytesIO(data), formats=codec.FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         got = decode(data)
         np.testing.assert_array_equal(got, expected)
@@ -204,57 +208,6 @@ class TestJpeg:
         assert files
         for file in files:
             np.testing.assert_array_equal(decode(file.read_bytes()), np.asarray(Image.open(file).convert("RGB")))
-
-    @pytest.mark.parametrize(
-        ("orientation", "enough", "size", "whole"),
-        [
-            (1, (30, 60), (48, 64), (192, 256)),  # to fit 60 in 256 takes more than an eighth
-            (1, (96, 128), (96, 128), (192, 256)),
-            (1, (97, 128), (192, 256), (192, 256)),  # less than twice as large
-            (1, (1, 1), (24, 32), (192, 256)),
-            (3, (96, 128), (96, 128), (192, 256)),
-            (6, (128, 96), (128, 96), (256, 192)),
-            (8, (128, 96), (128, 96), (256, 192)),
-            (6, (129, 96), (256, 192), (256, 192)),
-            (5, (1, 1), (256, 192), (256, 192)),  # mirrored: left to Pillow
-        ],
-    )
-    def test_reduced(self, orientation: int, enough: codec.Size, size: codec.Size, whole: codec.Size) -> None:
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        data = encode(Image.fromarray(ramp(192, 256)), "JPEG", quality=95, exif=exif)
-        asked: list[codec.Size] = []
-
-        def remember(height: int, width: int) -> codec.Size:
-            asked.append((height, width))
-            return enough
-
-        pixels, found = codec.decode_reduced(data, max_bytes=10**7, max_pixels=10**6, enough=remember)
-        assert (pixels.shape[:2], found) == (size, whole)
-        assert asked == [whole]
-        assert_close(pixels, cv2.resize(decode(data), size[::-1], interpolation=cv2.INTER_AREA))
-
-    @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
-    def test_other_formats_are_not_reduced(self, file_format: str) -> None:
-        data = encode(Image.fromarray(ramp()), file_format)
-        pixels, whole = codec.decode_reduced(data, max_bytes=10**7, max_pixels=10**6, enough=lambda *_: (1, 1))
-        np.testing.assert_array_equal(pixels, decode(data))
-        assert whole == (24, 32)
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_reducing_keeps_the_limits(self) -> None:
-        data = encode(Image.fromarray(ramp()), "JPEG")
-        for broken, limits, kind in [
-            (data, {"max_bytes": len(data) - 1}, ErrorKind.TOO_LARGE),
-            (data, {"max_pixels": 24 * 32 - 1}, ErrorKind.TOO_LARGE),
-            (data[:-200], {}, ErrorKind.BAD_REQUEST),
-            (data[:2] + 10_000 * b"\xff\xfe\0\2" + data[2:], {}, ErrorKind.BAD_REQUEST),
-            (b"", {}, ErrorKind.BAD_REQUEST),
-        ]:
-            allowed = {"max_bytes": 10**7, "max_pixels": 10**6} | limits
-            with pytest.raises(ServingError) as caught:
-                codec.decode_reduced(broken, **allowed, enough=lambda *_: (1, 1))
-            assert caught.value.kind is kind
 
     @pytest.mark.filterwarnings("ignore")
     def test_broken_ones_are_judged_by_pillow(self) -> None:
@@ -271,7 +224,7 @@ class TestJpeg:
         kept = 0
         for one in many:
             try:
-                expected = np.asarray(Image.open(io.BytesIO(one), formats=codec.FORMATS).convert("RGB"))
+                expected = np.asarray(Image.open(io.BytesIO(one), formats=FORMATS).convert("RGB"))
             except Exception:
                 with pytest.raises(ServingError):
                     decode(one)
@@ -440,35 +393,33 @@ def decodes_or_is_refused(data: bytes) -> None:
 class TestReplies:
     def test_indices_of_the_mask_are_class_ids(self) -> None:
         classes, labels = example()
-        image = Image.open(io.BytesIO(codec.encode_mask_png(labels, classes)))
+        image = Image.open(io.BytesIO(encode_mask_png(labels, classes)))
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), labels)
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), classes.colors[labels])
 
     def test_mask_of_256_classes(self) -> None:
         classes, labels = example(num_classes=256)
-        image = Image.open(io.BytesIO(codec.encode_mask_png(labels, classes)))
+        image = Image.open(io.BytesIO(encode_mask_png(labels, classes)))
         np.testing.assert_array_equal(np.asarray(image), labels)
 
     def test_mask_of_more_classes_is_16_bit(self) -> None:
         classes, labels = example(num_classes=1000)
-        image = Image.open(io.BytesIO(codec.encode_mask_png(labels, classes)))
+        image = Image.open(io.BytesIO(encode_mask_png(labels, classes)))
         assert image.mode.startswith("I;16")
         np.testing.assert_array_equal(np.asarray(image), labels)
 
     @pytest.mark.parametrize("num_classes", [11, 1000])
     def test_npy(self, num_classes: int) -> None:
         _, labels = example(num_classes=num_classes)
-        read = np.load(io.BytesIO(codec.encode_npy(labels)), allow_pickle=False)
+        read = np.load(io.BytesIO(encode_npy(labels)), allow_pickle=False)
         assert read.dtype == labels.dtype
         np.testing.assert_array_equal(read, labels)
 
     @pytest.mark.parametrize("num_classes", [11, 1000])
     def test_classes_as_json(self, num_classes: int) -> None:
         classes, labels = example(num_classes=num_classes)
-        body = codec.encode_json({"classes": codec.describe_classes(labels, classes)})
-        assert body.count(b"\n") == 1
-        described = json.loads(body)["classes"]
+        described = json.loads(json.dumps(describe_classes(labels, classes)))
 
         rebuilt = np.full(labels.shape, -1)
         for entry in described:
@@ -507,7 +458,7 @@ class TestReplies:
         labels = labels.astype(np.uint8 if num_classes <= 256 else np.uint16)
         classes = Classes(tuple(map(str, range(num_classes))), default_colors(num_classes))
         for view in (labels, np.asfortranarray(labels), np.repeat(labels, 2, axis=1)[:, ::2]):
-            data = codec.encode_mask_png(view, classes)
+            data = encode_mask_png(view, classes)
             image = Image.open(io.BytesIO(data))
             image.verify()
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), labels)
@@ -515,8 +466,8 @@ class TestReplies:
             np.testing.assert_array_equal(read, labels if num_classes > 256 else classes.colors[labels][..., ::-1])
 
     def test_picture(self) -> None:
-        np.testing.assert_array_equal(decode(codec.encode_picture(ramp(), "image/png")), ramp())
-        assert_close(decode(codec.encode_picture(ramp(), "image/jpeg")), ramp())
+        np.testing.assert_array_equal(decode(encode_picture(ramp(), "image/png")), ramp())
+        assert_close(decode(encode_picture(ramp(), "image/jpeg")), ramp())
 
 
 def example(*, num_classes: int = 11) -> tuple[Classes, np.ndarray]:

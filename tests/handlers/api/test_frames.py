@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handlers.api.codec import decode_image, read_size
+from handlers.api.decode import decode_image, read_picture
 from handlers.errors import ErrorKind, ServingError
 
 LIMITS = {"max_bytes": 10**6, "max_pixels": 10**5}
@@ -27,7 +27,7 @@ def header(text: str, pixels: int = 12) -> bytes:
 
 def refused(data: bytes, **limits: int) -> ServingError:
     errors = []
-    for read in (read_size, decode_image):
+    for read in (read_picture, decode_image):
         with pytest.raises(ServingError) as caught:
             read(data, **(LIMITS | limits))
         errors.append(caught.value)
@@ -42,7 +42,7 @@ def refused(data: bytes, **limits: int) -> ServingError:
 def test_pixels_come_through(version: tuple[int, int], kind: type, height: int, width: int) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     data = kind(npy(frame, version))
-    assert read_size(data, **LIMITS) == (height, width)
+    assert read_picture(data, **LIMITS).size == (height, width)
     np.testing.assert_array_equal(decode_image(data, **LIMITS), frame)
 
 
@@ -110,7 +110,7 @@ def test_many_threads_at_once() -> None:
     """Python 3.11 parses Python in threads with occasional errors, so headers must not be parsed as such."""
     data = npy(np.zeros((2, 2, 3), np.uint8))
     with ThreadPoolExecutor(16) as threads:
-        sizes = list(threads.map(lambda _: read_size(data, **LIMITS), range(20_000)))
+        sizes = list(threads.map(lambda _: read_picture(data, **LIMITS).size, range(20_000)))
     assert set(sizes) == {(2, 2)}
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 
-from handlers.api.options import MASK_TYPES, VIEW_TYPES, RequestOptions, negotiate, request_id_from
+from handlers.api.formats import FORMATS, MASKS
+from handlers.api.options import RequestOptions, negotiate, request_id_from
 from handlers.errors import ErrorKind, ServingError
 
+MASK_TYPES = tuple(FORMATS[name].media_types[0] for name in MASKS)
 PNG, JSON, NPY = MASK_TYPES
+VIEW_TYPES = ("image/png", "image/jpeg")
 
 
 @pytest.mark.parametrize(
@@ -78,13 +81,13 @@ def test_nothing_acceptable(accept: str) -> None:
 
 
 def test_defaults() -> None:
-    assert RequestOptions.from_headers({}, "id") == RequestOptions(request_id="id", media_type=PNG, view=None)
+    assert RequestOptions.from_headers({}, "id") == RequestOptions(request_id="id", format="png", media_type=PNG)
 
 
 @pytest.mark.parametrize("view", ["overlay", "tokens", "confidence"])
 def test_views_are_pictures(view: str) -> None:
     headers = {"x-mpm-view": view}
-    assert RequestOptions.from_headers(headers, "id").view == view
+    assert RequestOptions.from_headers(headers, "id").format == view
     assert RequestOptions.from_headers(headers, "id").media_type == "image/png"
     assert RequestOptions.from_headers(headers | {"accept": "image/jpeg"}, "id").media_type == "image/jpeg"
     with pytest.raises(ServingError, match=f"expected one of {', '.join(VIEW_TYPES)}") as caught:

@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from handlers.api import views
-from handlers.api.views import confidence_view, overlay_view, tokens_view
+from handlers.api.formats import views
+from handlers.api.formats.views import confidence_view, overlay_view, tokens_view
 from mpm_ops import InferenceConfig
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.windows import WindowPlan, plan_windows

@@ -1,19 +1,15 @@
 """Launching a group without waiting for the device, on a GPU that only pretends."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import replace
 
 import pytest
 import torch
 from fake_cuda import fake_gpu, on_cuda
+from making import make_picture
 
-from handlers.api.options import RequestOptions
-from handlers.engine.admission import Ticket
 from handlers.engine.computing import Computer
-from handlers.engine.scheduler import Group, Lane, Waiting
-from handlers.engine.work import Request, Window
-from handlers.observe.tracing import NO_SPAN
+from handlers.engine.lane import Lane
+from handlers.engine.request import Group, Window
 from mpm_ops import Segmenter
 from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import make_runtime
@@ -31,14 +27,16 @@ def test_only_finishing_waits_and_only_for_its_own_group(
     schedule: tuple[int, ...], precision: str, tiny_model: Callable[..., Segmenter]
 ) -> None:
     model = tiny_model(schedule=schedule)
-    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, Ticket(0, 0), NO_SPAN)
+    picture = make_picture(schedule=schedule)
     with fake_gpu() as log:
         on_cuda(model)
-        windows = [Window(request, torch.empty(3, 64, 64, device="cuda"), [16]) for _ in range(3)]
+        windows = [
+            Window(picture, Lane(0, schedule), 17, torch.empty(3, 64, 64, device="cuda"), [16]) for _ in range(3)
+        ]
         computer = Computer(model, make_runtime(model, "auto", precision), {schedule: model.stages})
         for stage in model.stages:
             lane = Lane(stage.index, schedule)
-            group = Group(lane, tuple(Waiting(lane, 17, 0.0, False, window) for window in windows), "idle")
+            group = Group(lane, tuple(windows), "idle")
             before = [contents(window) for window in windows]
             log.clear()
             finish = computer.launch(group)
@@ -66,10 +64,10 @@ def test_a_group_can_be_launched_again(merges: bool, tiny_model: Callable[..., S
     schedule = (1,) if merges else ()
     model = tiny_model(schedule=schedule)
     computer = Computer(model, make_runtime(model, "torch", "fp32"), {schedule: model.stages})
-    request = Request(RequestOptions(request_id="test"), schedule, Future(), 0.0, Ticket(0, 0), NO_SPAN)
-    window = Window(request, torch.randn(3, 64, 64), [16])
+    picture = make_picture(schedule=schedule)
     lane = Lane(0, schedule)
-    group = Group(lane, (Waiting(lane, 17, 0.0, False, window),), "idle")
+    window = Window(picture, lane, 17, torch.randn(3, 64, 64), [16])
+    group = Group(lane, (window,), "idle")
     computer.launch(group)  # what was launched is forgotten, as after a failure
-    computer.launch(replace(group))()
+    computer.launch(group)()
     assert len(window.lengths) == 1 + merges

@@ -3,7 +3,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from fake_cuda import Rerun, compute_packed
 from PIL import Image
 
-from handlers.api import codec
+from handlers.api import decode
+from handlers.api.decode import EncodedPicture
 from handlers.api.options import RequestOptions
-from handlers.api.replies import SegmentReply
 from handlers.config import ServingConfig
 from handlers.engine.computing import Computer, Times
 from handlers.engine.engine import Engine
-from handlers.engine.scheduler import Group
-from handlers.engine.work import Window
+from handlers.engine.request import Group, Request
 from handlers.errors import ErrorKind, ServingError
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
@@ -31,9 +30,14 @@ from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
 
 CONFIG = ServingConfig(
-    schedule=(1, 2), runtime="torch", max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250
+    schedule=(1, 2),
+    runtime="torch",
+    precision="fp32",
+    max_inflight_tokens=2**18,
+    deadline_seconds=250,
+    stall_seconds=250,
 )
-NPY = RequestOptions(request_id="test", media_type="application/x-npy")
+NPY = RequestOptions(request_id="test", format="npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
 TINY: dict[str, Any] = {
     "patch_size": 8,
@@ -73,20 +77,33 @@ def encode(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def labels_of(answer: "Future[SegmentReply]") -> np.ndarray:
+def labels_of(answer: Request) -> np.ndarray:
     labels: np.ndarray = np.load(io.BytesIO(answer.result(250).body))
     return labels
 
 
-def error_of(answer: "Future[SegmentReply]") -> ServingError:
+def error_of(answer: Request) -> ServingError:
     error = answer.exception(250)
     assert isinstance(error, ServingError)
     return error
 
 
-@pytest.mark.parametrize(("runtime", "deterministic"), [("torch", False), ("torch", True), ("openvino", False)])
+@pytest.mark.parametrize(
+    ("runtime", "precision", "deterministic"),
+    [
+        ("torch", "fp32", False),
+        ("torch", "fp32", True),
+        ("openvino", "fp32", False),
+        ("torch", "auto", False),
+        ("openvino", "auto", False),
+    ],
+)
 def test_same_picture_same_mask_whatever_shares_its_groups(
-    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], runtime: str, deterministic: bool
+    tiny_model: Callable[..., Segmenter],
+    start: Callable[..., Engine],
+    runtime: str,
+    precision: str,
+    deterministic: bool,
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
@@ -94,13 +111,13 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     schedules: list[tuple[int, ...]] = [(1, 2), ()]
     library = {schedule: tiny_model(schedule=schedule, **TINY) for schedule in schedules}
     for network in library.values():
-        network.runtime = make_runtime(network, runtime)
+        network.runtime = make_runtime(network, runtime, precision)
     expected = {
         (i, schedule): network.segment(image)
         for i, image in enumerate(pictures)
         for schedule, network in library.items()
     }
-    engine = start(replace(CONFIG, runtime=runtime, deterministic=deterministic))
+    engine = start(replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
     kinds = list(expected) * (25 if deterministic else 125)
     np.random.default_rng(0).shuffle(kinds)
@@ -113,65 +130,29 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
 def test_one_computation_gives_every_form_that_is_asked_for(model: Segmenter, start: Callable[..., Engine]) -> None:
     stages: list[int] = []
     engine = start(observer=lambda group, seconds: stages.append(group.lane.stage))
-    forms = ("image/png", "application/x-npy", "application/json")
-    for view in (None, "overlay"):
-        also = forms if view else forms[1:]
-        options = RequestOptions(request_id="test", media_type="image/png", view=view, also=also)
+    for chosen, also in (("png", ("npy", "json")), ("overlay", ("png", "npy", "json", "tokens", "confidence"))):
+        options = RequestOptions(request_id="test", format=chosen, also=also)
         reply = engine.submit(encode(picture(1)), options).result(250)
-        assert tuple(reply.also) == also
+        assert tuple(reply.bodies) == (chosen, *also)
         labels = model.segment(picture(1))
-        np.testing.assert_array_equal(np.load(io.BytesIO(reply.also["application/x-npy"])), labels)
-        mask = reply.also["image/png"] if view else reply.body
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(mask))), labels)
-        assert Image.open(io.BytesIO(reply.body)).mode == ("RGB" if view else "P")
-        assert b'"height":60' in reply.also["application/json"]
+        np.testing.assert_array_equal(np.load(io.BytesIO(reply.bodies["npy"])), labels)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(reply.bodies["png"]))), labels)
+        assert Image.open(io.BytesIO(reply.body)).mode == ("P" if chosen == "png" else "RGB")
+        assert b'"height":60' in reply.bodies["json"]
     assert stages == [0, 1, 2] * 2
-
-
-def test_padded_groups_agree_with_packed_ones(model: Segmenter, start: Callable[..., Engine]) -> None:
-    """Padding moves the last bits, and a near-tie may then merge another pair; most pixels must not notice."""
-    engine = start(replace(CONFIG, padded=True))
-    answers = [engine.submit(encode(picture(s)), NPY) for s in range(24)]
-    agreement = [(labels_of(answer) == model.segment(picture(s))).mean() for s, answer in enumerate(answers)]
-    assert np.mean(agreement) > 0.999
+    arrays = engine.submit(encode(picture(1)), RequestOptions(request_id="test", format="npy", arrays=True)).result(
+        250
+    )
+    np.testing.assert_array_equal(arrays.body, labels)
 
 
 def test_windows_of_different_requests_share_groups(start: Callable[..., Engine]) -> None:
     groups: list[int] = []
-    engine = start(observer=lambda group, seconds: groups.append(len({m.payload.request for m in group.members})))
+    engine = start(
+        observer=lambda group, seconds: groups.append(len({window.picture.request for window in group.windows}))
+    )
     wait([engine.submit(encode(picture(s)), NPY) for s in range(40)], 60)
     assert max(groups) > 1
-
-
-@pytest.mark.parametrize("draft", [False, True])
-def test_jpegs_are_reduced_only_where_asked_and_no_one_looks(
-    model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, draft: bool
-) -> None:
-    decoded: list[tuple[int, ...]] = []
-
-    def watch(decode: Callable[..., Any]) -> Callable[..., Any]:
-        def remember(*args: Any, **options: Any) -> Any:
-            found = decode(*args, **options)
-            decoded.append((found[0] if isinstance(found, tuple) else found).shape[:2])
-            return found
-
-        return remember
-
-    monkeypatch.setattr(codec, "decode_image", watch(codec.decode_image))
-    monkeypatch.setattr(codec, "decode_reduced", watch(codec.decode_reduced))
-    engine = start(replace(CONFIG, jpeg_draft=draft))
-    buffer = io.BytesIO()
-    smooth = cv2.resize(picture(0, 8, 12), (600, 400), interpolation=cv2.INTER_CUBIC)
-    Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
-    labels = labels_of(engine.submit(buffer.getvalue(), NPY))
-    assert labels.shape == (400, 600)
-    assert decoded == [(100, 150) if draft else (400, 600)]  # 64 x 96 is what the network sees
-    whole = model.segment(np.asarray(Image.open(buffer)))
-    assert (labels == whole).mean() > (0.9 if draft else 1 - 1e-9)
-
-    shown = engine.submit(buffer.getvalue(), RequestOptions(request_id="test", view="overlay")).result(250)
-    assert Image.open(io.BytesIO(shown.body)).size == (600, 400)
-    assert decoded[1] == (400, 600)
 
 
 def test_reply_tells_tokens_and_times(start: Callable[..., Engine]) -> None:
@@ -329,7 +310,7 @@ def test_a_request_that_was_never_taken_is_late_too(start: Callable[..., Engine]
     waiting = engine.open("waits for room in front of the engine")
     impatient = engine.open("has a deadline of its own", timeout_seconds=0.1)
     patient = engine.open("may not have a later one", timeout_seconds=1000)
-    told = [str(error_of(exchange.answer)) for exchange in (impatient, waiting, patient)]
+    told = [str(error_of(request)) for request in (impatient, waiting, patient)]
     assert told == ["not answered within 0.1 s", "not answered within 0.2 s", "not answered within 0.2 s"]
     assert num_requests(engine) == {"504": 3}
     engine.take(waiting, [encode(picture(0))], NPY)
@@ -345,9 +326,9 @@ def num_requests(engine: Engine) -> dict[str, float]:
 class TestBatches:
     def test_answered_as_one(self, model: Segmenter, start: Callable[..., Engine]) -> None:
         engine = start()
-        exchange = engine.open("batch", render=lambda replies: [reply.body for reply in replies])
-        engine.take(exchange, [encode(picture(i)) for i in range(3)], NPY)
-        for i, body in enumerate(exchange.answer.result(250)):
+        request = engine.open("batch", render=lambda replies: [reply.body for reply in replies])
+        engine.take(request, [encode(picture(i)) for i in range(3)], NPY)
+        for i, body in enumerate(request.result(250)):
             np.testing.assert_array_equal(np.load(io.BytesIO(body)), model.segment(picture(i)))
         assert num_requests(engine) == {"200": 1}
         assert engine.metrics.registry.get_sample_value("mpm_images_total", {"model": "segmenter"}) == 3
@@ -356,9 +337,9 @@ class TestBatches:
         engine = start()
         pictures = [encode(picture(i)) for i in range(3)]
         for bad in (b"no picture", pictures[1][:-2000]):  # told from the header, and when it is decoded
-            exchange = engine.open("batch")
-            engine.take(exchange, [pictures[0], bad, pictures[2]], NPY)
-            error = error_of(exchange.answer)
+            request = engine.open("batch")
+            engine.take(request, [pictures[0], bad, pictures[2]], NPY)
+            error = error_of(request)
             assert error.kind is ErrorKind.BAD_REQUEST
             assert str(error).startswith("picture 1 of 3: image: ")
         assert num_requests(engine) == {"400": 2}
@@ -372,17 +353,17 @@ class TestBatches:
         alone = engine.submit(encode(picture(0)), NPY)
         kinds = []
         for size in (3, 4, 5):
-            exchange = engine.open("batch", render=len)
-            engine.take(exchange, [encode(picture(i)) for i in range(size)], NPY)
-            kinds.append(exchange)
-        assert error_of(kinds[1].answer).kind is ErrorKind.OVERLOADED
-        assert error_of(kinds[2].answer).kind is ErrorKind.TOO_LARGE, "it would not fit an idle server either"
-        assert str(error_of(kinds[2].answer)) == (
+            request = engine.open("batch", render=len)
+            engine.take(request, [encode(picture(i)) for i in range(size)], NPY)
+            kinds.append(request)
+        assert error_of(kinds[1]).kind is ErrorKind.OVERLOADED
+        assert error_of(kinds[2]).kind is ErrorKind.TOO_LARGE, "it would not fit an idle server either"
+        assert str(error_of(kinds[2])) == (
             "expected a batch of at most 520 tokens, got 5 pictures of 650; send them in several requests"
         )
         assert engine.inflight == 4
         held.set()
-        assert kinds[0].answer.result(250) == 3
+        assert kinds[0].result(250) == 3
         labels_of(alone)
         assert engine.inflight == 0
 
@@ -393,7 +374,7 @@ def test_a_failure_of_our_own_is_counted_and_hidden(
     def fail(*_: Any, **__: Any) -> None:
         raise TypeError("secret")
 
-    monkeypatch.setattr("handlers.api.codec.read_size", fail)
+    monkeypatch.setattr(decode, "read_picture", fail)
     engine = start()
     error = error_of(engine.submit(encode(picture(0)), NPY))
     assert (error.kind, str(error)) == (ErrorKind.INTERNAL, "the request failed inside the server")
@@ -455,7 +436,7 @@ class TestMemory:
         answers = [engine.submit(large, NPY) for _ in range(20)]
         fitted = 64 * 96 * 3
         wait_until(lambda: bytes_held(engine) == 20 * fitted)
-        shown = engine.submit(large, RequestOptions(request_id="test", view="tokens"))
+        shown = engine.submit(large, RequestOptions(request_id="test", format="tokens"))
         wait_until(lambda: bytes_held(engine) == 20 * fitted + 2400 * 1600 * 3)
         held.set()
         wait([*answers, shown], 250)
@@ -476,7 +457,7 @@ class TestMemory:
         self, start: Callable[..., Engine], held: threading.Event, large: bytes
     ) -> None:
         engine = start(replace(CONFIG, max_inflight_mib=1))
-        shown = RequestOptions(request_id="test", view="overlay")
+        shown = RequestOptions(request_id="test", format="overlay")
         alone = engine.submit(large, shown)
         wait_until(lambda: bytes_held(engine) == 2400 * 1600 * 3)
         error = error_of(engine.submit(large, NPY))
@@ -491,16 +472,16 @@ class TestMemory:
     def test_pictures_are_decoded_one_by_one_where_memory_is_short(
         self, model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        decode, at_once, most = codec.decode_image, [0], [0]
+        decode_whole, at_once, most = EncodedPicture.decode, [0], [0]
 
-        def watched(*args: Any, **options: Any) -> np.ndarray:
+        def watched(source: EncodedPicture) -> np.ndarray:
             at_once[0] += 1
             most[0] = max(most[0], at_once[0])
             time.sleep(0.05)
             at_once[0] -= 1
-            return decode(*args, **options)
+            return decode_whole(source)
 
-        monkeypatch.setattr(codec, "decode_image", watched)
+        monkeypatch.setattr(EncodedPicture, "decode", watched)
         small = [encode(picture(i, 360, 480)) for i in range(4)]  # 0.5 MB encoded, 1.4 MB while they are decoded
         for mib, expected in ((3, 1), (64, 2)):
             engine = start(replace(CONFIG, max_inflight_mib=mib, codec_threads=2))
@@ -563,7 +544,7 @@ class LateComputer(Computer):
         self._random = np.random.default_rng(0)
         self.calls: list[str] = []
 
-    def launch(self, group: Group[Window]) -> Callable[[], Times]:
+    def launch(self, group: Group) -> Callable[[], Times]:
         seconds = self._random.exponential(0.004)
         host_seconds = self._random.exponential(0.002)
         late = self._stream.submit(self._run, group, seconds)
@@ -578,7 +559,7 @@ class LateComputer(Computer):
 
         return finish
 
-    def _run(self, group: Group[Window], seconds: float) -> Callable[[], Times]:
+    def _run(self, group: Group, seconds: float) -> Callable[[], Times]:
         time.sleep(seconds)
         return super().launch(group)
 
@@ -639,7 +620,7 @@ def test_a_group_that_hangs_behind_another_is_noticed(
     launch = Computer.launch
     count = Counter[str]()
 
-    def hang(self: Computer, group: Group[Window]) -> Callable[[], Times]:
+    def hang(self: Computer, group: Group) -> Callable[[], Times]:
         count["launched"] += 1
         finish, is_second = launch(self, group), count["launched"] == 2
 
@@ -722,7 +703,7 @@ def test_an_engine_on_a_gpu_gives_the_masks_of_the_cpu(
         answers = [engine.submit(encode(image), NPY) for image in pictures * 40]
         agreement = [(labels_of(answer) == expected[i % 3]).mean() for i, answer in enumerate(answers)]
         for view in ("tokens", "confidence", "overlay"):
-            options = RequestOptions(request_id="test", media_type="image/png", view=view)
+            options = RequestOptions(request_id="test", format=view)
             assert engine.submit(encode(pictures[0]), options).result(250).body
     finally:
         engine.close()

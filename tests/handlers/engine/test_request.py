@@ -1,163 +1,145 @@
-"""A request ends once, whoever ends it, and its end is on record before anybody has the answer."""
+"""A request ends exactly once, whoever ends it, and its end is on record before anybody has the answer."""
 
 import gc
-import json
-import logging
+import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
 
 import pytest
+from making import make_picture, make_reply, make_window
 
-from handlers.api.replies import SegmentReply
-from handlers.engine.request import Exchange
+from handlers.engine.lane import Lane
+from handlers.engine.request import Picture, Request
 from handlers.errors import ErrorKind, ServingError
-from handlers.observe.tracing import RequestSpan
 
-REPLY = SegmentReply(b"png", "image/png", (4, 2), {"compute": 0.5}, 1)
 REFUSED = ServingError(ErrorKind.TOO_LARGE, "too large")
 
 
-class Span(RequestSpan):
-    def __init__(self) -> None:
-        self.codes: list[int] = []
-
-    def end(self, code: int) -> None:
-        self.codes.append(code)
-
-
-class Watched:
-    """An exchange, and what was recorded of its end."""
+class Recorded:
+    """A request with pictures, and what was recorded of its end."""
 
     def __init__(self, num_pictures: int = 1, **options: Any) -> None:
-        self.span = Span()
-        self.ends: list[tuple[int, int]] = []
-        self.parts: list[Future[SegmentReply]] = [Future() for _ in range(num_pictures)]
+        self.ends: list[tuple[int, int, str]] = []
         now = time.monotonic()
-        self.exchange = Exchange("mine", now, now + 2, span=self.span, on_end=self.note, **options)
-        self.exchange.gather(self.parts)
+        self.request = Request("mine", now, now + 2, on_end=self.note, **options)
+        self.pictures = [
+            make_picture(request=self.request, index=i, num_pictures=num_pictures) for i in range(num_pictures)
+        ]
+        assert self.request.begin(self.pictures)
 
-    def note(self, exchange: Exchange, code: int, replies: Sequence[SegmentReply]) -> None:
-        assert exchange.answer.cancelled() or not exchange.answer.done(), "whoever has the answer finds it counted"
-        self.ends.append((code, len(replies)))
+    def note(self, request: Request, code: int, pictures: Sequence[Picture], error: str) -> None:
+        assert not request.done(), "whoever has the answer finds it counted"
+        self.ends.append((code, len(pictures), error))
 
 
 def test_answered_with_its_last_picture() -> None:
-    watched = Watched(3, render=lambda replies: [reply.body for reply in replies])
+    recorded = Recorded(3, render=lambda replies: [reply.body for reply in replies])
     for i in (1, 0, 2):
-        assert not watched.exchange.answer.done()
-        watched.parts[i].set_result(REPLY)
-    assert watched.exchange.answer.result(0) == [b"png"] * 3
-    assert watched.ends == [(200, 3)]
-    assert watched.span.codes == [200]
+        assert not recorded.request.done()
+        recorded.request.complete(recorded.pictures[i], make_reply(b"png %d" % i))
+    assert recorded.request.result(0) == [b"png 0", b"png 1", b"png 2"]
+    assert recorded.ends == [(200, 3, "")]
+
+
+def test_fails_with_its_first_picture_that_does() -> None:
+    recorded = Recorded(3)
+    recorded.request.complete(recorded.pictures[0], make_reply())
+    recorded.pictures[1].fail(REFUSED)
+    recorded.pictures[2].fail(REFUSED)
+    assert str(recorded.request.exception(0)) == "picture 1 of 3: too large"
+    assert all(picture.is_over for picture in recorded.pictures)
+    assert recorded.ends == [(413, 3, "picture 1 of 3: too large")]
 
 
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (REFUSED, 413, "picture 1 of 3: too large"),
-        (TypeError("secret"), 500, "the request failed inside the server"),
+        (ServingError(ErrorKind.BAD_REQUEST, "ragged"), 400, "ragged"),
+        (KeyError("secret"), 500, "the request failed inside the server"),
     ],
 )
-def test_fails_with_its_first_picture(error: Exception, code: int, told: str) -> None:
-    watched = Watched(3)
-    watched.parts[1].set_exception(error)
-    with pytest.raises(ServingError) as caught:
-        watched.exchange.answer.result(0)
-    assert (caught.value.kind.http_status, str(caught.value)) == (code, told)
-    assert watched.parts[0].cancelled()
-    assert watched.parts[2].cancelled()
-    assert watched.ends == [(code, 0)]
-    assert watched.span.codes == [code]
-
-
-@pytest.mark.parametrize(("error", "code"), [(ServingError(ErrorKind.BAD_REQUEST, "ragged"), 400), (KeyError(), 500)])
-def test_replies_that_cannot_be_rendered(error: Exception, code: int) -> None:
-    def render(_: Sequence[SegmentReply]) -> None:
+def test_replies_that_cannot_be_rendered(error: Exception, code: int, told: str) -> None:
+    def render(_: Sequence[Any]) -> None:
         raise error
 
-    watched = Watched(render=render)
-    watched.parts[0].set_result(REPLY)
-    assert watched.ends == [(code, 0)]
+    recorded = Recorded(render=render)
+    recorded.request.complete(recorded.pictures[0], make_reply())
+    assert str(recorded.request.exception(0)) == told
+    assert [end[0] for end in recorded.ends] == [code]
 
 
-def test_late() -> None:
-    watched = Watched()
-    watched.exchange.expire()
-    error = watched.exchange.answer.exception(0)
+def test_expired() -> None:
+    recorded = Recorded()
+    recorded.request.expire()
+    error = recorded.request.exception(0)
     assert isinstance(error, ServingError)
     assert (error.kind, str(error)) == (ErrorKind.DEADLINE, "not answered within 2 s")
-    assert watched.parts[0].cancelled()
-    assert watched.ends == [(504, 0)]
+    assert recorded.pictures[0].is_over
+    assert [end[0] for end in recorded.ends] == [504]
 
 
-@pytest.mark.parametrize("whose", ["answer", "exchange", "picture"])
-def test_given_up(whose: str) -> None:
-    watched = Watched(2)
-    ends = {"answer": watched.exchange.answer.cancel, "exchange": watched.exchange.cancel}
-    ends.get(whose, watched.parts[0].cancel)()
-    assert all(part.cancelled() for part in watched.parts)
-    assert [code for code, _ in watched.ends] == [499]
+def test_cancelled() -> None:
+    recorded = Recorded(2)
+    assert recorded.request.cancel()
+    assert not recorded.request.cancel()
+    assert all(picture.is_over for picture in recorded.pictures)
+    assert [end[0] for end in recorded.ends] == [499]
     with pytest.raises(CancelledError):
-        watched.exchange.answer.result(0)
+        recorded.request.result(0)
+    recorded.request.complete(recorded.pictures[0], make_reply())  # was on its way
+    assert recorded.request.cancelled()
 
 
-def test_pictures_of_one_that_has_ended_are_dropped() -> None:
-    watched = Watched()
-    watched.exchange.fail(REFUSED)
-    late: Future[SegmentReply] = Future()
-    watched.exchange.gather([late])
-    assert late.cancelled()
-    assert watched.ends == [(413, 0)]
+def test_pictures_of_one_that_has_ended_are_not_begun() -> None:
+    recorded = Recorded()
+    recorded.request.fail(REFUSED)
+    late = make_picture(request=recorded.request)
+    assert not recorded.request.begin([late])
+    assert late.is_over
+    assert len(recorded.ends) == 1
 
 
 def test_many_ends_at_once_are_one() -> None:
     for _ in range(100):
-        watched = Watched()
-        exchange, barrier = watched.exchange, threading.Barrier(4)
+        recorded = Recorded()
+        request, barrier = recorded.request, threading.Barrier(4)
 
         def end(act: Callable[[], object], barrier: threading.Barrier = barrier) -> None:
             barrier.wait()
             act()
 
-        refuse = partial(exchange.fail, REFUSED)
-        acts: list[Callable[[], object]] = [exchange.expire, exchange.cancel, exchange.answer.cancel, refuse]
+        refuse = partial(request.fail, REFUSED)
+        complete = partial(request.complete, recorded.pictures[0], make_reply())
+        acts: list[Callable[[], object]] = [request.expire, request.cancel, refuse, complete]
         threads = [threading.Thread(target=end, args=(act,)) for act in acts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(watched.span.codes) == 1
-        assert exchange.answer.done()
+        assert len(recorded.ends) == 1
+        assert request.done()
 
 
-def test_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="handlers")
-    for watched, end in ((Watched(), REPLY), (Watched(), REFUSED)):
-        part = watched.parts[0]
-        part.set_result(end) if isinstance(end, SegmentReply) else part.set_exception(end)
-        watched.exchange.expire()
-    lines = [json.loads(record.getMessage()) for record in caplog.records]
-    assert [(line["request_id"], line["code"], line.get("error")) for line in lines] == [
-        ("mine", 200, None),
-        ("mine", 413, "too large"),
-    ]
-    assert lines[0]["tokens"] == [4, 2]
-
-
-def test_who_keeps_the_answer_keeps_nothing_else() -> None:
+@pytest.mark.parametrize("code", [200, 413])
+def test_who_keeps_the_answer_keeps_no_picture(code: int) -> None:
     gc.disable()  # a cycle would hold pixels until the collector comes by
     try:
-        exchange, part = Exchange("mine", 0, 1), Future[SegmentReply]()
-        exchange.gather([part])
-        part.set_result(REPLY)
-        answer, dropped = exchange.answer, weakref.ref(exchange)
-        del exchange, part
-        assert answer.done()
+        request = Request("mine", 0, math.inf)
+        picture = make_picture(request=request)
+        make_window(picture, Lane(0, (1,)))
+        assert request.begin([picture])
+        if code == 200:
+            request.complete(picture, make_reply())
+        else:
+            picture.fail(REFUSED)
+        dropped = weakref.ref(picture)
+        del picture
+        assert request.done()
         assert dropped() is None
     finally:
         gc.enable()

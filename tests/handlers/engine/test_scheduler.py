@@ -1,29 +1,27 @@
-from handlers.engine.grouping import GroupCost
-from handlers.engine.scheduler import Group, Lane, Scheduler, Waiting
+from collections.abc import Callable
+
+from making import make_picture, make_window
+
+from handlers.engine.lane import Lane
+from handlers.engine.request import Group, Window
+from handlers.engine.scheduler import Scheduler
 
 FIRST, SECOND = Lane(0, (2, 5)), Lane(1, (2, 5))
 
 
-def scheduler(*, pool: int = 4, cost: GroupCost | None = None) -> Scheduler[str]:
+def scheduler(bucket: Callable[[int], int] = lambda length: length) -> Scheduler:
     return Scheduler(
-        max_batch_tokens=1000,
-        max_group_windows=4,
-        pool_windows=pool,
-        max_group_delay=0.02,
-        bulk_patience=10.0,
-        cost=cost,
+        max_batch_tokens=1000, max_group_windows=4, max_group_delay=0.02, bulk_patience=10.0, bucket=bucket
     )
 
 
-def window(
-    name: str, lane: Lane = FIRST, *, arrived: float = 0.0, length: int = 10, bulk: bool = False
-) -> Waiting[str]:
-    return Waiting(lane, length, arrived, bulk, name)
+def window(name: str, lane: Lane = FIRST, *, arrived: float = 0.0, length: int = 10, bulk: bool = False) -> Window:
+    return make_window(make_picture(name, schedule=lane.schedule, arrived=arrived, bulk=bulk), lane, length)
 
 
-def names(group: Group[str] | None) -> list[str]:
+def names(group: Group | None) -> list[str]:
     assert group is not None
-    return [member.payload for member in group.members]
+    return [window.picture.options.request_id for window in group.windows]
 
 
 def test_nothing_waiting_releases_nothing() -> None:
@@ -78,12 +76,12 @@ def test_an_older_window_in_an_earlier_stage_is_not_starved() -> None:
     assert names(s.next_group(2.0)) == ["older"]
 
 
-def test_the_oldest_window_is_in_the_group_and_the_planner_picks_its_mates() -> None:
-    s = scheduler(pool=6, cost=GroupCost())
-    lengths = [90, 10, 11, 91, 92, 10]
+def test_the_oldest_window_is_in_the_group_and_mates_of_its_bucket_come_first() -> None:
+    s = scheduler(bucket=lambda length: -(-length // 32) * 32)
+    lengths = [90, 10, 11, 91, 92, 12, 93]
     s.add([window(f"{n}.{i}", arrived=i, length=n) for i, n in enumerate(lengths)], now=0.0)
-    assert names(s.next_group(0.0)) == ["90.0"]  # padding a mate to 91 would cost more than running alone
-    assert names(s.next_group(0.0)) == ["10.1", "10.5"]
+    assert names(s.next_group(0.0)) == ["90.0", "91.3", "92.4", "93.6"]
+    assert names(s.next_group(0.0)) == ["10.1", "11.2", "12.5"]
 
 
 def test_schedules_do_not_share_a_group() -> None:
@@ -96,13 +94,13 @@ def test_schedules_do_not_share_a_group() -> None:
 def test_bulk_gives_way_but_is_not_starved() -> None:
     s = scheduler()
     s.add([window("bulk", SECOND, arrived=0.0, bulk=True)], now=0.0)
-    served: list[str] = []
+    taken: list[str] = []
     now = 0.0
-    while "bulk" not in served:
+    while "bulk" not in taken:
         s.add([window("interactive", FIRST, arrived=now)], now=now)
-        served += names(s.next_group(now))
+        taken += names(s.next_group(now))
         now += 0.5
-    assert served.count("interactive") == 20  # half-second steps until its patience of 10 s is over
+    assert taken.count("interactive") == 20  # half-second steps until its patience of 10 s is over
 
 
 def test_bulk_fills_the_room_that_interactive_leaves() -> None:
@@ -111,9 +109,11 @@ def test_bulk_fills_the_room_that_interactive_leaves() -> None:
     assert names(s.next_group(1.0)) == ["interactive", "bulk"]
 
 
-def test_removed_windows_are_forgotten() -> None:
+def test_windows_of_pictures_that_are_over_are_forgotten() -> None:
     s = scheduler()
-    s.add([window("stays"), window("goes")], now=0.0)
-    s.remove(lambda payload: payload == "goes")
+    stays, goes = window("stays"), window("goes")
+    s.add([stays, goes], now=0.0)
+    goes.picture.request.cancel()
+    assert s.remove_ended() == [goes]
     assert names(s.next_group(0.0)) == ["stays"]
     assert s.next_group(0.0) is None

@@ -15,7 +15,7 @@ import requests
 from asking_triton import infer_raw
 from launched import Launched, launched
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import free_port
 from model_store.torchserve import build_archive
 from model_store.triton import build_model

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.torchserve import ServerError, TorchServe, free_port, main
 
 pytest_plugins = ("tiny_server",)

@@ -21,7 +21,7 @@ import tritonclient.grpc
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from handlers.api.codec import encode_picture
+from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import ServerError, free_port
 from handlers.launch.triton import Triton, main
 from model_store.triton import build_model

@@ -1,11 +1,11 @@
 import json
 
-from handlers.api.replies import SegmentReply
+from handlers.engine.request import Reply
 from handlers.observe.log import describe_request
 
 
-def reply(tokens: tuple[int, ...], num_windows: int, **seconds: float) -> SegmentReply:
-    return SegmentReply(b"", "image/png", tokens, seconds, num_windows)
+def reply(tokens: tuple[int, ...], num_windows: int, **seconds: float) -> Reply:
+    return Reply({"png": b""}, "image/png", tokens, seconds, num_windows)
 
 
 def test_an_answer() -> None:

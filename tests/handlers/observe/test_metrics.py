@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from making import make_picture, make_window
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -14,7 +15,8 @@ from handlers.api.options import RequestOptions
 from handlers.config import ServingConfig
 from handlers.engine.clock import DeviceClock
 from handlers.engine.engine import Engine
-from handlers.engine.scheduler import Group, Lane, Waiting
+from handlers.engine.lane import Lane
+from handlers.engine.request import Group
 from handlers.errors import ErrorKind, ServingError
 from handlers.launch.processes import free_port
 from handlers.observe.metrics import Metrics
@@ -154,7 +156,7 @@ def test_errors_are_counted_by_status(start: Callable[..., Engine]) -> None:
         engine.submit(b"no picture", OPTIONS).result(60)
     refused = engine.open("test")
     refused.fail(ServingError(ErrorKind.NOT_ACCEPTABLE, "no"))
-    assert refused.answer.exception(60)
+    assert refused.exception(60)
     assert value(engine, "mpm_requests_total", code="400") == 1
     assert value(engine, "mpm_requests_total", code="406") == 1
     assert value(engine, "mpm_request_seconds_count") == 2
@@ -188,13 +190,14 @@ def test_lengths_are_counted_in_rows_of_the_grid() -> None:
 def test_padding_and_waiting_of_a_group() -> None:
     metrics = Metrics("m", grid=8, info=INFO)
     lane = Lane(1, (1,))
-    windows = tuple(Waiting(lane, length, 0.0, False, None, entered=at) for length, at in ((10, 5.0), (30, 4.0)))
-    metrics.waiting(windows, +1)
+    windows = tuple(make_window(make_picture(), lane, length) for length in (10, 30))
+    windows[0].entered, windows[1].entered = 5.0, 4.0
+    metrics.waiting(lane, 2, 40)
     get = metrics.registry.get_sample_value
     labels = {"model": "m", "stage": "1", "schedule": "1"}
     assert get("mpm_waiting_tokens", {"model": "m"}) == 40
     assert get("mpm_waiting_windows", labels) == 2
-    metrics.released(Group(lane, windows, "delay"), 6.5, padded=True)
+    metrics.released(Group(lane, windows, "delay"), 6.5, padding_tokens=20)
     assert get("mpm_waiting_tokens", {"model": "m"}) == 0
     assert get("mpm_waiting_windows", labels) == 0
     assert get("mpm_padding_tokens_total", {"model": "m"}) == 20

@@ -20,7 +20,9 @@ import requests
 from PIL import Image
 from pycocotools import mask as coco
 
-from handlers.api.codec import decode_image, encode_mask_png, encode_picture
+from handlers.api.decode import decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from handlers.launch.torchserve import TorchServe
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.classes import Classes, load_classes
@@ -387,7 +389,7 @@ class TestRawHeaders:
 
 
 class TestMany:
-    @pytest.mark.parametrize("name", ["tiny", "tiny_synchronous"])
+    @pytest.mark.parametrize("name", ["tiny"])
     def test_good_and_bad_at_once(
         self, server: TorchServe, name: str, photo: Callable[..., np.ndarray], expected_mask: Expect
     ) -> None:

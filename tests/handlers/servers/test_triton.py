@@ -21,7 +21,10 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from handlers import triton_client
-from handlers.api.codec import decode_image, encode_mask_png, encode_npy, encode_picture
+from handlers.api.decode import decode_image
+from handlers.api.formats.npy import encode_npy
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from mpm_ops import Segmenter, load_segmenter

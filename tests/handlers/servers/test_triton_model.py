@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,20 +18,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from making import make_picture
 
-from handlers.api.codec import encode_npy
 from handlers.api.options import RequestOptions
-from handlers.api.replies import SegmentReply
 from handlers.config import ServingConfig
 from handlers.engine import loading
-from handlers.engine.request import Exchange
+from handlers.engine.request import Picture, Reply
+from handlers.engine.request import Request as EngineRequest
 from handlers.errors import ErrorKind, ServingError
+from handlers.observe.tracing import RequestSpan
 
 pytest_plugins = ("tiny_server",)
 
 WAIT_SECONDS = 10
 MASK = np.arange(6, dtype=np.uint8).reshape(2, 3)
-BODIES = {"image/png": b"png", "application/x-npy": encode_npy(MASK), "application/json": b"{}\n"}
+BODIES: dict[str, Any] = {"png": b"png", "npy": MASK, "json": b"{}\n", "tokens": b"view"}
 
 
 class Tensor:
@@ -149,49 +149,52 @@ class ObedientEngine:
         self.deadline_seconds = config.deadline_seconds
         self.ended: list[int] = []
         self.seen: list[tuple[bytes, RequestOptions]] = []
-        self.later: dict[bytes, Future[SegmentReply]] = {}
+        self.later: dict[bytes, Picture] = {}
         self.closed = False
 
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Nothing here is cold."""
 
-    def open(self, request_id: str, *, arrived: float, timeout_seconds: float, render: Any) -> Exchange:
+    def open(
+        self, request_id: str, *, arrived: float, timeout_seconds: float, span: RequestSpan, render: Any
+    ) -> EngineRequest:
         deadline = arrived + min(timeout_seconds or self.deadline_seconds, self.deadline_seconds)
-        on_end = lambda exchange, code, replies: self.ended.append(code)  # noqa: E731
-        exchange = Exchange(request_id, arrived, deadline, render=render, on_end=on_end)
-        watchdog = threading.Timer(deadline - arrived, exchange.expire)
+        on_end = lambda request, code, pictures, error: self.ended.append(code)  # noqa: E731
+        request = EngineRequest(request_id, arrived, deadline, span=span, render=render, on_end=on_end)
+        watchdog = threading.Timer(deadline - arrived, request.expire)
         watchdog.daemon = True
         watchdog.start()
-        exchange.answer.add_done_callback(lambda _: watchdog.cancel())
-        return exchange
+        request.add_done_callback(lambda _: watchdog.cancel())
+        return request
 
-    def take(self, exchange: Exchange, pictures: Sequence[bytes], options: RequestOptions) -> None:
-        exchange.gather([self._submit(picture, options) for picture in pictures])
+    def take(self, request: EngineRequest, pictures: Sequence[bytes], options: RequestOptions) -> None:
+        number = len(pictures)
+        taken = [make_picture(request=request, index=i, num_pictures=number) for i in range(number)]
+        for picture in taken:
+            picture.options = options
+        request.begin(taken)
+        for data, picture in zip(pictures, taken, strict=True):
+            self._submit(data, picture)
 
-    def _submit(self, data: bytes, options: RequestOptions) -> "Future[SegmentReply]":
-        self.seen.append((data, options))
-        answer: Future[SegmentReply] = Future()
+    def _submit(self, data: bytes, picture: Picture) -> None:
+        self.seen.append((data, picture.options))
         if data == b"raise":
             raise RuntimeError("submitting failed")
         if data.startswith(b"later"):
-            self.later[data] = answer
-        elif data == b"break":
-            answer.set_exception(RuntimeError("computing failed"))
+            self.later[data] = picture
         elif data == b"refuse":
-            answer.set_exception(ServingError(ErrorKind.TOO_LARGE, "too large"))
-        elif data == b"unreadable":
-            answer.set_result(SegmentReply(b"junk", options.media_type, (1,), {}, 1))
+            picture.fail(ServingError(ErrorKind.TOO_LARGE, "too large"))
         else:
-            answer.set_result(reply_to(options))
-        return answer
+            answer(picture)
 
     def close(self) -> None:
         self.closed = True
 
 
-def reply_to(options: RequestOptions) -> SegmentReply:
-    also = {media_type: BODIES[media_type] for media_type in options.also}
-    return SegmentReply(BODIES[options.media_type], options.media_type, (4, 2), {}, 1, also)
+def answer(picture: Picture, **bodies: Any) -> None:
+    known = BODIES | bodies
+    found = {name: known[name] for name in picture.options.formats}
+    picture.request.complete(picture, Reply(found, picture.options.media_type, (4, 2), {}, 1))
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     yield begin
     for model in models:
-        assert model._gate.inflight == len([1 for answer in model._engine.later.values() if not answer.done()])
+        assert model._gate.inflight == len([1 for picture in model._engine.later.values() if not picture.is_over])
         model.finalize()
     logging.getLogger("handlers").setLevel(level)
     sys.modules.pop("handlers.servers.triton", None)
@@ -230,7 +233,6 @@ class TestEveryPathAnswersOnce:
         ("picture", "code", "told"),
         [
             (b"raise", "internal", "the request failed inside the server"),
-            (b"break", "internal", "the request failed inside the server"),
             (b"refuse", "invalid", "too large"),
         ],
     )
@@ -259,14 +261,9 @@ class TestEveryPathAnswersOnce:
         assert message.startswith(told)
 
     def test_neighbours_of_a_failure(self, start: Callable[..., Any]) -> None:
-        requests = [Request(picture) for picture in (b"x", b"raise", b"refuse", b"break", b"x")]
-        assert start().execute(requests) == [None] * 5
-        assert [request.response().error is None for request in requests] == [True, False, False, False, True]
-
-    def test_answer_that_cannot_be_read(self, start: Callable[..., Any]) -> None:
-        request = Request(b"unreadable", outputs=("MASK",))
-        start().execute([request])
-        assert request.error()[0] == "internal"
+        requests = [Request(picture) for picture in (b"x", b"raise", b"refuse", b"x")]
+        assert start().execute(requests) == [None] * 4
+        assert [request.response().error is None for request in requests] == [True, False, False, True]
 
     def test_answer_that_cannot_be_sent(self, start: Callable[..., Any]) -> None:
         request = Request(send_failures=1)
@@ -278,7 +275,7 @@ class TestEveryPathAnswersOnce:
         request = Request(b"later")
         model.execute([request])
         assert request.error() == ("unavailable", "not answered within 0.2 s")
-        assert model._engine.later[b"later"].cancelled()
+        assert model._engine.later[b"later"].is_over
         assert model._engine.ended == [504]
 
     def test_timeout_of_the_client(self, start: Callable[..., Any]) -> None:
@@ -292,7 +289,7 @@ class TestEveryPathAnswersOnce:
         model.execute([request])
         request.cancelled = True
         assert request.error()[0] == "cancelled"
-        assert model._engine.later[b"later"].cancelled()
+        assert model._engine.later[b"later"].is_over
 
     def test_cancelling_races_with_answering(self, start: Callable[..., Any]) -> None:
         model = start(max_inflight=1000)
@@ -306,9 +303,8 @@ class TestEveryPathAnswersOnce:
 
         canceller = threading.Thread(target=cancel)
         canceller.start()
-        for answer in list(model._engine.later.values()):
-            if answer.set_running_or_notify_cancel():
-                answer.set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
+        for picture in list(model._engine.later.values()):
+            answer(picture)
             time.sleep(0.0005)
         canceller.join()
         for request in requests:
@@ -325,10 +321,10 @@ class TestOrderAndRoom:
         model.execute([first, second])
         model.execute([third])
         third.response()
-        model._engine.later[b"later 2"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
+        answer(model._engine.later[b"later 2"])
         second.response()
         assert not first.answered.is_set()
-        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
+        answer(model._engine.later[b"later 1"])
         first.response()
 
     def test_execute_blocks_while_the_engine_is_full(self, start: Callable[..., Any]) -> None:
@@ -342,7 +338,7 @@ class TestOrderAndRoom:
         assert blocked.is_alive()
         assert not more.answered.is_set()
         assert b"x" not in {data for data, _ in model._engine.seen}
-        model._engine.later[b"later 1"].set_result(SegmentReply(b"png", "image/png", (1,), {}, 1))
+        answer(model._engine.later[b"later 1"])
         blocked.join(WAIT_SECONDS)
         more.response()
 
@@ -361,7 +357,7 @@ class TestOrderAndRoom:
         model = start(max_inflight=3)
         model.execute([Request(b"later 1", b"later 2", b"later 3")])
         assert model._gate.inflight == 3
-        model._engine.later[b"later 1"].set_exception(ServingError(ErrorKind.BAD_REQUEST, "bad"))
+        model._engine.later[b"later 1"].fail(ServingError(ErrorKind.BAD_REQUEST, "bad"))
         assert model._gate.inflight == 0  # what the others would have told nobody
 
 
@@ -392,9 +388,9 @@ class TestOutputs:
         assert [tensor.name() for tensor in request.response().tensors] == ["MASK", "MASK_PNG"]
         assert model._engine.seen[-1][1] == RequestOptions(
             request_id="mine",
-            media_type="image/png",
-            also=("application/x-npy",),
-            view="tokens",
+            format="tokens",
+            also=("npy",),
+            arrays=True,
             schedule=(),
             bulk=True,
         )
@@ -416,8 +412,7 @@ class TestOutputs:
         model = start()
         request = Request(b"later 1", b"x", outputs=("MASK",))
         model.execute([request])
-        other = SegmentReply(encode_npy(np.zeros((5, 4), np.uint8)), "application/x-npy", (1,), {}, 1)
-        model._engine.later[b"later 1"].set_result(other)
+        answer(model._engine.later[b"later 1"], npy=np.zeros((5, 4), np.uint8))
         code, message = request.error()
         assert code == "invalid"
         assert "got 3x2, 4x5; ask for MASK_PNG" in message
@@ -427,18 +422,6 @@ class TestOutputs:
         request = Request(b"x", b"refuse", b"x")
         start().execute([request])
         assert request.error() == ("invalid", "picture 1 of 3: too large")
-
-
-def test_one_line_a_request_in_the_log(start: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    model = start()
-    caplog.set_level(logging.INFO, logger="handlers")
-    caplog.clear()
-    model.execute([Request(parameters={"x-request-id": "mine"}), Request(b"refuse")])
-    lines = [json.loads(record.getMessage()) for record in caplog.records]
-    assert [(line["request_id"], line["code"], line.get("error")) for line in lines] == [
-        ("mine", 200, None),
-        ("named", 413, "too large"),
-    ]
 
 
 def test_unusable_configuration(start: Callable[..., Any]) -> None:

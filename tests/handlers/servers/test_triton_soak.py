@@ -16,7 +16,8 @@ import tritonclient.http
 from asking_triton import infer_raw
 from tritonclient.utils import InferenceServerException
 
-from handlers.api.codec import decode_image, encode_picture
+from handlers.api.decode import decode_image
+from handlers.api.formats.views import encode_picture
 from handlers.launch.triton import Triton
 from model_store.triton import build_model
 from mpm_ops import Segmenter

@@ -1,17 +1,25 @@
 """A drain is answered last, with what came before it; what comes after it is refused."""
 
+import math
 import threading
 import time
-from concurrent.futures import Future
-from typing import Any
 
 import pytest
 
+from handlers.engine.request import Request
 from handlers.errors import ErrorKind, ServingError
-from handlers.launch.drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE, Drain
+from handlers.launch.drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
+from handlers.servers.draining import Drain
 
 WAIT_SECONDS = 10
 ASKED = {DRAIN_HEADER.lower(): "secret"}
+
+
+def ask(drain: Drain) -> Request:
+    assert drain.is_asked(ASKED)
+    request = Request("drain", time.monotonic(), math.inf)
+    drain.begin(request)
+    return request
 
 
 def wait_for(event: threading.Event) -> None:
@@ -25,11 +33,10 @@ def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_answered_when_nothing_else_is_pending() -> None:
     drain = Drain()
-    first = Future[Any]()
-    asked = drain.take(ASKED)
-    assert asked is not None
+    first = Request("first", time.monotonic(), math.inf)
+    asked = ask(drain)
     drain.end([first, asked])
-    first.set_result(None)
+    first.answer(None)
     drain.end([first, asked])  # done, but not handed over yet
     time.sleep(0.1)
     assert not asked.done()
@@ -40,14 +47,11 @@ def test_it_is_answered_when_nothing_else_is_pending() -> None:
 def test_asked_twice() -> None:
     """The launcher asks again when an answer got lost."""
     drain = Drain()
-    lost, again = drain.take(ASKED), drain.take(ASKED)
-    assert lost is not None
-    assert again is not None
+    lost, again = ask(drain), ask(drain)
     lost.cancel()
     drain.end([lost, again])
     assert again.result(WAIT_SECONDS)
-    late = drain.take(ASKED)
-    assert late is not None
+    late = ask(drain)
     drain.end([late])
     assert late.result(WAIT_SECONDS)
 
@@ -63,8 +67,7 @@ def test_nobody_asked() -> None:
 def test_it_is_answered_after_what_was_recorded_is_sent() -> None:
     sent = threading.Event()
     drain = Drain(flush=lambda: wait_for(sent))
-    asked = drain.take(ASKED)
-    assert asked is not None
+    asked = ask(drain)
     drain.end([asked])
     time.sleep(0.1)
     assert not asked.done()
@@ -73,11 +76,10 @@ def test_it_is_answered_after_what_was_recorded_is_sent() -> None:
 
 
 def test_what_can_not_be_sent_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.launch.drain._FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("handlers.servers.draining._FLUSH_SECONDS", 0.05)
     never = threading.Event()
     drain = Drain(flush=lambda: wait_for(never))
-    asked = drain.take(ASKED)
-    assert asked is not None
+    asked = ask(drain)
     drain.end([asked])
     assert asked.result(WAIT_SECONDS)
     never.set()
@@ -86,7 +88,7 @@ def test_what_can_not_be_sent_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -
 def test_what_comes_later_is_refused() -> None:
     drain = Drain()
     drain.check()
-    drain.take(ASKED)
+    ask(drain)
     with pytest.raises(ServingError, match="shutting down") as caught:
         drain.check()
     assert (caught.value.kind, caught.value.retry_after) == (ErrorKind.OVERLOADED, 1)
@@ -95,10 +97,10 @@ def test_what_comes_later_is_refused() -> None:
 @pytest.mark.parametrize("given", ["", "another", "é", "\udcff", None])
 def test_a_stranger_can_not_ask(given: str | None) -> None:
     drain = Drain()
-    assert drain.take({} if given is None else {DRAIN_HEADER.lower(): given}) is None
+    assert not drain.is_asked({} if given is None else {DRAIN_HEADER.lower(): given})
     drain.check()
 
 
 def test_without_a_secret_nobody_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DRAIN_SECRET_VARIABLE)
-    assert Drain().take({DRAIN_HEADER.lower(): ""}) is None
+    assert not Drain().is_asked({DRAIN_HEADER.lower(): ""})

@@ -1,11 +1,9 @@
-"""Pictures in, masks out: bytes to RGB arrays and label maps to bytes."""
+"""Pictures in: bytes to RGB arrays, with everything refused that can be refused from a header."""
 
-import contextlib
 import io
-import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -14,13 +12,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from handlers.errors import ErrorKind, ServingError
-from mpm_ops.classes import Classes
 
-from .frames import decode_frame, is_frame, read_frame_size
-from .png import encode_mask
-from .run_lengths import regions
-
-Size = tuple[int, int]  # height and width
+from .frames import Frame, is_frame, read_frame
 
 # JPEG stands for MPO too, which many phones write; Pillow knows no MPO of its own for reading.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -46,16 +39,57 @@ _STRIP_PIXELS = 2**20
 # EXIF orientations that cameras write, and what turns them upright; the mirrored ones are left to Pillow.
 _TURNS = {1: None, 3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
-# Pictures for people; masks have a writer of their own.
-_PNG_LEVEL = 1
+_SIDEWAYS = (5, 6, 7, 8)
 
 
-def read_size(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a picture as it is stored, from its header; refuses what `decode_image` would."""
+@dataclass(frozen=True, slots=True)
+class EncodedPicture:
+    """An encoded picture whose header was read.
+
+    Attributes:
+        size: height and width in pixels, as a person sees it; where the orientation stands behind the pixels, as
+            they are stored.
+        num_bytes: encoded.
+    """
+
+    size: tuple[int, int]
+    num_bytes: int
+    _data: bytes
+    _image: Image.Image
+
+    def decode(self) -> np.ndarray:
+        """uint8 RGB [H, W, 3], see `decode_image`."""
+        image = self._image
+        try:
+            pixels = _decode_jpeg(self._data, image)
+            if pixels is not None:
+                return pixels
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb_pixels(image)
+        except Exception as error:
+            raise _broken(image) from error
+
+
+def read_picture(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> EncodedPicture | Frame:
+    """Read the header of a picture, and no pixel.
+
+    Args:
+        data: an encoded picture in one of FORMATS, or a raw frame, see `frames`.
+        max_bytes: longer data is refused.
+        max_pixels: larger pictures are refused.
+
+    Raises:
+        ServingError: too large, or not a picture.
+    """
     if is_frame(data):
-        return read_frame_size(data, max_bytes=max_bytes, max_pixels=max_pixels)
-    width, height = _open(data, max_bytes, max_pixels).size
-    return height, width
+        return read_frame(data, max_bytes=max_bytes, max_pixels=max_pixels)
+    buffer, image = _open(data, max_bytes, max_pixels)
+    try:
+        # Asked for its orientation, a PNG that doesn't tell it before its pixels would be decoded.
+        sideways = (image.format != "PNG" or "exif" in image.info) and _orientation(image) in _SIDEWAYS
+    except Exception as error:
+        raise _broken(image) from error
+    return EncodedPicture(image.size if sideways else image.size[::-1], len(data), buffer.getvalue(), image)
 
 
 def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) -> np.ndarray:
@@ -65,9 +99,7 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
     grey, palette, CMYK and 16-bit pictures become 8-bit RGB.
 
     Args:
-        data: an encoded picture in one of FORMATS, or a raw frame, see `frames`.
-        max_bytes: longer data is refused.
-        max_pixels: larger pictures are refused from their header, before any pixel is decoded.
+        data, max_bytes, max_pixels: see `read_picture`.
 
     Returns:
         uint8 RGB [H, W, 3].
@@ -75,52 +107,10 @@ def decode_image(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
     Raises:
         ServingError: too large, or not a readable picture.
     """
-    if is_frame(data):
-        return decode_frame(data, max_bytes=max_bytes, max_pixels=max_pixels)
-    image = _open(data, max_bytes, max_pixels)
-    try:
-        pixels = _decode_jpeg(data, image)
-        if pixels is not None:
-            return pixels
-        ImageOps.exif_transpose(image, in_place=True)
-        return _rgb_pixels(image)
-    except Exception as error:
-        width, height = image.size
-        raise ServingError(
-            ErrorKind.BAD_REQUEST, f"image: broken or truncated {image.format} picture of {width}x{height} pixels"
-        ) from error
+    return read_picture(data, max_bytes=max_bytes, max_pixels=max_pixels).decode()
 
 
-def decode_reduced(
-    data: bytes | bytearray, *, max_bytes: int, max_pixels: int, enough: Callable[[int, int], Size]
-) -> tuple[np.ndarray, Size]:
-    """Decode a JPEG at a half, a quarter or another fraction of its size, where that is enough.
-
-    Other pictures, and JPEGs less than twice as large as needed, are decoded as by `decode_image`.
-
-    Args:
-        enough: the (height, width) that suffices for an upright picture of this height and width.
-
-    Returns:
-        uint8 RGB, and the (height, width) of the whole picture.
-
-    Raises:
-        ServingError: as `decode_image`.
-    """
-    if data[:2] == _JPEG_START:
-        with contextlib.suppress(Exception):  # whatever is wrong, decode_image says so
-            image = _open(data, max_bytes, max_pixels)
-            sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            size = image.size if sideways else (image.height, image.width)
-            needed = enough(*size)
-            pixels = _decode_jpeg(data, image, (needed[1], needed[0]) if sideways else needed)
-            if pixels is not None:
-                return pixels, size
-    pixels = decode_image(data, max_bytes=max_bytes, max_pixels=max_pixels)
-    return pixels, (pixels.shape[0], pixels.shape[1])
-
-
-def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Image:
+def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> tuple[io.BytesIO, Image.Image]:
     if len(data) > max_bytes:
         raise ServingError(ErrorKind.TOO_LARGE, f"image: expected at most {max_bytes} bytes, got {len(data)}")
     if not data:
@@ -128,7 +118,8 @@ def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Ima
     if data[:2] == _JPEG_START and not _has_few_scans(data):
         raise ServingError(ErrorKind.BAD_REQUEST, f"image: expected a JPEG of at most {_MAX_SCANS} scans")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        buffer = io.BytesIO(data)
+        image = Image.open(buffer, formats=FORMATS)
     except UnidentifiedImageError:
         raise ServingError(
             ErrorKind.BAD_REQUEST,
@@ -142,7 +133,18 @@ def _open(data: bytes | bytearray, max_bytes: int, max_pixels: int) -> Image.Ima
             ErrorKind.TOO_LARGE,
             f"image: expected at most {max_pixels} pixels, got {width}x{height} = {width * height}",
         )
-    return image
+    return buffer, image
+
+
+def _broken(image: Image.Image) -> ServingError:
+    width, height = image.size
+    return ServingError(
+        ErrorKind.BAD_REQUEST, f"image: broken or truncated {image.format} picture of {width}x{height} pixels"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _decoded_size(image: Image.Image) -> tuple[int, int]:
@@ -168,20 +170,18 @@ def _has_few_scans(data: bytes | bytearray | memoryview) -> bool:
     return False
 
 
-def _decode_jpeg(data: bytes | bytearray, image: Image.Image, needed: Size | None = None) -> np.ndarray | None:
-    """The pixels that Pillow would give, without its copies; None for what it should judge itself.
-
-    Given the (height, width) that is needed of the picture as it is stored, at most half of them a side.
-    """
+def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """The pixels that Pillow would give, without its copies; None for what it should judge itself."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
     turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or turn not in _TURNS:
+    if turn not in _TURNS:
         return None
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size:
             return None
-        reduced = {} if needed is None else {"min_height": needed[0], "min_width": needed[1], "min_factor": 2}
-        pixels = simplejpeg.decode_jpeg(data, **reduced)
+        pixels = simplejpeg.decode_jpeg(data)
     except Exception:  # a flaw, or an unusual kind, and Pillow knows which ones are harmless
         return None
     rotation = _TURNS[turn]
@@ -223,47 +223,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         picture.paste(rgba, mask=rgba)
         return picture
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def encode_mask_png(labels: np.ndarray, classes: Classes) -> bytes:
-    """[H, W] class ids -> a palette PNG whose indices are the ids (16-bit grey from 257 classes on)."""
-    return encode_mask(labels, classes.colors)
-
-
-def encode_picture(image: np.ndarray, media_type: str) -> bytes:
-    """uint8 RGB [H, W, 3] -> PNG or JPEG."""
-    if media_type == "image/jpeg":
-        return _save(Image.fromarray(image), "JPEG", quality=90)
-    return _save(Image.fromarray(image), "PNG", compress_level=_PNG_LEVEL)
-
-
-def encode_npy(labels: np.ndarray) -> bytes:
-    """[H, W] class ids -> a NumPy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, labels)
-    return buffer.getvalue()
-
-
-def describe_classes(labels: np.ndarray, classes: Classes) -> list[dict[str, Any]]:
-    """Every class that occurs, largest first: id, name, colour, area in pixels and COCO run-length encoding."""
-    height, width = labels.shape
-    return [
-        {
-            "id": region.index,
-            "name": classes.names[region.index],
-            "color": classes.colors[region.index].tolist(),
-            "area": region.area,
-            "rle": {"size": [height, width], "counts": region.counts},
-        }
-        for region in regions(labels)
-    ]
-
-
-def encode_json(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
-
-
-def _save(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
