@@ -14,7 +14,7 @@ from torch import Tensor
 from handlers.api.options import RequestOptions
 from handlers.errors import ErrorKind, ServingError
 from handlers.observe.tracing import NO_SPAN, RequestSpan
-from mpm_ops.stages import WindowBatch
+from mpm_ops.stages import WindowView
 from mpm_ops.windows import WindowPlan
 
 from .lane import Lane
@@ -44,7 +44,8 @@ class Reply:
 
     @property
     def body(self) -> bytes:
-        return next(iter(self.bodies.values()))  # type: ignore[no-any-return]
+        body: bytes = next(iter(self.bodies.values()))
+        return body
 
 
 def only_reply(replies: Sequence[Any]) -> Any:
@@ -225,7 +226,7 @@ class Window:
         picture: that it belongs to.
         lane: what it waits for.
         length: its tokens, special ones included.
-        state: pixels [3, H, W] at first, tokens between two stages, None in the end.
+        state: pixels at first, [3, H, W] or uint8 [H, W, 3], tokens between two stages, None in the end.
         lengths: image tokens at the start and after each merge.
         entered: when it joined its lane, in seconds.
         rank: windows of a lower rank go first, in seconds; set by the scheduler.
@@ -237,7 +238,7 @@ class Window:
     picture: Picture
     lane: Lane
     length: int
-    state: Tensor | WindowBatch | None
+    state: Tensor | WindowView | None
     lengths: list[int]
     entered: float = 0.0
     rank: float = 0.0

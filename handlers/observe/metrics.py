@@ -225,7 +225,7 @@ class Metrics:
             tokens_in: image tokens of each window into it.
             tokens_out: image tokens of all windows out of it.
             seconds: that it took, its merge included.
-            merge_seconds: that its merge took; None for the last stage, after which pictures are done.
+            merge_seconds: that its merge took; None where none was timed.
         """
         metrics = self._lane(lane)
         metrics.stage_seconds.observe(seconds)
@@ -239,6 +239,7 @@ class Metrics:
                 labels = (self._model, str(lane.stage), format_schedule(lane.schedule))
                 metrics.merge_seconds = self._merge_seconds.labels(*labels)
             metrics.merge_seconds.observe(merge_seconds)
+        if lane.stage < len(lane.schedule):  # pictures are done after the last stage
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
         capacity = self._finished_tokens / self._busy_seconds

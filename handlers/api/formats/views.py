@@ -212,7 +212,9 @@ def _confidence(picture: "Picture", classes: Classes, patch_size: int) -> np.nda
     return confidence_view(picture.confidence)
 
 
-def _view(draw: Callable[["Picture", Classes, int], np.ndarray], **needs: bool) -> Format:
+def _view(
+    draw: Callable[["Picture", Classes, int], np.ndarray], *, needs_image: bool = False, needs_confidence: bool = False
+) -> Format:
     def encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
         return encode_picture(draw(picture, classes, patch_size), picture.options.media_type)
 
@@ -222,7 +224,8 @@ def _view(draw: Callable[["Picture", Classes, int], np.ndarray], **needs: bool) 
         encode=encode,
         bytes_per_pixel=_VIEW_BYTES,
         is_view=True,
-        **needs,
+        needs_image=needs_image,
+        needs_confidence=needs_confidence,
     )
 
 

@@ -13,7 +13,7 @@ from handlers.engine.request import Group, Window
 from mpm_ops import Segmenter
 from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import make_runtime
-from mpm_ops.stages import WindowBatch
+from mpm_ops.stages import WindowView
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -48,7 +48,7 @@ def test_only_finishing_waits_and_only_for_its_own_group(
             assert "mark" not in log, "it would wait for what was launched since"
             assert (seconds, merge_seconds) == (0.001, 0.001 if stage.merges else None)
             for window in windows:
-                assert isinstance(window.state, WindowBatch) == stage.merges
+                assert isinstance(window.state, WindowView) == stage.merges
     assert [window.lengths for window in windows] == [[16, *([11] * len(schedule))]] * 3
     assert all(window.logits is not None and window.logits.shape == (5, 16) for window in windows)
     assert all(window.is_finite is True for window in windows)

@@ -25,6 +25,7 @@ from handlers.engine.request import Group, Request
 from handlers.errors import ErrorKind, ServingError
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
+from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
@@ -89,13 +90,13 @@ def error_of(answer: Request) -> ServingError:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "precision", "deterministic"),
+    ("runtime", "precision", "deterministic", "repeats"),
     [
-        ("torch", "fp32", False),
-        ("torch", "fp32", True),
-        ("openvino", "fp32", False),
-        ("torch", "auto", False),
-        ("openvino", "auto", False),
+        ("torch", "fp32", False, 125),
+        ("torch", "fp32", True, 25),
+        ("openvino", "fp32", False, 125),
+        pytest.param("torch", "bf16", False, 25, marks=pytest.mark.bf16),
+        pytest.param("openvino", "bf16", False, 25, marks=pytest.mark.bf16),
     ],
 )
 def test_same_picture_same_mask_whatever_shares_its_groups(
@@ -104,6 +105,7 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     runtime: str,
     precision: str,
     deterministic: bool,
+    repeats: int,
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
@@ -119,7 +121,7 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     }
     engine = start(replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
-    kinds = list(expected) * (25 if deterministic else 125)
+    kinds = list(expected) * repeats
     np.random.default_rng(0).shuffle(kinds)
     answers = [engine.submit(encoded[i], replace(NPY, schedule=tuple(schedule))) for i, schedule in kinds]
     for (i, schedule), answer in zip(kinds, answers, strict=True):
@@ -640,6 +642,8 @@ def test_a_group_that_hangs_behind_another_is_noticed(
     release.set()
 
 
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install -e '.[kernels]'")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # triton's interpreter
 def test_graphs_of_what_warms_up_are_there_before_traffic(
     model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,9 +655,10 @@ def test_graphs_of_what_warms_up_are_there_before_traffic(
     engine.warm_up([data])
     warm = dict(graphs.policy.counts)
     labels_of(engine.submit(data, NPY))
-    assert graphs.policy.counts["capture"] == warm["capture"] == 4, "three stages and the decoder"
+    assert graphs.policy.counts["capture"] == warm["capture"] >= 3, "each of three stages"
     assert graphs.policy.counts["eager"] == warm["eager"]
-    assert graphs.policy.counts["replay"] == warm["replay"] + 4
+    assert graphs.policy.counts["replay"] == warm["replay"] + 3
+    assert any(shape.num_windows > 1 for shape in graphs._graphs)
 
 
 @pytest.mark.slow

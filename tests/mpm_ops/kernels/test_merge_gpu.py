@@ -65,7 +65,8 @@ def test_a_patched_vit_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_of_packed_maps() -> None:
     maps = [torch.tensor([0, 1, 0]), torch.tensor([0]), torch.tensor([1, 0])]
-    assert packed_rows(maps, (2, 1, 2)).tolist() == [0, 1, 0, 2, 4, 3]
+    assert packed_rows(maps, torch.tensor([0, 2, 3])).tolist() == [0, 1, 0, 2, 4, 3]
+    assert packed_rows(torch.tensor([[0, 1], [1, 0]]), torch.tensor([0, 5])).tolist() == [0, 1, 6, 5]
 
 
 @pytest.mark.parametrize(
