@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import block_forward
+from .attention import run_blocks
 from .decoders import DecoderLinear, MaskTransformer, decodes_together
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
@@ -180,10 +180,8 @@ class Segmenter(nn.Module):
         return batch.with_tokens(tokens)
 
     def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
-        """Run some encoder blocks; see `block_forward`."""
-        for i in blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
-        return tokens
+        """Run some encoder blocks; see `mpm_ops.attention.run_blocks`."""
+        return run_blocks([self.encoder.blocks[i] for i in blocks], tokens, key_bias)
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""

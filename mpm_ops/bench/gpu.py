@@ -31,7 +31,7 @@ from .timing import Report, Timer, Work, in_turn
 
 Section = tuple[str, str, Callable[[], dict[str, Any]]]  # kind, name and what measures it
 
-KINDS = ("parity", "merge", "network", "labels", "groups", "engine", "engines")
+KINDS = ("parity", "merge", "network", "served", "labels", "groups", "engine", "engines")
 _MERGING = {"parity", "merge", "network", "groups"}
 
 PAPER_MERGE_MS = {1024: 0.99, 4096: 4.5}  # H100, B = 32; fp32 and bf16
@@ -190,6 +190,8 @@ def summary(row: dict[str, Any]) -> str:
         return f"{title}: {row['error']}"
     if "engines" in row:
         return "\n".join([title, *(row["lines"])])
+    if row.get("kind") == "served":
+        return "\n".join([title, *(_served_line(way, found) for way, found in row["ways"].items())])
     if "ways" in row:
         return "\n".join([title, *(_line(way, found) for way, found in row["ways"].items())])
     if "groups" in row:
@@ -198,6 +200,13 @@ def summary(row: dict[str, Any]) -> str:
         )
     return (
         f"{title}: {row.get('median_ms', {key: value for key, value in row.items() if key not in ('kind', 'name')})}"
+    )
+
+
+def _served_line(way: str, found: dict[str, Any]) -> str:
+    return (
+        f"    {way:<16} {found['wall_ms']:9.3f} ms wall  {found['busy_ms'] or float('nan'):9.3f} ms busy  "
+        f"{found['images_per_second']:8.1f} images/s"
     )
 
 
