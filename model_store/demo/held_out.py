@@ -44,7 +44,7 @@ class HeldOut:
     def __init__(self, pairs: Sequence[Pair], inference: InferenceConfig, device: str) -> None:
         self.pictures = []
         for image, labels in map(read_pair, pairs):
-            plan = plan_windows(*labels.shape, inference)
+            plan = plan_windows(labels.shape[0], labels.shape[1], inference)
             windows = cut_windows(image, plan, inference).to(device)
             self.pictures.append((plan, windows, torch.from_numpy(labels).long().to(device)))
 

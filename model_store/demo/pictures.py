@@ -1,5 +1,6 @@
 """Training crops, made on the device from pictures that lie there: labelled photographs and painted scenes."""
 
+import logging
 import math
 import multiprocessing
 import os
@@ -25,6 +26,9 @@ RARE = (POLE, SIGN, FENCE, PEDESTRIAN, BICYCLIST)
 PASTED = (*RARE, CAR)
 FITTED_SIDE = 512  # the short side of a picture at inference
 SPOTS = 20_000  # remembered pixels of each rare class
+SCENES_AT_ONCE = 50
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +36,8 @@ class Augmentation:
     """How far crops stray from what inference sees.
 
     Attributes:
-        zoom: the widest change of scale either way, as a factor.
-        squeeze: likewise of the aspect.
+        zoom: the largest enlargement, as a factor; reductions go down to 1 / sqrt(zoom).
+        squeeze: the largest change of the sides' ratio either way, as a factor of each.
         turn: the largest rotation, in radians.
         painted: share of painted scenes.
         pasted: share of crops into which things of another crop are pasted.
@@ -69,11 +73,11 @@ class Pictures:
         shape = (len(photos) + num_scenes, self.height, self.width)
         self.images = torch.empty((shape[0], 3, *shape[1:]), dtype=torch.uint8, device=device)
         self.labels = torch.empty(shape, dtype=torch.uint8, device=device)
-        for index, (photo, own) in enumerate(zip(photos, labels, strict=True)):
-            self._put(index, photo, own)
+        self._put(slice(len(photos)), np.stack(photos), np.stack(labels))
         counts = np.array([np.bincount(own.ravel(), minlength=IGNORE + 1)[:IGNORE] for own in labels])
         weights = (np.maximum(counts.sum(0), 1) / counts.sum()) ** -0.5
         self.class_weights = torch.tensor(weights / weights.mean(), dtype=torch.float32, device=device)
+        self.things = torch.tensor([label in PASTED for label in range(IGNORE + 1)], device=device)
         self.spots = find_spots(labels, np.random.default_rng(seed)).to(device)
         self._stop = threading.Event()
         self._painting = threading.Thread(target=self._paint, args=(num_scenes, num_workers, seed), daemon=True)
@@ -88,9 +92,8 @@ class Pictures:
         """Normalised windows [B, 3, crop, crop] and their labels [B, crop, crop], IGNORE where unknown."""
         index, centre = self._choose(size, how)
         windows, labels = self._warp(index, centre, crop, how)
-        windows, labels = paste_things(windows, labels, share=how.pasted)
-        windows, labels = photograph(windows), labels
-        windows, labels = cut_out(windows, labels)
+        windows, labels = paste_things(windows, labels, self.things, share=how.pasted)
+        windows, labels = cut_out(photograph(windows), labels)
         blended = round(size * how.blended)
         if blended:
             amount = torch.rand(blended, 1, 1, 1, device=windows.device)
@@ -104,9 +107,11 @@ class Pictures:
         num_painted = round(size * how.painted) if self.num_painted else 0
         num_rare = (size - num_painted) // 2 if len(self.spots) else 0
         num_any = size - num_painted - num_rare
-        painted = torch.randint(self.num_photos, self.num_photos + max(self.num_painted, 1), (num_painted,))
-        index = torch.cat([painted, torch.randint(self.num_photos, (num_any,))]).to(device)
-        centre = torch.rand(len(index), 2, device=device) * torch.tensor([self.width, self.height], device=device)
+        end = self.num_photos + max(self.num_painted, 1)
+        painted = torch.randint(self.num_photos, end, (num_painted,), device=device)
+        index = torch.cat([painted, torch.randint(self.num_photos, (num_any,), device=device)])
+        x, y = torch.rand(2, len(index), device=device)
+        centre = torch.stack([x * self.width, y * self.height], dim=1)
         if num_rare:
             classes = torch.randint(len(self.spots), (num_rare,), device=device)
             spots = self.spots[classes, torch.randint(self.spots.shape[1], (num_rare,), device=device)]
@@ -117,9 +122,8 @@ class Pictures:
     def _warp(self, index: Tensor, centre: Tensor, crop: int, how: Augmentation) -> tuple[Tensor, Tensor]:
         """Scale, squeeze, turn, flip and crop in one sampling."""
         size, device = len(index), index.device
-        log_zoom, log_squeeze, turn = (
-            uniform(size, -most, most, device) for most in (math.log(how.zoom), math.log(how.squeeze), how.turn)
-        )
+        log_zoom = uniform(size, -0.5 * math.log(how.zoom), math.log(how.zoom), device)
+        log_squeeze, turn = (uniform(size, -most, most, device) for most in (math.log(how.squeeze), how.turn))
         fitted = FITTED_SIDE / min(self.height, self.width)
         # Half the crop's sides in pixels of the picture; signed, for the flip.
         half_x = crop / 2 / fitted * (-log_zoom - log_squeeze).exp()
@@ -137,20 +141,23 @@ class Pictures:
         return windows, IGNORE - labels[:, 0].round().long()
 
     def _paint(self, num_scenes: int, num_workers: int, seed: int) -> None:
+        """Fill the rest of `images`, many scenes at a time: each copy waits for what the device is busy with."""
         if not num_scenes:
             return
-        paint = partial(paint_one, self.height, self.width)
+        parts = np.array_split(np.arange(seed * num_scenes, (seed + 1) * num_scenes), -(-num_scenes // SCENES_AT_ONCE))
+        paint = partial(paint_scenes, self.height, self.width)
         with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
-            seeds = range(seed * num_scenes, (seed + 1) * num_scenes)
-            for image, labels in pool.map(paint, seeds, chunksize=8):
+            for images, labels in pool.map(paint, parts):
+                first = self.num_photos + self.num_painted
+                self._put(slice(first, first + len(images)), images, labels)
+                self.num_painted += len(images)
                 if self._stop.is_set():
                     pool.shutdown(wait=False, cancel_futures=True)
                     return
-                self._put(self.num_photos + self.num_painted, image, labels)
-                self.num_painted += 1
+        log.info("%d scenes are painted", self.num_painted)
 
-    def _put(self, index: int, image: np.ndarray, labels: np.ndarray) -> None:
-        self.images[index] = torch.from_numpy(image).permute(2, 0, 1)
+    def _put(self, index: slice, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images[index] = torch.from_numpy(images).movedim(-1, 1)
         self.labels[index] = torch.from_numpy(IGNORE - labels)
 
 
@@ -163,7 +170,7 @@ def read_pair(paths: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_spots(labels: Sequence[np.ndarray], rng: np.random.Generator) -> Tensor:
-    """[rare classes that occur, SPOTS, 3] pixels as picture, x, y; every picture as often as any that has the class."""
+    """Pixels of the rare classes that occur, [R, SPOTS, 3] as picture, x, y; pictures with a class count alike."""
     found = []
     for rare in RARE:
         each = [np.argwhere(own == rare)[:, ::-1] for own in labels]
@@ -174,10 +181,15 @@ def find_spots(labels: Sequence[np.ndarray], rng: np.random.Generator) -> Tensor
     return torch.tensor(np.array(found, np.int64).reshape(-1, SPOTS, 3))
 
 
-def paint_one(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A scene of any clutter, more often crowded than empty."""
-    clutter = float(np.random.default_rng(seed).random() ** 0.5)
-    return paint_scene(height, width, clutter=clutter, seed=seed)
+def paint_scenes(height: int, width: int, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes [S, H, W, 3] of any clutter, more often crowded than empty, and their labels [S, H, W]."""
+    clutters = (float(np.random.default_rng(seed).random() ** 0.5) for seed in seeds)
+    scenes = [
+        paint_scene(height, width, clutter=clutter, seed=int(seed))
+        for seed, clutter in zip(seeds, clutters, strict=True)
+    ]
+    images, labels = zip(*scenes, strict=True)
+    return np.stack(images), np.stack(labels)
 
 
 def keep_inside(centre: Tensor, half: Tensor, side: int) -> Tensor:
@@ -185,15 +197,18 @@ def keep_inside(centre: Tensor, half: Tensor, side: int) -> Tensor:
     return torch.where(2 * half >= side, side / 2, torch.minimum(torch.maximum(centre, half), side - half))
 
 
-def paste_things(windows: Tensor, labels: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
-    """Copy the things of some classes from the next crop of the batch, at their place.
+def paste_things(windows: Tensor, labels: Tensor, things: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    """Copy the things of some classes from the previous crop of the batch, at their place.
+
+    Args:
+        things: [K + 1] bool, classes to copy.
+        share: of the crops that take any.
 
     Source: Olsson et al., ClassMix (arXiv 2007.07936), with things for classes.
     """
     size, device = len(windows), windows.device
-    chosen = torch.zeros(size, IGNORE + 1, dtype=torch.bool, device=device)
     takes = torch.rand(size, 1, device=device) < share
-    chosen[:, list(PASTED)] = (torch.rand(size, len(PASTED), device=device) < 0.6) & takes
+    chosen = (torch.rand(size, len(things), device=device) < 0.6) & takes & things
     donors = labels.roll(1, 0)
     pasted = chosen.gather(1, donors.flatten(1)).view_as(labels)
     return torch.where(pasted[:, None], windows.roll(1, 0), windows), torch.where(pasted, donors, labels)

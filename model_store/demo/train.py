@@ -77,9 +77,7 @@ def train(recipe: Recipe, stop: threading.Event | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     pairs, held_out_pairs = hold_out(find_pairs(recipe.data, "train", DATASETS["camvid"]), recipe.held_out)
     workers = max(1, num_cores() - 2)
-    pictures = Pictures(
-        pairs, num_scenes=recipe.scenes, num_workers=workers, device=recipe.device, seed=recipe.seed
-    )
+    pictures = Pictures(pairs, num_scenes=recipe.scenes, num_workers=workers, device=recipe.device, seed=recipe.seed)
     segmenter = build_segmenter(recipe.init)
     held_out = HeldOut(held_out_pairs, segmenter.inference, recipe.device)
     log.info("%d pictures, %d held out", len(pairs), len(held_out_pairs))
@@ -124,7 +122,8 @@ def train_teacher(recipe: Recipe, pictures: Pictures, held_out: HeldOut, budget:
     """Teach a `Teacher` the labels; returns it in evaluation mode."""
     # Twice as fast on a GPU; on CPUs, torch 2.13's convolutions crash in it.
     layout = torch.channels_last if torch.device(recipe.device).type == "cuda" else torch.contiguous_format
-    teacher = Teacher().to(recipe.device, memory_format=layout)
+    teacher = Teacher().to(recipe.device)
+    teacher.to(memory_format=layout)  # type: ignore[call-overload]
 
     def loss_of(windows: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(infer(teacher, windows), labels, pictures.class_weights)
