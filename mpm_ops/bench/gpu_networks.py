@@ -8,7 +8,6 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -172,7 +171,7 @@ def time_network(
     config = config_of(scale, name)
     found = {way: _summary(times[way], config, scale.patches, lengths.get(way), peak, schedule) for way in ways}
     for way, row in found.items():
-        run = partial(ways[way], injected=injected[way])
+        run = _once(ways[way], injected[way])
         for key, work in (("images_per_second", run), ("images_per_second_with_labels", labelled[way])):
             row[key] = round(scale.batch / wall_seconds(work, timer), 1)
     result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "schedule": list(schedule)}
@@ -186,9 +185,9 @@ def time_network(
     if scale.side == PAPER.side and schedule == (2, 5):
         paper = {"unmerged": PAPER_UNMERGED, "MPM": PAPER_MERGED}
         for way, published in paper.items():
-            if images := published.get(precision, {}).get(name):
-                found[way]["paper_images_per_second"] = images
-                found[way]["of_paper"] = round(found[way]["images_per_second"] / images, 3)
+            if of_paper := published.get(precision, {}).get(name):
+                found[way]["paper_images_per_second"] = of_paper
+                found[way]["of_paper"] = round(found[way]["images_per_second"] / of_paper, 3)
     if rival:
         found["compiled"] = found.get("compiled", {}) | rival
         torch.compiler.reset()  # or its graphs would keep their memory
@@ -400,7 +399,7 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
     grid = scale.side // scale.patch
 
     def run(laps: Laps) -> list[Any]:
-        logits = way(laps, injected=injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
+        logits = way(laps, injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
         if plain:
             size = (scale.side, scale.side)
             found: list[Any] = [
@@ -413,6 +412,10 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
         return found
 
     return run
+
+
+def _once(way: Way, injected: Injected) -> Callable[[Laps], object]:
+    return lambda laps: way(laps, injected)
 
 
 def wall_seconds(work: Callable[[Laps], object], timer: Timer, *, batches: int = BACK_TO_BACK) -> float:

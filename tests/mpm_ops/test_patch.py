@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mpm_ops import merge_tokens, patch_timm
-from mpm_ops.attention import block_forward
+from mpm_ops.attention import block_forward, use_attention
 from mpm_ops.packed import PackedTokens
 from mpm_ops.patch import MergingBlocks, is_plain
 
@@ -96,6 +96,7 @@ def test_where_ragged_images_run_in_one_call_output_is_the_same(name: str, monke
 
     monkeypatch.setattr("mpm_ops.patch.block_forward", count)
     monkeypatch.setattr("mpm_ops.patch.can_pack", lambda block, x: is_plain(block))
+    monkeypatch.setattr("mpm_ops.patch._choose_attention", lambda block, device: use_attention(block, "flash"))
     torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=2e-5)
     if name == "normalised queries and keys":  # which packed attention does not know
         assert not calls

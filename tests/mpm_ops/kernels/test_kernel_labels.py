@@ -112,7 +112,7 @@ def test_half_precision_and_strided_logits(device: torch.device) -> None:
         assert (label_map(given, plan, 16).labels == expected).mean() > 0.999
 
 
-@pytest.mark.parametrize(("plan", "num_classes"), [(plan_of(3, 63), 5), (plan_of(6, 11), 257)])
+@pytest.mark.parametrize(("plan", "num_classes"), [(plan_of(3, 63), 5), (plan_of(2, 3), 257)])
 def test_pictures_of_one_plan_are_labelled_in_one_launch(
     plan: WindowPlan, num_classes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
