@@ -1,28 +1,20 @@
-"""What is sent: a folder of pictures, in several forms, and things that are no pictures.
+"""What is sent: the pictures of a folder in several forms, and bytes that are no pictures."""
 
-    python -m loadtest.client.pictures --out DIR [--clutter 0,0.5,1] [--sizes 640x480,960x540] [--seeds 2]
-
-paints road scenes from empty to crowded, because a busy picture keeps more tokens when they merge than an empty one:
-the mix of both decides how lengths vary.
-"""
-
-import argparse
 import fnmatch
 import io
 import random
 import struct
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from loadtest.checking import check_number, check_share
-
 from .arrivals import Arrival
+from .checks import check_number
 
 KINDS = ("png", "json", "raw", "bad")
 _SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
@@ -50,13 +42,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Which item a request sends.
+    """Chooses what each request sends.
 
     Args:
         items: by kind and name.
-        shares: of the kinds but png, which gets the rest.
+        shares: of the kinds; what they add up to is the whole.
         weights: of the pictures, by name.
-        seed: decides together with the number of the request; so any number of workers send the same.
+        seed: decides together with the number of the request, so that any number of workers send the same.
     """
 
     items: Mapping[tuple[str, str], Item]
@@ -71,49 +63,43 @@ class Mix:
             KeyError: the arrival names what the mix does not hold.
         """
         dice = random.Random(self.seed * 1_000_003 + number)
-        kind = (arrival.kind if arrival else "") or self._kind(dice)
+        drawn = dice.choices(list(self.shares), list(self.shares.values()))[0]
+        kind = (arrival.kind if arrival else "") or drawn
         if kind == "bad":
-            names = [name for item_kind, name in self.items if item_kind == "bad"]
-            return self.items[kind, dice.choice(names)]
+            return self.items[kind, dice.choice([name for item_kind, name in self.items if item_kind == "bad"])]
         name = arrival.picture if arrival else ""
         return self.items[kind, name or dice.choices(list(self.weights), list(self.weights.values()))[0]]
 
     @property
     def pictures(self) -> list[Item]:
-        """What gets a mask, without what is asked for as JSON."""
+        """Items that get a mask, each picture and form once."""
         return [item for item in self.items.values() if item.kind in ("png", "raw")]
-
-    def _kind(self, dice: random.Random) -> str:
-        drawn = dice.random()
-        for kind, share in self.shares.items():
-            drawn -= share
-            if drawn < 0:
-                return kind
-        return "png"
 
 
 def load_mix(
-    folder: Path, *, shares: Mapping[str, float], weights: Mapping[str, float], seed: int, raw: bool = False
+    folder: Path,
+    *,
+    shares: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+    raw: bool = False,
 ) -> Mix:
     """Read the pictures of a folder.
 
     Args:
-        shares: of the kinds json, raw and bad.
+        shares: of the `KINDS`; only masks as PNG by default.
         weights: by patterns of file names, the last that fits; 1 where none does. 0 leaves a picture out.
         raw: read raw frames too, though their share is 0: arrivals may ask for them.
 
     Raises:
-        ValueError: a share or weight is out of range, or no picture is left.
+        ValueError: a weight is out of range, or no picture is left.
         OSError: the folder can't be read.
     """
-    for kind, share in shares.items():
-        if kind not in KINDS or kind == "png":
-            raise ValueError(f"shares: expected json, raw and bad, got {kind!r}")
-        check_share(kind, share)
-    if sum(shares.values()) > 1:
-        raise ValueError(f"shares: expected at most 1 in sum, got {sum(shares.values()):g}")
+    shares, weights = shares or {"png": 1.0}, weights or {}
     for pattern, weight in weights.items():
-        check_number(f"weight of {pattern}", weight)
+        check_number(f"weights: {pattern}", weight)
+    if not folder.is_dir():
+        raise ValueError(f"pictures: expected a folder, got {folder}")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     chosen = {path: _weight(path.name, weights) for path in files}
     chosen = {path: weight for path, weight in chosen.items() if weight > 0}
@@ -127,6 +113,12 @@ def load_mix(
         {path.name: weight for path, weight in chosen.items()},
         seed,
     )
+
+
+def draw_sample(folder: Path, names: Sequence[str], most: int, seed: int) -> list[Path]:
+    """At most so many of the pictures of a folder, the same for the same seed."""
+    chosen = names if len(names) <= most else random.Random(seed).sample(sorted(names), most)
+    return [folder / name for name in sorted(chosen)]
 
 
 def read_frame(path: Path) -> np.ndarray:
@@ -147,27 +139,27 @@ def read_frame(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: not a picture that can be read") from None
 
 
-def paint_pictures(
-    out: Path, *, clutter: Sequence[float], sizes: Sequence[tuple[int, int]], num_seeds: int
-) -> list[Path]:
-    """Paint road scenes as JPEG; the same arguments always give the same scenes.
+PAINTED = Path("build/loadtest/pictures")
+_SCENES: Mapping[str, Any] = {"clutter": (0, 0.35, 0.7, 1), "sizes": ((640, 480), (480, 640))}
+
+
+def ensure_pictures(folder: Path = PAINTED, scenes: Mapping[str, Any] = _SCENES) -> None:
+    """Paint road scenes as JPEG into a folder that has no files; the same arguments always give the same scenes.
+
+    Empty and crowded scenes together, because a crowded one keeps more tokens when they merge.
 
     Args:
-        clutter: from 0, empty, to 1, crowded.
-        sizes: width and height.
-        num_seeds: scenes of each clutter and size.
+        scenes: `clutter` from 0, empty, to 1, crowded, and `sizes`, width and height.
     """
-    from model_store.demo.painter import paint_scene  # to prepare only: under load there is no library at hand
+    if folder.is_dir() and any(folder.iterdir()):
+        return
+    from model_store.demo.painter import paint_scene
 
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for amount in clutter:
-        for width, height in sizes:
-            for seed in range(num_seeds):
-                image, _ = paint_scene(height, width, clutter=amount, seed=seed)
-                paths.append(out / f"clutter{round(100 * amount):03d}_{width}x{height}_{seed}.jpg")
-                Image.fromarray(image).save(paths[-1], quality=92)
-    return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    for amount in scenes["clutter"]:
+        for width, height in scenes["sizes"]:
+            image, _ = paint_scene(height, width, clutter=amount, seed=0)
+            Image.fromarray(image).save(folder / f"clutter{round(100 * amount):03d}_{width}x{height}.jpg", quality=92)
 
 
 def _weight(name: str, weights: Mapping[str, float]) -> float:
@@ -204,36 +196,3 @@ def _bad_items(good: Item) -> list[Item]:
         "60000x60000 in 70 bytes": png,
     }
     return [Item(name, "bad", body, "application/octet-stream", (0, 0)) for name, body in bodies.items()]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`640x480` -> width and height."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"sizes: expected WIDTHxHEIGHT, got {text!r}")
-    return int(width), int(height)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.client.pictures", description="Paint pictures to send.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clutter", default="0,0.35,0.7,1", help="from 0, empty, to 1, crowded (0,0.35,0.7,1)")
-    parser.add_argument("--sizes", default="640x480,480x640", help="WIDTHxHEIGHT (640x480,480x640)")
-    parser.add_argument("--seeds", type=int, default=1, help="scenes of each clutter and size (1)")
-    arguments = parser.parse_args()
-    try:
-        painted = paint_pictures(
-            arguments.out,
-            clutter=[float(amount) for amount in arguments.clutter.split(",")],
-            sizes=[parse_size(size) for size in arguments.sizes.split(",")],
-            num_seeds=arguments.seeds,
-        )
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{len(painted)} pictures in {arguments.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What checks of settings share: every message names the field, what was expected and what came."""
+"""Checks of settings: every message names the field, what was expected and what was given."""
 
 import math
 from typing import Any
@@ -12,16 +12,12 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, above: bool = F
 
 
 def check_integer(name: str, value: Any, *, minimum: int) -> None:
+    """Raise a ValueError unless the value is an integer, at least the minimum."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
 
 
-def check_share(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number within 0..1, got {value!r}")
-
-
-def parse_share(text: str) -> float:
+def parse_share(name: str, text: str) -> float:
     """`5%` or `0.05`.
 
     Raises:
@@ -32,28 +28,39 @@ def parse_share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(f"expected a share such as 5% or 0.05, got {text!r}")
+        raise ValueError(f"{name}: expected a share such as 5% or 0.05, got {text!r}")
     return share
 
 
 _UNITS = (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0))
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(name: str, text: str) -> float:
     """`800ms`, `2s`, `30m`, `1h`, or plain seconds.
 
     Raises:
         ValueError: it is none of these, or negative.
     """
-    number, factor = text, 1.0
-    for unit, seconds in _UNITS:
-        if text.endswith(unit):
-            number, factor = text.removesuffix(unit), seconds
-            break
+    unit, factor = next(((unit, seconds) for unit, seconds in _UNITS if text.endswith(unit)), ("", 1.0))
     try:
-        value = float(number) * factor
+        value = float(text.removesuffix(unit)) * factor
     except ValueError:
         value = -1.0
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"expected a duration such as 800ms, 2s or 30m, got {text!r}")
+        raise ValueError(f"{name}: expected a duration such as 800ms, 2s or 30m, got {text!r}")
     return value
+
+
+def parse_pairs(name: str, text: str) -> dict[str, str]:
+    """`a=1,b=2` as a mapping.
+
+    Raises:
+        ValueError: an entry is not NAME=VALUE, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        key, equals, value = entry.rpartition("=")
+        if not equals or not key or key in found:
+            raise ValueError(f"{name}: expected NAME=VALUE, each name once, got {entry!r}")
+        found[key] = value
+    return found
