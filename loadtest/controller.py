@@ -48,7 +48,7 @@ class Worker:
     """The share of a process that has users: the only one, or one of locust's workers."""
 
     def __init__(self, environment: Environment) -> None:
-        self.share: Share
+        self.share: Share | None = None
         self._environment = environment
         environment.events.test_start.add_listener(self._on_test_start)
         environment.events.test_stopping.add_listener(self._on_test_stopping)
@@ -66,10 +66,11 @@ class Worker:
         try:
             settings = LoadSettings.read(options, environment.host, kinds)
         except (OSError, ValueError) as error:
+            self.share = None
             self._send(READY, {"problem": str(error), "library": {}})
             return
-        self.share = Share(settings, self._count)
-        gevent.spawn(self._prepare, self.share, getattr(options, "library", {}))
+        self.share = share = Share(settings, lambda record, num_bytes: self._count(settings, record, num_bytes))
+        gevent.spawn(self._prepare, share, getattr(options, "library", {}))
 
     def _prepare(self, share: Share, library: dict[str, bytes]) -> None:
         try:
@@ -88,25 +89,27 @@ class Worker:
 
     def _on_begin(self, environment: Environment, msg: Any) -> None:
         gevent.sleep(max(0.0, msg.data["at"] - time.time()))
-        self.share.begin(msg.data["index"], msg.data["of"])
-        gevent.spawn(self._report_end, self.share)
+        if self.share:
+            self.share.begin(msg.data["index"], msg.data["of"])
+            gevent.spawn(self._report_end, self.share)
 
     def _report_end(self, share: Share) -> None:
         share.finished.wait()
         self._send(FINISHED, self._records(share) | {"gave_up": share.gave_up})
 
     def _on_close(self, environment: Environment, msg: Any) -> None:
-        self.share.close()
+        if self.share:
+            self.share.close()
 
     def _on_test_stopping(self, environment: Environment, **_: Any) -> None:
         """Let what is in flight be answered before locust stops the users."""
-        if hasattr(self, "share"):
+        if self.share:
             self.share.close()
             self.share.finished.wait()
             gevent.sleep(0)
 
     def _on_report(self, client_id: str, data: dict[str, Any]) -> None:
-        if hasattr(self, "share"):
+        if self.share:
             data["load"] = self._records(self.share)
 
     def _records(self, share: Share) -> dict[str, Any]:
@@ -116,20 +119,20 @@ class Worker:
     def _send(self, kind: str, data: dict[str, Any]) -> None:
         self._environment.runner.send_message(kind, data)  # type: ignore[union-attr]
 
-    def _count(self, record: Record, num_bytes: int) -> None:
+    def _count(self, settings: LoadSettings, record: Record, num_bytes: int) -> None:
         """Into locust's statistics: latency from when a request was due, and apart the time from sending it."""
-        share, stats = self.share, self._environment.stats
+        stats = self._environment.stats
         unsent = record.outcome.startswith("unsent")
         self._environment.events.request.fire(
-            request_type=share.settings.protocol,
+            request_type=settings.protocol,
             name=record.kind,
             response_time=None if unsent else 1000 * record.seconds,
             response_length=num_bytes,
             exception=None if record.outcome == OK else RequestFailedError(record.outcome),
             context={},
         )
-        if share.settings.is_open and not unsent:  # an entry of its own, which the total leaves out
-            stats.entries[f"{record.kind}, from sending", share.settings.protocol].log(
+        if settings.is_open and not unsent:  # an entry of its own, which the total leaves out
+            stats.entries[f"{record.kind}, from sending", settings.protocol].log(
                 1000 * (record.seconds - record.late), num_bytes
             )
 

@@ -70,8 +70,8 @@ class SegmentUser(User):
 
     def _send(self) -> None:
         share = self.environment.worker.share
-        request = share.next_request()
-        if request is None:
+        request = share and share.next_request()
+        if not request:
             raise StopUser
         share.send(request)
 

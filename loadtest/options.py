@@ -144,7 +144,7 @@ class LoadSettings:
         shape = options.shape or "steady"
         trace = tuple(read_trace(Path(options.trace), speed=options.speed)) if options.trace else ()
         check_number("rate", options.rate)
-        if trace and (options.rate or options.shape):
+        if trace and (options.rate or shape != "steady"):
             raise ValueError("trace: expected without --rate and --shape")
         seconds = float(
             getattr(options, "seconds", None) or options.run_time or (SOAK_SECONDS if shape == "soak" else math.inf)

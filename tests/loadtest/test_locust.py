@@ -1,264 +1,301 @@
-"""Whole runs in processes of their own, against a server that computes nothing."""
+"""Locust runs of the locustfile in processes of their own, against a server that computes nothing."""
 
+import csv
 import json
+import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import urllib.parse
+import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from fake_server import FakeServer, serve_grpc
+from fake_server import FakeServer, Service, serve_grpc
+from locust_runs import COMMAND, Run
 
-from loadtest.__main__ import main
-from loadtest.client.arrivals import Arrival
-from loadtest.client.masks import OK
-from loadtest.client.records import GIVEN_UP, TIMEOUT, UNSENT
-from loadtest.client.session import Session
-from loadtest.client.shapes import steady
-from loadtest.ports import free_port
-from loadtest.report.summary import Limits, summarize
-from loadtest.running import RunError, RunResult, run_load, worker_environment
-from loadtest.settings import LoadSettings
-from loadtest.slo import Slo
+from handlers.launching import free_port
+from loadtest.masks import OK, environment
+from loadtest.run import GIVEN_UP, TIMEOUT, UNSENT
 
 pytest_plugins = ("load_fixtures",)
 
 NUM_REFERENCES = 3
-RATE, SECONDS, STALL = 25, 2.0, 0.9
+RATE, SECONDS, STALL = 25, 3, 0.9
+ALL_KINDS = ("--accept=png=70%,json=30%", "--raw=20%", "--bad=20%")
 
 
-def settings(fake: FakeServer, pictures: Path, **more: Any) -> LoadSettings:
-    rate, seconds = more.pop("rate", RATE), more.pop("seconds", 1.0)
-    fields: dict[str, Any] = {"urls": (fake.url,), "model": "fake", "process": "even", "timeout_seconds": 10.0}
-    fields |= {"pictures": str(pictures), "phases": steady(rate, seconds)}
-    return LoadSettings(**(fields | more))
+def slow_requests(run: Run, **options: object) -> int:
+    """How many requests took long of a run in which the server stops for a while."""
+    run.fake.stall = (NUM_REFERENCES + RATE // 2, STALL)
+    summary = run(run_time=SECONDS, **options).summary
+    assert set(summary["outcomes"]) == {OK}
+    return sum(ms > 1000 * STALL / 2 for _, ms, _ in summary["series"]["requests"])
 
 
-def stalled(fake: FakeServer, pictures: Path, **more: Any) -> RunResult:
-    """A run during which the server stops for a while after half a second."""
-    fake.stall = (NUM_REFERENCES + RATE // 2, STALL)
-    return run_load(settings(fake, pictures, seconds=SECONDS, **more))
+class TestOpenLoop:
+    def test_latency_counts_from_when_a_request_was_due(self, run_locust: Run) -> None:
+        slow = slow_requests(run_locust, rate=RATE)
+        assert slow >= RATE * STALL / 2 - 2  # the clock went on while the server stood still
+
+    def test_a_closed_loop_sees_one_slow_answer_of_the_same_stall(self, run_locust: Run) -> None:
+        run_locust.fake.delay = 1 / RATE
+        assert slow_requests(run_locust, users=1) == 1  # why arrivals must not wait for answers
+
+    def test_users_bound_what_is_in_flight_and_what_is_beyond_fails(self, run_locust: Run) -> None:
+        run_locust.fake.stall = (NUM_REFERENCES, 60.0)
+        ended = run_locust(rate=40, users=5, run_time=1, request_timeout="0.5s")
+        assert set(ended.outcomes) == {UNSENT, TIMEOUT}
+        assert sum(ended.outcomes.values()) == 40
+        assert ended.outcomes[TIMEOUT] >= 5
+        assert ended.status == 1
+
+    def test_processes_share_the_same_arrivals_and_pictures(self, run_locust: Run) -> None:
+        options: dict[str, object] = {"rate": 40, "run_time": 4, "arrivals": "poisson", "accept": "png=70%,json=30%"}
+        alone, shared = run_locust(**options), run_locust("--processes=2", **options)
+        assert shared.status == 0
+        assert [each["kind"] for each in shared.trace] == [each["kind"] for each in alone.trace]
+        assert [each["picture"] for each in shared.trace] == [each["picture"] for each in alone.trace]
+        assert [each["at"] for each in shared.trace] == pytest.approx([each["at"] for each in alone.trace], abs=0.01)
+        assert len(shared.summary["series"]["client"]["lag_ms"]) >= 3
+
+    def test_a_run_whose_promises_are_broken_ends_early(self, run_locust: Run) -> None:
+        run_locust.fake.delay = 0.4
+        ended = run_locust("--give-up", rate=20, run_time=20, slo="p90=100ms")
+        assert ended.status == 1
+        assert ended.outcomes[GIVEN_UP]  # what was in flight is not forgotten
+        assert sum(ended.outcomes.values()) < 300
+
+    def test_a_trace_is_replayed(self, run_locust: Run, tmp_path: Path) -> None:
+        rows = [{"at": 0.1, "picture": "1.png", "kind": "json"}, {"at": 0.2, "picture": "0.png", "kind": "png"}]
+        rows.append({"at": 0.2, "kind": "bad"})
+        trace = tmp_path / "recorded.jsonl"
+        trace.write_text("\n".join(map(json.dumps, rows)))
+        ended = run_locust(trace=trace)
+        assert ended.status == 0
+        assert ended.trace == rows
+        trace.write_text('{"at": 0.5, "picture": "gone.png", "kind": "png"}')
+        assert re.search(r"trace: .*picture 'gone.png', kind 'png' at 0.5 s", run_locust(trace=trace).output)
 
 
-def test_latency_counts_from_when_a_request_was_due(fake: FakeServer, pictures: Path) -> None:
-    result = stalled(fake, pictures)
-    end = fake.stalled_until - result.began_at
-    waited = [record for record in result.records if end - STALL + 0.1 < record.at < end - 0.1]
-    assert len(waited) == pytest.approx(RATE * (STALL - 0.2), abs=2)  # the clock went on
-    for record in waited:
-        assert record.outcome == OK
-        assert record.seconds >= end - record.at - 0.02
-    slow = [record for record in result.records if record.seconds > STALL / 2]
-    assert len(slow) >= RATE * STALL / 2 - 2
+class TestAnswers:
+    def test_every_kind_is_checked(self, run_locust: Run) -> None:
+        ended = run_locust(*ALL_KINDS, rate=60, run_time=1, metrics=f"{run_locust.fake.url}/metrics")
+        assert (ended.status, set(ended.outcomes)) == (0, {OK})
+        kinds = {row["name"]: row for row in ended.summary["kinds"]}
+        assert set(kinds) == {"png", "json", "raw", "bad"}
+        assert {kind: row["tokens_out"] for kind, row in kinds.items()} == {
+            "png": 600,
+            "json": 600,
+            "raw": 600,
+            "bad": None,
+        }
+        checked = sum(row["requests"] for kind, row in kinds.items() if kind != "bad")
+        assert ended.summary["agreement"] == {"compared": checked, "least": 1.0}
+        assert ended.summary["server"]["images"] >= checked
+        assert ended.summary["served"]["schedule"] == "2,5"
+
+    @pytest.mark.parametrize("protocol", ["triton", "triton-grpc"])
+    def test_triton(self, run_locust: Run, protocol: str) -> None:
+        run_locust.fake.delay = 0.2
+        with serve_grpc(run_locust.fake) as address:
+            host = address if protocol == "triton-grpc" else run_locust.fake.url
+            ended = run_locust(*ALL_KINDS, rate=40, run_time=1, protocol=protocol, host=host)
+        assert (ended.status, ended.outcomes) == (0, {OK: 40})
+        assert {row["name"] for row in ended.summary["kinds"]} == {"png", "json", "raw", "bad"}
+        assert ended.summary["elapsed_seconds"] < 4  # many at once: no request blocks the others
+
+    def test_a_mask_that_changes_under_load_is_found(self, run_locust: Run) -> None:
+        def mask(labels: np.ndarray, number: int) -> np.ndarray:
+            return labels if number < NUM_REFERENCES + 10 else np.zeros_like(labels)
+
+        run_locust.fake.mask = mask
+        ended = run_locust(rate=RATE, run_time=1, slo="errors=100%")
+        assert ended.outcomes == {OK: 10, "wrong: another mask": RATE - 10}
+        assert ended.status == 1  # wrong is never promised
+
+    def test_servers_that_are_asked_in_turn_have_to_agree(self, run_locust: Run) -> None:
+        with FakeServer() as other:
+            run_locust.fake.name, other.name = "replica-1", "replica-2"
+            ended = run_locust(rate=20, run_time=1, host=f"{run_locust.fake.url},{other.url}")
+            assert ended.summary["replicas"] == [
+                {"name": "replica-1", "requests": 10, "share": 0.5},
+                {"name": "replica-2", "requests": 10, "share": 0.5},
+            ]
+            other.mask = lambda labels, _: np.zeros_like(labels)
+            ended = run_locust(rate=20, run_time=1, host=f"{run_locust.fake.url},{other.url}")
+            assert f"0.png from {other.url} when idle: wrong: another mask" in ended.output
+            assert ended.status == 2
+
+    @pytest.mark.parametrize(("seconds", "shares"), [("", [1.0, 0.0]), ("0", [0.5, 0.5])])
+    def test_a_load_through_a_service_reaches_every_replica(
+        self, run_locust: Run, seconds: str, shares: list[float]
+    ) -> None:
+        with FakeServer() as other:
+            replicas = [run_locust.fake, other]
+            metrics = ",".join(f"{replica.url}/metrics" for replica in replicas)
+            with Service(replicas) as service:
+                ended = run_locust(rate=10, run_time=2, host=service.url, metrics=metrics, connection_seconds=seconds)
+            found = {row["name"]: row["share"] for row in ended.summary["replicas"]}
+            names = [replica.url.removeprefix("http://") for replica in replicas]
+        assert [found[name] for name in names] == pytest.approx(shares, abs=0.1)
 
 
-def test_a_closed_loop_sees_one_slow_answer_of_the_same_stall(fake: FakeServer, pictures: Path) -> None:
-    fake.delay = 1 / RATE
-    result = stalled(fake, pictures, closed=1)
-    slow = [record for record in result.records if record.seconds > STALL / 2]
-    assert len(slow) == 1  # why arrivals must not wait for answers
+class TestLocustAsItIs:
+    def test_users_that_wait_tags_csv_and_html(self, run_locust: Run, tmp_path: Path) -> None:
+        run_locust.fake.delay = 0.02
+        files = [f"--csv={tmp_path / 'stats'}", f"--html={tmp_path / 'locust.html'}"]
+        ended = run_locust(*ALL_KINDS, *files, "--tags=json", "-u3", "-r3", "-t2")
+        assert ended.status == 0
+        assert {row["name"] for row in ended.summary["kinds"]} == {"json"}
+        rows = read_csv(tmp_path / "stats_stats.csv")
+        assert int(rows["Aggregated"]["Request Count"]) == ended.summary["requests"] > 20
+        assert rows["json"]["Type"] == "torchserve"
+        assert "torchserve" in (tmp_path / "locust.html").read_text()
+
+    def test_statistics_tell_waiting_from_service(self, run_locust: Run, tmp_path: Path) -> None:
+        run_locust.fake.delay = 0.1
+        run_locust.fake.serial = True  # 10 a second of the 20 that are asked for
+        ended = run_locust(f"--csv={tmp_path / 'stats'}", rate=20, run_time=2, users=3)
+        rows = read_csv(tmp_path / "stats_stats.csv")
+        assert int(rows["Aggregated"]["Request Count"]) == ended.summary["requests"] == 40
+        assert ended.outcomes[UNSENT] == int(rows["Aggregated"]["Failure Count"]) > 5
+        assert float(rows["png, from sending"]["Min Response Time"]) >= 100
+
+    def test_workers_may_come_over_the_network(self, run_locust: Run) -> None:
+        port = free_port()
+        where = ["--master-port", str(port)]
+        worker = subprocess.Popen(
+            [*COMMAND, "--worker", *where], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            ended = run_locust("--master", "--expect-workers=1", f"--master-bind-port={port}", rate=RATE, run_time=1)
+            assert (ended.status, ended.outcomes) == (0, {OK: RATE})
+            assert worker.wait(20) == 0  # as a job that is complete
+        finally:
+            worker.kill()
+            worker.wait()
+
+    @pytest.mark.slow
+    def test_a_lost_worker_makes_the_run_not_valid(self, run_locust: Run) -> None:
+        command = run_locust.command("--processes=2", rate=RATE, run_time=3, request_timeout="1s")
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as load:
+            while len(run_locust.fake.seen) < 2 * NUM_REFERENCES + 5:
+                time.sleep(0.05)
+            psutil.Process(load.pid).children()[0].kill()
+            assert load.wait(60) == 3
+        doubts = json.loads((run_locust.folder / "report.json").read_text())["doubts"]
+        assert "1 of 2 workers were lost" in doubts
+
+    @pytest.mark.parametrize(("shape", "rates"), [("steps", [5, 40]), ("spike", [10, 60])])
+    def test_shapes_change_the_rate(self, run_locust: Run, shape: str, rates: list[int]) -> None:
+        base = 10 if shape == "spike" else 20
+        ended = run_locust(rate=base, run_time=4, shape=shape, steps="0.25,2", peak=6)
+        at = [each["at"] for each in ended.trace]
+        counts = [
+            sum(start <= each < start + 0.8 for each in at) for start in ((0, 2) if shape == "steps" else (0, 1.2))
+        ]
+        assert counts == pytest.approx([0.8 * rate for rate in rates], abs=1.5)
+
+    def test_shapes_change_the_users(self, run_locust: Run) -> None:
+        run_locust.fake.delay = 0.1
+        ended = run_locust(users=10, spawn_rate=100, run_time=6, shape="steps", steps="0.1,1")
+        at = [each["at"] for each in ended.trace]
+        early, late = (sum(start <= each < start + 2 for each in at) for start in (0.5, 4))
+        assert late > 4 * early > 0
+
+    def test_its_page_starts_a_run_with_our_options(self, run_locust: Run) -> None:
+        port = free_port()
+        command = [each for each in run_locust.command(web_port=port) if each != "--headless"]
+        page = f"http://127.0.0.1:{port}"
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) as locust:
+            try:
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    try:
+                        text = read(page)
+                        break
+                    except OSError:
+                        time.sleep(0.2)
+                assert "min_agreement" in text
+                form = {"user_count": 5, "spawn_rate": 5, "host": run_locust.fake.url, "rate": "30", "bad": "20%"}
+                assert json.loads(read(f"{page}/swarm", form))["success"]
+                while len(run_locust.fake.seen) < NUM_REFERENCES + 30 and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                read(f"{page}/stop")
+                stats = {
+                    (each["name"], each["method"]): each
+                    for each in json.loads(read(f"{page}/stats/requests"))["stats"]
+                }
+                assert stats["bad", "torchserve"]["num_failures"] == 0
+                assert stats["bad", "torchserve"]["num_requests"] > 0
+            finally:
+                locust.terminate()
+                assert locust.wait(30) == 0
+        assert json.loads((run_locust.folder / "report.json").read_text())["held"]
 
 
-def test_latency_counts_from_there_even_if_the_client_was_late(fake: FakeServer, pictures: Path) -> None:
-    fake.delay = 0.05
-    session = Session(settings(fake, pictures, rate=50, seconds=1.0))
-    session.prepare()
-    session.run()  # no monkey patches here: a request holds up all others
-    records, pulses = session.take()
-    assert len(records) == 50
-    assert max(record.late for record in records) > 1
-    for record in records:
-        assert record.seconds >= record.late + fake.delay
-    result = RunResult(0.0, False, 1, records, pulses, [], 0)
-    summary = summarize(session.settings, result, Limits(slo=Slo.parse("p99=1h")))
-    assert not summary["valid"]
-    assert "requests left" in summary["doubts"][0]
+def read_csv(file: Path) -> dict[str, dict[str, str]]:
+    with file.open(newline="") as lines:
+        return {row["Name"]: row for row in csv.DictReader(lines)}
 
 
-def test_the_kinds_of_a_mix_are_all_checked(fake: FakeServer, pictures: Path) -> None:
-    shares = {"json": 0.2, "raw": 0.2, "bad": 0.2}
-    result = run_load(settings(fake, pictures, rate=60, shares=shares), metrics=[f"{fake.url}/metrics"])
-    assert {record.outcome for record in result.records} == {OK}
-    assert {record.kind for record in result.records} == {"png", "json", "raw", "bad"}
-    for record in result.records:
-        assert record.agreement == (None if record.kind == "bad" else 1.0)
-        assert record.tokens_out == (None if record.kind == "bad" else 600)
-    assert len(result.samples) >= 2
-
-
-@pytest.mark.parametrize("way", ["triton", "triton-grpc"])
-def test_triton_is_asked_in_its_own_way(fake: FakeServer, pictures: Path, way: str) -> None:
-    fake.delay = 0.2
-    shares = {"json": 0.2, "raw": 0.2, "bad": 0.2}
-    with serve_grpc(fake) as address:
-        urls = (address if way == "triton-grpc" else fake.url,)
-        result = run_load(settings(fake, pictures, rate=40, way=way, urls=urls, shares=shares))
-    assert len(result.records) == 40
-    assert {record.outcome for record in result.records} == {OK}
-    assert {record.kind for record in result.records} == {"png", "json", "raw", "bad"}
-    waited = sum(record.seconds for record in result.records)
-    assert waited > 4 * 1.0  # many at once: no request blocks the others
-
-
-def test_a_mask_that_changes_under_load_is_found(fake: FakeServer, pictures: Path) -> None:
-    def mask(labels: np.ndarray, number: int) -> np.ndarray:
-        return labels if number < NUM_REFERENCES + 10 else np.zeros_like(labels)
-
-    fake.mask = mask
-    run = settings(fake, pictures)
-    result = run_load(run)
-    outcomes = Counter(record.outcome for record in result.records)
-    assert outcomes["wrong: another mask"] == len(result.records) - 10
-    assert not summarize(run, result, Limits(slo=Slo.parse("errors=100%")))["held"]  # wrong is never promised
-
-
-def test_what_is_beyond_the_bounds_counts_as_failed(fake: FakeServer, pictures: Path) -> None:
-    fake.stall = (NUM_REFERENCES, 60.0)
-    result = run_load(settings(fake, pictures, max_inflight=5, timeout_seconds=0.5, rate=40))
-    outcomes = Counter(record.outcome for record in result.records)
-    assert len(result.records) == 40
-    assert set(outcomes) == {UNSENT, TIMEOUT}
-    assert outcomes[TIMEOUT] >= 5
-    for record in result.records:
-        assert record.outcome == UNSENT or record.seconds >= 0.5
-
-
-def test_workers_share_the_same_load(fake: FakeServer, pictures: Path) -> None:
-    shares = {"json": 0.3}
-    seconds = 5.0  # workers hand in what they have every three
-    run = settings(fake, pictures, rate=40, seconds=seconds, shares=shares, process="poisson", num_workers=2)
-    result = run_load(run)
-    assert result.workers_finished == 2
-    assert [record.number for record in result.records] == list(range(len(run.arrivals())))
-    assert [record.at for record in result.records] == pytest.approx(
-        [arrival.at for arrival in run.arrivals()], abs=1e-6
-    )
-    assert {pulse.worker for pulse in result.pulses} == {0, 1}
-    assert {record.outcome for record in result.records} == {OK}
-
-
-def test_workers_may_come_over_the_network(fake: FakeServer, pictures: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "loadtest", "worker", "--master", f"127.0.0.1:{port}", "--paint", str(pictures)]
-    worker = subprocess.Popen(command, env=worker_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        result = run_load(settings(fake, pictures, num_workers=1), bind=("127.0.0.1", port))
-        assert {record.outcome for record in result.records} == {OK}
-        assert len(result.records) == RATE
-        assert worker.wait(20) == 0  # as a job that is complete
-    finally:
-        worker.kill()
-        worker.wait()
-
-
-@pytest.mark.slow
-def test_a_lost_worker_makes_the_run_not_valid(fake: FakeServer, pictures: Path) -> None:
-    run = settings(fake, pictures, num_workers=2, seconds=2.0, timeout_seconds=1.0)
-
-    def kill_one() -> None:
-        while len(fake.seen) < 2 * NUM_REFERENCES + 5:
-            time.sleep(0.05)
-        workers = [child for child in psutil.Process().children() if "--worker" in child.cmdline()]
-        assert len(workers) == 2
-        workers[0].kill()
-
-    with ThreadPoolExecutor(1) as threads:
-        killing = threads.submit(kill_one)
-        result = run_load(run)
-        killing.result()
-    assert result.workers_finished == 1
-    assert "1 of 2 workers were lost" in summarize(run, result, Limits(slo=Slo.parse("errors=0")))["doubts"]
-
-
-def test_a_hopeless_run_ends_early(fake: FakeServer, pictures: Path) -> None:
-    fake.delay = 0.4
-    result = run_load(settings(fake, pictures, rate=20, seconds=10.0, give_up="p90=100ms"))
-    assert result.gave_up
-    given_up = [record for record in result.records if record.outcome == GIVEN_UP]
-    assert given_up  # what was in flight is not forgotten
-    assert max(record.seconds for record in given_up) >= 0.1
-    assert len(result.records) < 150
-
-
-def test_a_replay_sends_what_was_recorded(fake: FakeServer, pictures: Path) -> None:
-    trace = (Arrival(0.1, "1.png", "json"), Arrival(0.2, "0.png", "png"), Arrival(0.2, "", "bad"))
-    run = settings(fake, pictures, trace=trace)
-    result = run_load(run)
-    assert [record.at for record in result.records] == pytest.approx([0.1, 0.2, 0.2], abs=1e-6)
-    assert [record.kind for record in result.records] == ["json", "png", "bad"]
-    assert [record.name for record in result.records][:2] == ["1.png", "0.png"]
-    with pytest.raises(RunError, match=r"trace: .*picture 'gone.png', kind 'png' at 0.5 s"):
-        run_load(settings(fake, pictures, trace=(Arrival(0.5, "gone.png", "png"),)))
-
-
-def test_who_is_ended_ends_what_it_started(fake: FakeServer, pictures: Path, tmp_path: Path) -> None:
-    where = ["--url", fake.url, "--model", "fake", "--metrics", "none", "--pictures", str(pictures)]
-    command = [sys.executable, "-m", "loadtest", *where, "--out", str(tmp_path / "report.html")]
-    load = subprocess.Popen(command, env=worker_environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while len(fake.seen) <= NUM_REFERENCES and time.monotonic() < deadline:
-        time.sleep(0.05)
-    children = psutil.Process(load.pid).children(recursive=True)
-    assert children
-    load.terminate()
-    assert load.wait(20) == 2
-    assert not [child for child in children if child.is_running()]
-    assert not list(tmp_path.iterdir())
-
-
-def test_servers_that_are_asked_in_turn_have_to_agree(fake: FakeServer, pictures: Path) -> None:
-    with FakeServer() as other:
-        result = run_load(settings(fake, pictures, urls=(fake.url, other.url), rate=20))
-        assert {record.outcome for record in result.records} == {OK}
-        assert len(fake.seen) == len(other.seen) == NUM_REFERENCES + len(result.records) // 2
-        other.mask = lambda labels, _: np.zeros_like(labels)
-        with pytest.raises(RunError, match=rf"0\.png from {other.url} when idle: wrong: another mask"):
-            run_load(settings(fake, pictures, urls=(fake.url, other.url)))
-
-
-def test_a_server_that_is_not_there(pictures: Path, fake: FakeServer) -> None:
-    with pytest.raises(RunError, match=r"127\.0\.0\.1:1: ConnectionRefusedError"):
-        run_load(settings(fake, pictures, urls=("http://127.0.0.1:1",)))
+def read(url: str, form: dict[str, object] | None = None) -> str:
+    data = urllib.parse.urlencode(form).encode() if form else None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, data, timeout=30) as response:
+        text: str = response.read().decode()
+    return text
 
 
 @pytest.mark.parametrize(
-    ("more", "status"),
+    ("options", "status", "message"),
     [
-        ([], 0),
-        (["--slo", "p50=1ms"], 1),
-        (["--max-lateness", "0ms"], 3),
-        (["--slo", "nonsense"], 2),
-        (["--shape", "replay"], 2),
-        (["--url", "http://127.0.0.1:1"], 2),
-        (["--url", "ftp://example.org"], 2),
-        (["--closed", "1", "--workers", "2"], 2),
+        ({}, 0, "kept   errors: 0 %"),
+        ({"slo": "p50=1ms"}, 1, "BROKEN p50"),
+        ({"max_lateness": "0ms"}, 3, "NOT VALID: requests left"),
+        ({"slo": "nonsense"}, 2, "slo: expected NAME=VALUE, each name once, got 'nonsense'"),
+        ({"trace": "missing.jsonl", "rate": 0}, 2, "missing.jsonl"),
+        ({"host": "http://127.0.0.1:1"}, 2, "127.0.0.1:1: ConnectionRefusedError"),
+        ({"host": "ftp://example.org"}, 2, "host: expected http://HOST:PORT, got 'ftp://example.org'"),
+        ({"accept": "gif=1"}, 2, "accept: expected shares of png and json"),
+        ({"raw": "60%", "bad": "50%"}, 2, "raw, bad: expected at most 1 in sum, got 1.1"),
+        ({"weights": "0=heavy"}, 2, "weights: 0: expected a number, got 'heavy'"),
+        ({"pictures": "missing"}, 2, "pictures: expected a folder, got missing"),
+        ({"metrics": "127.0.0.1:8090"}, 2, "metrics: expected http://HOST:PORT/metrics, got '127.0.0.1:8090'"),
+        ({"schedule": "off"}, 2, "schedule: expected with --checkpoint only"),
+        ({"server_pid": "java"}, 2, "server-pid: expected the id of a process, or auto, got 'java'"),
+        ({"server_pid": "99999999"}, 2, "server-pid: expected a process of this machine, got 99999999"),
     ],
 )
-def test_the_exit_status_tells(
-    fake: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], status: int
-) -> None:
-    fake.delay = 0.005
-    out = tmp_path / "report.html"
-    where = ["--url", fake.url, "--model", "fake", "--metrics", f"{fake.url}/metrics"]
-    what = ["--pictures", str(pictures), "--rate", "20", "--seconds", "1", "--out", str(out)]
-    told = main([*where, *what, *more])
-    assert told == status
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
+def test_the_exit_status_tells(run_locust: Run, options: dict[str, object], status: int, message: str) -> None:
+    run_locust.fake.delay = 0.005
+    ended = run_locust(**{"rate": 20, "run_time": 1} | options)
+    assert ended.status == status, ended.output
+    assert message in ended.output
     if status == 2:
-        assert printed.err.strip()
-        assert not out.exists()
-        return
-    summary = json.loads(out.with_suffix(".json").read_text())
-    assert summary["held"] == (status != 1)
-    assert summary["valid"] == (status != 3)
-    page = out.read_text()
-    assert page.count("<svg") >= 8
-    assert "http-equiv" not in page
-    for outside in ("<link", "src=", "@import", "url("):
-        assert outside not in page
+        assert not ended.summary
+    else:
+        assert (ended.summary["held"], ended.summary["valid"]) == (status != 1, status != 3)
+
+
+def test_who_is_ended_answers_what_was_sent(run_locust: Run) -> None:
+    run_locust.fake.delay = 0.5
+    with subprocess.Popen(
+        run_locust.command(rate=10, run_time=60), env=environment(), stdout=subprocess.DEVNULL
+    ) as load:
+        while len(run_locust.fake.seen) < NUM_REFERENCES + 5:
+            time.sleep(0.05)
+        load.terminate()
+        assert load.wait(30) == 0
+    summary = json.loads((run_locust.folder / "report.json").read_text())
+    assert set(summary["outcomes"]) == {OK}
+    assert not summary["doubts"]
+
+
+def test_the_command_passes_everything_on_to_locust() -> None:
+    command = [sys.executable, "-m", "loadtest", "run", "--list"]
+    listed = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert "SegmentUser" in listed.stdout

@@ -60,7 +60,7 @@ def test_bad_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
         load_mix(pictures, weights={"*": -1})
     with pytest.raises(ValueError, match="expected pictures"):
         load_mix(pictures, weights={"*": 0})
-    with pytest.raises(ValueError, match="pictures: expected a folder, got .*missing"):
+    with pytest.raises(ValueError, match=r"pictures: expected a folder, got .*missing"):
         load_mix(tmp_path / "missing")
     (tmp_path / "not.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"not\.jpg: not a picture"):
