@@ -1,10 +1,13 @@
 """The commands of this package, as functions of their arguments."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
+
+from .masks import environment
 
 Command = Callable[[Sequence[str] | None], int]
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -52,10 +55,8 @@ def invoke(command: click.Command, name: str, argv: Sequence[str] | None = None)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def _run(arguments: tuple[str, ...]) -> None:
     """Start locust with this package's locustfile; all arguments are locust's."""
-    from locust import main  # patches sockets and threads
-
-    sys.argv = ["locust", "-f", str(LOCUSTFILE), *arguments]
-    main.main()
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments]
+    os.execve(command[0], command, environment())
 
 
 @click.command()
