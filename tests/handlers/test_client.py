@@ -54,7 +54,7 @@ def test_all_protocols_give_the_same_answer(fake: FakeServer, pictures: Path) ->
             assert {answer.status for answer in answers} == {200}
             assert len({answer.body for answer in answers}) == 1
         assert [client.segment(b"no picture").status for client in clients] == [400, 400, 400]
-        assert connect(urls[0]).segment(picture).tokens == (1000, 600)
+        assert clients[0].segment(picture).tokens == (1000, 600)
         assert clients[0].is_ready()
         for client in clients:
             client.close()
