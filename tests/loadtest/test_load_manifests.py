@@ -66,7 +66,7 @@ def test_as_many_workers_are_expected_as_come(manifests: dict[tuple[str, str], d
 def test_a_service_can_spread_the_load(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
     found = arguments(manifests["Job", "loadtest"])
     assert found["--connection-seconds"] == "0"
-    host = urllib.parse.urlsplit(found["--metrics"]).hostname
+    host = str(urllib.parse.urlsplit(found["--metrics"]).hostname)
     assert manifests["Service", host]["spec"]["clusterIP"] == "None"  # all pods
 
 
