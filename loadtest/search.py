@@ -25,7 +25,7 @@ import click
 import yaml
 
 from handlers.client import NoAnswerError, connect
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 
 from .checks import check_integer, check_number, parse_pairs, parse_seconds, parse_share
 from .cli import LOCUSTFILE
@@ -207,9 +207,9 @@ class Served:
         if built.returncode:
             raise RunError(f"{configuration.name}: {built.stderr.strip()}")
         if triton:
-            launch = ["handlers.triton_launcher", *flags({"model-repository": out, "grpc-port": grpc_port})]
+            launch = ["handlers.launch.triton", *flags({"model-repository": out, "grpc-port": grpc_port})]
         else:
-            launch = ["handlers.torchserve_launcher", *flags({"model-store": out})]
+            launch = ["handlers.launch.torchserve", *flags({"model-store": out})]
         self._logs.append(folder / f"server-{number}.log")
         with self._logs[-1].open("wb") as output:
             self._processes.append(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from handlers.api.formats.views import encode_picture
 from handlers.bench.__main__ import main as bench
-from handlers.codec import encode_picture
 from loadtest.__main__ import main
 from loadtest.capacity import Measured, ResultError, read_results, size_up
 

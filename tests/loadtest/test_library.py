@@ -9,7 +9,7 @@ import torch
 from locust_runs import Ended, Run
 from PIL import Image
 
-from handlers.torchserve_launcher import TorchServe
+from handlers.launch.torchserve import TorchServe
 from loadtest.__main__ import main
 from loadtest.masks import Library, decode_mask, read_masks
 from loadtest.page import render

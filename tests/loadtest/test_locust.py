@@ -16,7 +16,7 @@ import pytest
 from fake_server import FakeServer, Service, serve_grpc
 from locust_runs import COMMAND, Run
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 from loadtest.masks import OK, environment
 from loadtest.run import GIVEN_UP, TIMEOUT, UNSENT
 

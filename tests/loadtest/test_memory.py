@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 from locust_runs import Run
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 from loadtest.page import render, told
 from loadtest.server import find_server, sample_memory
 
