@@ -151,18 +151,20 @@ class TestLocustAsItIs:
         assert ended.status == 0
         assert {row["name"] for row in ended.summary["kinds"]} == {"json"}
         rows = read_csv(tmp_path / "stats_stats.csv")
-        assert int(rows["Aggregated"]["Request Count"]) == ended.summary["requests"] > 20
+        assert (
+            20 < int(rows["Aggregated"]["Request Count"]) <= ended.summary["requests"]
+        )  # locust writes once a second
         assert rows["json"]["Type"] == "torchserve"
         assert "torchserve" in (tmp_path / "locust.html").read_text()
 
     def test_statistics_tell_waiting_from_service(self, run_locust: Run, tmp_path: Path) -> None:
         run_locust.fake.delay = 0.1
         run_locust.fake.serial = True  # 10 a second of the 20 that are asked for
-        ended = run_locust(f"--csv={tmp_path / 'stats'}", rate=20, run_time=2, users=3)
-        rows = read_csv(tmp_path / "stats_stats.csv")
-        assert int(rows["Aggregated"]["Request Count"]) == ended.summary["requests"] == 40
-        assert ended.outcomes[UNSENT] == int(rows["Aggregated"]["Failure Count"]) > 5
-        assert float(rows["png, from sending"]["Min Response Time"]) >= 100
+        ended = run_locust(f"--json-file={tmp_path / 'stats.json'}", rate=20, run_time=2, users=3)
+        rows = {row["name"]: row for row in json.loads((tmp_path / "stats.json").read_text())}
+        assert rows["png"]["num_requests"] == ended.summary["requests"] == 40
+        assert rows["png"]["num_failures"] == ended.outcomes[UNSENT] > 5
+        assert rows["png, from sending"]["min_response_time"] >= 100
 
     def test_workers_may_come_over_the_network(self, run_locust: Run) -> None:
         port = free_port()
