@@ -160,7 +160,7 @@ class TestLocustAsItIs:
     def test_statistics_tell_waiting_from_service(self, run_locust: Run, tmp_path: Path) -> None:
         run_locust.fake.delay = 0.1
         run_locust.fake.serial = True  # 10 a second of the 20 that are asked for
-        ended = run_locust(f"--json-file={tmp_path / 'stats.json'}", rate=20, run_time=2, users=3)
+        ended = run_locust(f"--json-file={tmp_path / 'stats'}", rate=20, run_time=2, users=3)
         rows = {row["name"]: row for row in json.loads((tmp_path / "stats.json").read_text())}
         assert rows["png"]["num_requests"] == ended.summary["requests"] == 40
         assert rows["png"]["num_failures"] == ended.outcomes[UNSENT] > 5
