@@ -63,14 +63,15 @@ monitor: $(ENV)
 	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
 
 # The masks of a sample have to be those that the library makes of the checkpoint that serves.
-LOADTEST := -m loadtest --url http://$(HOST):$(PORT) --metrics http://$(HOST):$(METRICS_PORT)/metrics \
-	$(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --rate $(RATE) --json 10% --raw 10% --bad 5%
+LOADTEST := -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host http://$(HOST):$(PORT) \
+	--metrics http://$(HOST):$(METRICS_PORT)/metrics $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --rate $(RATE) \
+	--accept png=88%,json=12% --raw 10% --bad 5%
 
 loadtest: $(ENV)
-	$(BIN)/python $(LOADTEST) --seconds $(SECONDS) --slo $(SLO) --out build/loadtest/report.html
+	$(BIN)/locust $(LOADTEST) --run-time $(SECONDS) --slo $(SLO) --report build/loadtest/report.html
 
 soak: $(ENV)
-	$(BIN)/python $(LOADTEST) --shape soak --server-pid auto --slo errors=0 --out build/loadtest/soak.html
+	$(BIN)/locust $(LOADTEST) --shape soak --server-pid auto --slo errors=0 --report build/loadtest/soak.html
 
 dashboards: $(ENV)
 	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards

@@ -1,240 +1,222 @@
-"""What the command line asks for, as settings of a run."""
+"""Options of the load test as arguments of locust, and what they ask for.
 
-import argparse
+Options are text or numbers, because locust's page sends them as such; `LoadSettings.read` checks them.
+"""
+
+import math
 import urllib.parse
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .checking import check_integer, parse_seconds, parse_share
-from .client import shapes
-from .client.arrivals import Arrival, read_trace
-from .client.pictures import load_mix
-from .client.ways import WAYS
-from .preparing import PAINTED, Library, draw_sample, library_masks, read_masks, served_library
-from .report.summary import Limits
-from .settings import LoadSettings
+from .arrivals import FACTORS, PROCESSES, Arrival, Phase, arrivals_of, phases_of, read_trace
+from .checks import check_integer, check_number, parse_pairs, parse_seconds, parse_share
+from .pictures import KINDS, PAINTED
+from .protocols import PROTOCOLS, Servers
 from .slo import Slo
-from .watching.memory import check_pid, find_server
-from .watching.scraping import check_metrics_url
 
-_URLS = {"torchserve": "http://127.0.0.1:8080", "triton": "http://127.0.0.1:8000", "triton-grpc": "127.0.0.1:8001"}
+if TYPE_CHECKING:  # importing locust patches sockets and threads
+    from locust.argument_parser import LocustArgumentParser
+
+SOAK_SECONDS, SOAK_GROWTH = 1800.0, 0.05
+OPEN_LOOP_USERS = 100  # requests in flight, where -u doesn't say it
 _METRICS_PORT = 8090
-_MASTER_PORT = 5557
-_SOAK_SECONDS = 1800.0
-_SOAK_GROWTH = 0.05
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest", description=(__doc__ or "").split("\n")[0])
-    where = parser.add_argument_group("where")
-    where.add_argument("--way", choices=list(WAYS), default="torchserve")
-    where.add_argument("--url", action="append", help="of a server; several are asked in turn (loopback)")
-    where.add_argument("--metrics", action="append", help="its metrics (port 8090 of the same hosts), or none")
-    where.add_argument("--model", default="segmenter")
-    where.add_argument("--server-pid", metavar="PID", help="watch its memory, or auto: of who listens at --url")
-    what = parser.add_argument_group("what")
-    what.add_argument("--pictures", type=Path, help="a folder of pictures (painted ones)")
-    what.add_argument("--paint", type=Path, default=PAINTED, help="where those are painted, if nothing is there")
-    what.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
-    for kind, help in (("bad", "what is no picture"), ("json", "asked for as JSON"), ("raw", "raw frames")):
-        what.add_argument(f"--{kind}", type=typed(parse_share), default=0.0, metavar="SHARE", help=f"{help} (0)")
-    right = parser.add_argument_group("what is right")
-    right.add_argument("--checkpoint", type=Path, help="that is served: its masks by the library are compared (none)")
-    right.add_argument("--library-sample", type=int, metavar="NUMBER", help="of pictures for that (8)")
-    right.add_argument("--schedule", help="of the checkpoint (as the server's metrics tell)")
-    right.add_argument("--align", type=int, help="of the checkpoint (as they tell; 1 with --schedule)")
-    right.add_argument("--library-masks", type=Path, metavar="FOLDER", help="of python -m loadtest.library, instead")
-    right.add_argument("--min-agreement", type=typed(parse_share), default=0.99, metavar="SHARE", help="(99%%)")
-    when = parser.add_argument_group("when")
-    when.add_argument("--shape", choices=shapes.SHAPES, default="steady")
-    when.add_argument("--rate", type=float, default=2.0, help="requests per second (2)")
-    when.add_argument("--peak", type=float, help="of a spike (three times the rate)")
-    when.add_argument("--rates", help="of steps, as 1,2,4")
-    when.add_argument("--seconds", type=typed(parse_seconds), help="of arrivals (30; a soak 30m)")
-    when.add_argument("--process", choices=["poisson", "even"], default="poisson")
-    when.add_argument("--trace", type=Path, help="arrivals to replay, .jsonl or .csv; see loadtest/client/arrivals.py")
-    when.add_argument("--speed", type=float, default=1.0, help="of the replay (1)")
-    when.add_argument("--closed", type=int, default=0, metavar="USERS", help="who wait for answers, instead")
-    when.add_argument("--seed", type=int, default=0)
-    bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--max-inflight", type=int, default=512, help="requests (512)")
-    bounds.add_argument(
-        "--connection-seconds",
-        type=typed(parse_seconds),
-        help="how long one is used; 0 opens one a request, for balancers of connections (for ever)",
+def add_arguments(parser: "LocustArgumentParser") -> None:
+    """Add the options to locust's command line and page."""
+
+    def add(*names: str, web: bool = True, **more: Any) -> None:
+        group.add_argument(*names, **more).include_in_web_ui = web
+
+    group = parser.add_argument_group("what is asked")
+    add("--protocol", default="torchserve", choices=list(PROTOCOLS), help="of the server at --host (torchserve)")
+    add("--model", default="segmenter", help="name of the served model (segmenter)")
+    add("--pictures", default="", help=f"folder of pictures (road scenes, painted into {PAINTED})")
+    add("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
+    add("--accept", default="png=100%", metavar="KIND=SHARE,...", help="what is asked for: png, json (png=100%%)")
+    add("--raw", default="0", metavar="SHARE", help="of requests that send uncompressed frames (0)")
+    add("--bad", default="0", metavar="SHARE", help="of requests that send no picture and must be refused (0)")
+    group = parser.add_argument_group("when")
+    rate = "requests a second in all, which do not wait for answers; -u then bounds how many are in flight"
+    rate += f" ({OPEN_LOOP_USERS}). 0: each user waits for its answer (0)"
+    add("--rate", type=float, default=0.0, help=rate)
+    add("--arrivals", default="poisson", choices=list(PROCESSES), help="spacing of requests with --rate (poisson)")
+    add("--seed", type=int, default=0, help="of arrivals and of pictures (0)")
+    add("--shape", default="", choices=["", *FACTORS], web=False, help="how the rate, or the users, change (steady)")
+    add("--steps", default="0.25,0.5,0.75,1", help="factors of --shape steps (0.25,0.5,0.75,1)")
+    add("--peak", type=float, default=3.0, help="factor of --shape spike (3)")
+    add("--trace", default="", help="replay arrivals of a file, .jsonl or .csv; see loadtest/arrivals.py")
+    add("--speed", type=float, default=1.0, help="of the replay (1)")
+    add("--request-timeout", default="60s", help="from when a request is due to its answer (60s)")
+    add("--connection-seconds", default="", help="age from which connections are closed; 0: one a request (never)")
+    group = parser.add_argument_group("what is right")
+    add("--min-agreement", default="99%", metavar="SHARE", help="of a mask's pixels (99%%)")
+    add("--checkpoint", default="", help="that is served: its masks by the library are compared (none)")
+    add("--library-sample", type=int, default=8, help="pictures for that (8)")
+    add("--schedule", default="", help="of the checkpoint (as the server's metrics say)")
+    add("--align", type=int, default=0, help="of the checkpoint (as they say; 1 with --schedule)")
+    add("--library-masks", default="", metavar="FOLDER", help="written by `python -m loadtest masks`, instead")
+    group = parser.add_argument_group("promises")
+    add("--slo", default="errors=0", help="such as p99=800ms,errors=0.1%%; sets the exit status (errors=0)")
+    add("--max-lateness", default="50ms", help="of the client; beyond it the run says nothing of the server (50ms)")
+    add("--max-growth", default="", metavar="SHARE", help="of the server's memory (any; a soak 5%%)")
+    add("--give-up", action="store_true", default=False, help="end as soon as a promise can't be kept any more")
+    group = parser.add_argument_group("what is watched and written")
+    add("--metrics", default="", metavar="URL,...", help="of the servers, or none (port 8090 of the same hosts)")
+    add(
+        "--server-pid",
+        default="",
+        metavar="PID",
+        help="watch its memory, or auto: of the process that listens at --host",
     )
-    bounds.add_argument("--timeout", type=typed(parse_seconds), default=60.0, help="of a request (60s)")
-    promised = parser.add_argument_group("promises")
-    promised.add_argument("--slo", default="errors=0", help="such as p99=800ms,errors=0.1%% (errors=0)")
-    promised.add_argument("--max-lateness", type=typed(parse_seconds), default=0.05, help="of the client (50ms)")
-    promised.add_argument("--max-growth", type=typed(parse_share), help="of the server's memory (any; a soak 5%%)")
-    who = parser.add_argument_group("who")
-    who.add_argument("--workers", type=int, default=1, help="processes that send (1)")
-    who.add_argument("--bind", help="HOST:PORT where as many workers from elsewhere are expected instead")
-    out = parser.add_argument_group("out")
-    out.add_argument("--out", type=Path, default=Path("build/loadtest/report.html"), help="the JSON lies beside it")
-    out.add_argument("--save-trace", type=Path, help="write what was sent, to replay it")
-    out.add_argument("--print-json", action="store_true", help="end the output with the JSON, in one line")
-    out.add_argument("--log", type=Path, help="locust's output")
-    return parser
+    add("--report", default="", metavar="FILE", help="page to write, JSON beside it; - prints the JSON instead")
+    add("--save-trace", default="", metavar="FILE", help="write what was sent, to replay it")
 
 
-def load_settings(arguments: argparse.Namespace) -> LoadSettings:
-    """What the run does.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """Settings of a run, the same in all its processes.
 
-    Raises:
-        ValueError: options contradict each other, or one is out of range.
-        OSError: the trace can't be read.
+    Attributes:
+        hosts: servers, asked in turn; nothing else is ever asked.
+        weights: of pictures, by patterns of file names.
+        shares: of the kinds of requests.
+        phases: the offered rate over time; empty where each user waits for its answer.
+        trace: arrivals that are replayed instead.
+        seconds: how long requests become due; infinity until somebody ends the run.
+        connection_seconds: age from which a connection is not used again.
+        timeout_seconds: from when a request is due to its answer; later it counts as failed.
+        min_agreement: share of pixels that must have the class of the reference.
+        slo: promises.
+        max_lateness: seconds by which the client may send late, in 99 of 100 requests.
+        max_growth: by what share the server's memory may grow between the second and the last quarter; None for any.
+        give_up: end once a promise can't be kept any more.
+        metrics: URLs of metrics pages.
     """
+
+    protocol: str
+    hosts: tuple[str, ...]
+    model: str
+    pictures: Path
+    weights: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=lambda: {"png": 1.0})
+    phases: tuple[Phase, ...] = ()
+    arrivals: str = "poisson"
     trace: tuple[Arrival, ...] = ()
-    if (arguments.shape == "replay") != (arguments.trace is not None):
-        raise ValueError("trace: expected with --shape replay, and nowhere else")
-    if arguments.trace is not None:
-        trace = tuple(read_trace(arguments.trace, speed=arguments.speed))
-    return LoadSettings(
-        way=arguments.way,
-        urls=tuple(arguments.url or [_URLS[arguments.way]]),
-        model=arguments.model,
-        pictures=str((arguments.pictures or arguments.paint).resolve()),
-        weights=parse_weights(arguments.weights),
-        shares={kind: getattr(arguments, kind) for kind in ("json", "raw", "bad")},
-        phases=_phases(arguments, trace),
-        process=arguments.process,
-        trace=trace,
-        closed=arguments.closed,
-        seed=arguments.seed,
-        max_inflight=arguments.max_inflight,
-        connection_seconds=arguments.connection_seconds,
-        timeout_seconds=arguments.timeout,
-        min_agreement=arguments.min_agreement,
-        num_workers=arguments.workers,
-    )
+    seconds: float = math.inf
+    seed: int = 0
+    connection_seconds: float = math.inf
+    timeout_seconds: float = 60.0
+    min_agreement: float = 0.99
+    slo: Slo
+    max_lateness: float = 0.05
+    max_growth: float | None = None
+    give_up: bool = False
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are sent when they are due, answered or not."""
+        return bool(self.phases or self.trace)
+
+    def due(self) -> Iterable[Arrival]:
+        """Everything that becomes due."""
+        return self.trace or arrivals_of(self.phases, self.arrivals, self.seed)
+
+    def num_due(self) -> int:
+        """How many requests become due; 0 where that is not decided before."""
+        return sum(1 for _ in self.due()) if self.is_open and self.seconds < math.inf else 0
+
+    @classmethod
+    def read(cls, options: Any, host: str | None, kinds: Collection[str] = KINDS) -> "LoadSettings":
+        """Read locust's options.
+
+        Args:
+            host: of locust; several are separated by commas.
+            kinds: those that the tags leave.
+
+        Raises:
+            ValueError: an option is out of range, or options contradict each other.
+            OSError: the trace can't be read.
+        """
+        shape = options.shape or "steady"
+        trace = tuple(read_trace(Path(options.trace), speed=options.speed)) if options.trace else ()
+        check_number("rate", options.rate)
+        if trace and (options.rate or shape != "steady"):
+            raise ValueError("trace: expected without --rate and --shape")
+        seconds = float(
+            getattr(options, "seconds", None) or options.run_time or (SOAK_SECONDS if shape == "soak" else math.inf)
+        )
+        factors = FACTORS[shape](options)
+        growth = SOAK_GROWTH if shape == "soak" else None
+        check_integer("seed", options.seed, minimum=0)
+        hosts = tuple(filter(None, (host or PROTOCOLS[options.protocol].host).split(",")))
+        Servers(options.protocol, hosts, options.model).close()
+        return cls(
+            protocol=options.protocol,
+            hosts=hosts,
+            model=options.model,
+            pictures=Path(options.pictures or PAINTED),
+            weights=dict(_weights(options.weights)),
+            shares=_shares(options, kinds),
+            phases=phases_of(factors, options.rate, seconds) if options.rate else (),
+            arrivals=options.arrivals,
+            trace=trace,
+            seconds=min(seconds, max(trace[-1].at, 0.001)) if trace else seconds,
+            seed=options.seed,
+            connection_seconds=_seconds(options, "connection_seconds") if options.connection_seconds else math.inf,
+            timeout_seconds=_seconds(options, "request_timeout", above=True),
+            min_agreement=parse_share("min-agreement", options.min_agreement),
+            slo=Slo.parse(options.slo),
+            max_lateness=_seconds(options, "max_lateness"),
+            max_growth=parse_share("max-growth", options.max_growth) if options.max_growth else growth,
+            give_up=options.give_up,
+            metrics=tuple(_metrics(options.metrics, hosts)),
+        )
 
 
-def _phases(arguments: argparse.Namespace, trace: Sequence[Arrival]) -> tuple[shapes.Phase, ...]:
-    if arguments.shape == "replay":
-        seconds = max(trace[-1].at, 0.001)
-        return shapes.steady(len(trace) / seconds, seconds)
-    default = _SOAK_SECONDS if arguments.shape == "soak" else 30.0
-    seconds = default if arguments.seconds is None else arguments.seconds
-    if (arguments.shape == "steps") != (arguments.rates is not None):
-        raise ValueError("rates: expected with --shape steps, and nowhere else")
-    if arguments.shape == "steps":
+def _seconds(options: Any, name: str, *, above: bool = False) -> float:
+    shown = name.replace("_", "-")
+    seconds = parse_seconds(shown, getattr(options, name))
+    check_number(shown, seconds, above=above)
+    return seconds
+
+
+def _shares(options: Any, kinds: Collection[str]) -> dict[str, float]:
+    """Shares of the kinds that the tags leave; all the same where those have none."""
+    accepted = {
+        kind: parse_share(f"accept: {kind}", text) for kind, text in parse_pairs("accept", options.accept).items()
+    }
+    if not accepted or not set(accepted) <= {"png", "json"} or not sum(accepted.values()):
+        raise ValueError(f"accept: expected shares of png and json, such as png=90%,json=10%, got {options.accept!r}")
+    raw, bad = parse_share("raw", options.raw), parse_share("bad", options.bad)
+    if raw + bad > 1:
+        raise ValueError(f"raw, bad: expected at most 1 in sum, got {raw + bad:g}")
+    rest = (1 - raw - bad) / sum(accepted.values())
+    shares = {kind: rest * share for kind, share in accepted.items()} | {"raw": raw, "bad": bad}
+    left = {kind: shares.get(kind, 0.0) for kind in KINDS if kind in kinds}
+    return left if sum(left.values()) else dict.fromkeys(left, 1.0)
+
+
+def _weights(text: str) -> Iterator[tuple[str, float]]:
+    for pattern, number in parse_pairs("weights", text).items():
         try:
-            rates = [float(rate) for rate in arguments.rates.split(",")]
+            yield pattern, float(number)
         except ValueError:
-            raise ValueError(f"rates: expected numbers such as 1,2,4, got {arguments.rates!r}") from None
-        return shapes.steps(rates, seconds)
-    if arguments.shape == "spike":
-        return shapes.spike(arguments.rate, arguments.peak or 3 * arguments.rate, seconds)
-    return shapes.steady(arguments.rate, seconds)
+            raise ValueError(f"weights: {pattern}: expected a number, got {number!r}") from None
 
 
-def masks_of(arguments: argparse.Namespace, metrics: Sequence[str]) -> dict[str, str]:
-    """The library's masks of a sample of the pictures; none if nobody asked for them.
-
-    Raises:
-        ValueError: options contradict each other, or nothing tells how the checkpoint is served.
-        OSError: pictures or masks can't be read.
-        RunError: the library can't make them.
-    """
-    if arguments.checkpoint is None:
-        for name in ("schedule", "align", "library_sample"):
-            if getattr(arguments, name) is not None:
-                raise ValueError(f"{name.replace('_', '-')}: expected with --checkpoint only")
-        return read_masks(arguments.library_masks) if arguments.library_masks else {}
-    if arguments.library_masks:
-        raise ValueError("library-masks: expected without --checkpoint")
-    number = 8 if arguments.library_sample is None else arguments.library_sample
-    check_integer("library-sample", number, minimum=1)
-    folder = arguments.pictures or arguments.paint
-    names = list(load_mix(folder, shares={}, weights=parse_weights(arguments.weights), seed=0).weights)
-    if arguments.schedule is None:
-        library = served_library(arguments.checkpoint, metrics)
-    else:
-        library = Library(checkpoint=arguments.checkpoint, schedule=arguments.schedule)
-    if arguments.align is not None:
-        library = replace(library, align=arguments.align)
-    return library_masks(library, draw_sample(folder, names, number, arguments.seed))
-
-
-def limits_of(arguments: argparse.Namespace) -> Limits:
-    """What it is held against."""
-    growth = _SOAK_GROWTH if arguments.shape == "soak" else None
-    return Limits(
-        slo=Slo.parse(arguments.slo),
-        max_lateness=arguments.max_lateness,
-        max_growth=growth if arguments.max_growth is None else arguments.max_growth,
-    )
-
-
-def metrics_of(arguments: argparse.Namespace, settings: LoadSettings) -> list[str]:
-    """Metrics pages: as given, or where our servers have them.
-
-    Raises:
-        ValueError: a URL is not one of metrics, or no worker is expected.
-    """
-    if arguments.bind:
-        check_integer("workers", arguments.workers, minimum=1)
-    if arguments.metrics:
-        given = [] if arguments.metrics == ["none"] else list(arguments.metrics)
-        for url in given:
-            check_metrics_url(url)
-        return given
-    hosts = dict.fromkeys(urllib.parse.urlsplit(f"//{url.rpartition('//')[2]}").hostname for url in settings.urls)
-    return [f"http://{host}:{_METRICS_PORT}/metrics" for host in hosts]
-
-
-def server_pid_of(arguments: argparse.Namespace, settings: LoadSettings) -> int | None:
-    """The process whose memory is watched; None for none.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    if arguments.server_pid is None:
-        return None
-    if arguments.server_pid == "auto":
-        return find_server(urllib.parse.urlsplit(f"//{settings.urls[0].rpartition('//')[2]}").port or 80)
-    if not arguments.server_pid.isdecimal():
-        raise ValueError(f"server-pid: expected the id of a process, or auto, got {arguments.server_pid!r}")
-    check_pid(int(arguments.server_pid))
-    return int(arguments.server_pid)
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`clutter000*=1,clutter100*=3` -> weights by patterns of file names.
-
-    Raises:
-        ValueError: a part is something else.
-    """
-    weights = {}
-    for part in filter(None, text.split(",")):
-        pattern, equals, number = part.rpartition("=")
-        try:
-            weights[pattern] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"weights: expected PATTERN=NUMBER, got {part!r}")
-    return weights
-
-
-def parse_address(name: str, text: str) -> tuple[str, int]:
-    """`HOST:PORT` or `HOST`, whose port is locust's own."""
-    host, _colon, port = text.rpartition(":") if ":" in text else (text, "", str(_MASTER_PORT))
-    if not host or not port.isdecimal():
-        raise ValueError(f"{name}: expected HOST:PORT, got {text!r}")
-    return host, int(port)
-
-
-def typed(parse: Callable[[str], float]) -> Callable[[str], float]:
-    """A type for argparse, which shows the message of no ValueError."""
-
-    def parsed(text: str) -> float:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
+def _metrics(text: str, hosts: Collection[str]) -> Iterator[str]:
+    """Metrics pages: as given, or where our servers have them."""
+    if text == "none":
+        return
+    for url in filter(None, text.split(",")):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"metrics: expected http://HOST:PORT/metrics, got {url!r}")
+        yield url
+    if not text:
+        names = dict.fromkeys(urllib.parse.urlsplit(f"//{host.rpartition('//')[2]}").hostname for host in hosts)
+        yield from (f"http://{name}:{_METRICS_PORT}/metrics" for name in names)

@@ -1,48 +1,235 @@
 """The highest rate at which a server keeps its promises; several configurations side by side.
 
-    python -m loadtest.search --slo p99=800ms,errors=0.1% [--configuration "schedule=off"] [--configuration "..."]
+    python -m loadtest search --slo p99=800ms,errors=0.1% [--configuration "schedule=off"] [--configuration "..."]
 
 Every repeat is a bisection of its own, with arrivals of its own. The result is the median of the repeats, and the
-range from the least to the greatest of them holds the true median with the probability that the JSON calls
-`coverage`: 1 - 2^(1 - repeats), whatever the distribution. All servers run from the beginning to the end, take turns
-trial by trial, and in each repeat get the same arrivals: what disturbs the machine disturbs all of them.
+range from the least to the greatest of them holds the true median with the probability that the JSON calls `coverage`:
+1 - 2^(1 - repeats), whatever the distribution. All servers run from the beginning to the end, take turns trial by
+trial, and in each repeat get the same arrivals: what disturbs the machine disturbs all of them.
 """
 
-import argparse
 import json
+import os
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from .checking import check_integer, check_number, check_share, parse_seconds, parse_share
-from .client.pictures import load_mix
-from .client.shapes import steady
-from .machine import describe_machine, installed_versions
-from .options import parse_weights, typed
-from .preparing import PAINTED, Library, draw_sample, ensure_painted, library_masks
-from .report.page import alike, library_of
-from .report.search_page import write_search_page
-from .report.summary import Limits, summarize
-from .running import RunError, run_load
-from .settings import LoadSettings
-from .sizing.bisection import Trial, bisect_interleaved, summarize_search
-from .sizing.servers import MODEL, Configuration, Served
+import click
+import yaml
+
+from handlers.client import NoAnswerError, connect
+from handlers.launch.processes import free_port
+
+from .checks import check_integer, check_number, parse_pairs, parse_seconds, parse_share
+from .cli import LOCUSTFILE
+from .masks import Library, environment
+from .page import alike, library_of, render_search
+from .pictures import PAINTED, draw_sample, ensure_pictures, load_mix
+from .protocols import PROTOCOLS
+from .server import sample_metrics
 from .slo import Slo
+from .summary import describe_machine, installed_versions
+from .trials import Trial, bisect_interleaved, summarize_search
 
+MODEL = "segmenter"
 PRESETS = {
     "merging": ("schedule=off", "schedule=2,5"),
     "align": ("align=1", "align=8", "align=16"),
     "runtime": ("runtime=torch", "runtime=openvino"),
-    "server": ("way=torchserve", "way=triton", "way=triton-grpc"),
+    "server": ("protocol=torchserve", "protocol=triton", "protocol=triton-grpc"),
     "replicas": ("replicas=1", "replicas=2"),
 }
-
 _GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
+_READY_SECONDS, _STOP_SECONDS, _DRAIN_SECONDS = 180.0, 90.0, 120.0
+_MAX_INFLIGHT = 512
+_OWN = ("protocol", "schedule", "align", "replicas")
+
+
+class RunError(RuntimeError):
+    """There is no result; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """A server to search with.
+
+    Attributes:
+        protocol: one of `loadtest.protocols.PROTOCOLS`, which also says the server.
+        schedule: blocks before which tokens merge (2,5), or off.
+        align: token counts after a merge are multiples of this.
+        replicas: servers that share the device, and are asked in turn.
+        serving: further fields of the served model's configuration, such as runtime or max_group_windows.
+    """
+
+    protocol: str = "torchserve"
+    schedule: str = "2,5"
+    align: int = 1
+    replicas: int = 1
+    serving: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        for name in ("align", "replicas"):
+            check_integer(name, getattr(self, name), minimum=1)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `schedule=off protocol=triton runtime=torch`; fields that are not ours are the served model's.
+
+        Raises:
+            ValueError: an entry is no NAME=VALUE, or a value is not what its field expects.
+        """
+        values: dict[str, Any] = {}
+        serving: dict[str, Any] = {}
+        for entry in text.split():
+            name, equals, value = entry.partition("=")
+            if not equals:
+                raise ValueError(f"configuration: expected NAME=VALUE, got {entry!r}")
+            if name not in _OWN:
+                serving[name] = yaml.safe_load(value)
+            else:
+                values[name] = int(value) if name in ("align", "replicas") and value.isdecimal() else value
+        return cls(**values, serving=serving)
+
+    @property
+    def name(self) -> str:
+        """Protocol, schedule, and everything that is not the default."""
+        parts = [self.protocol, "no merging" if self.schedule == "off" else f"merging {self.schedule}"]
+        parts += [f"align {self.align}"] if self.align > 1 else []
+        parts += [f"{self.replicas} replicas"] if self.replicas > 1 else []
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in self.serving.items())])
+
+
+class Served:
+    """The servers of one configuration, as child processes on free loopback ports; a context manager that stops them.
+
+    Args:
+        checkpoint: checkpoint.pth with its variant.yml beside it.
+        folder: for archives and logs; made if missing.
+
+    Raises:
+        RunError: the checkpoint can't be built for the server.
+    """
+
+    def __init__(self, configuration: Configuration, checkpoint: Path, folder: Path) -> None:
+        self.configuration = configuration
+        self.hosts: list[str] = []
+        self.metrics: list[str] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._logs: list[Path] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for i in range(configuration.replicas):
+                self._start(checkpoint, folder, i)
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_ready(self, picture: bytes) -> None:
+        """Return once every server has answered a picture.
+
+        Raises:
+            RunError: one ended, or did not in time.
+        """
+        deadline = time.monotonic() + _READY_SECONDS
+        for host, process, log in zip(self.hosts, self._processes, self._logs, strict=True):
+            with connect(PROTOCOLS[self.configuration.protocol].url(host, MODEL)) as client:
+                while True:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        words = log.read_text(errors="replace").splitlines()[-15:]
+                        raise RunError(f"{self.configuration.name} did not become ready:\n" + "\n".join(words))
+                    try:
+                        if client.is_ready() and client.segment(picture, timeout_seconds=30).status == 200:
+                            break
+                    except (NoAnswerError, TimeoutError):
+                        pass
+                    time.sleep(0.2)
+
+    def wait_idle(self) -> None:
+        """Return once nothing is in flight: what a run left behind must not slow the next.
+
+        Raises:
+            RunError: it took too long.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if sample_metrics(self.metrics).metrics.total("mpm_inflight_requests") == 0:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise RunError(f"{self.configuration.name}: still busy {_DRAIN_SECONDS:g} s after the load ended")
+
+    def stop(self) -> None:
+        """SIGTERM for each, which ends it in order."""
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self, checkpoint: Path, folder: Path, number: int) -> None:
+        configuration = self.configuration
+        triton = configuration.protocol.startswith("triton")
+        port, grpc_port, metrics_port = (free_port() for _ in range(3))
+        config, out = folder / f"serving-{number}.yml", folder / f"models-{number}"
+        config.write_text(yaml.safe_dump(dict(configuration.serving)), encoding="utf-8")
+        options = {
+            "target": "triton" if triton else "torchserve",
+            "checkpoint": checkpoint,
+            "name": MODEL,
+            "out": out,
+            "schedule": configuration.schedule,
+            "align": configuration.align,
+            "metrics-port": metrics_port,
+            "config": config,
+        }
+        build = [sys.executable, "-m", "model_store", "build", *flags(options)]
+        built = subprocess.run(build, env=environment(), capture_output=True, text=True, check=False)
+        if built.returncode:
+            raise RunError(f"{configuration.name}: {built.stderr.strip()}")
+        if triton:
+            launch = ["handlers.launch.triton", *flags({"model-repository": out, "grpc-port": grpc_port})]
+        else:
+            launch = ["handlers.launch.torchserve", *flags({"model-store": out})]
+        self._logs.append(folder / f"server-{number}.log")
+        with self._logs[-1].open("wb") as output:
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *launch, "--port", str(port)],
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        grpc = configuration.protocol == "triton-grpc"
+        self.hosts.append(f"127.0.0.1:{grpc_port}" if grpc else f"http://127.0.0.1:{port}")
+        self.metrics.append(f"http://127.0.0.1:{metrics_port}/metrics")
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Options as a command line has them."""
+    return [text for name, value in options.items() for text in (f"--{name}", os.fspath(str(value)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +239,19 @@ class SearchSettings:
     Attributes:
         slo: promises.
         pictures: folder of what is sent.
-        weights: of pictures, by patterns of file names.
+        weights: of pictures, as `--weights` has them.
         repeats: bisections of every configuration.
         trials: of a bisection; each halves what is left.
         requests: of a trial, at least: p99 of a hundred is the second largest.
-        min_seconds: of a trial.
-        max_seconds: of a trial; at rates so low that `requests` would take longer there are fewer.
-        probe_seconds: of the closed loop that finds where to search.
-        probe_users: of that loop.
-        max_inflight: requests.
-        timeout_seconds: of a request.
+        min_seconds, max_seconds: of a trial; where `requests` would take longer there are fewer.
+        probe_seconds, probe_users: of the closed loop that finds where to search.
         min_agreement: share of pixels that must have the class of the idle server's mask, and its of the library's.
         library_sample: pictures that the library segments too, to compare; 0 for none.
     """
 
     slo: Slo
     pictures: Path
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: str = ""
     repeats: int = 3
     trials: int = 5
     requests: int = 100
@@ -76,18 +259,15 @@ class SearchSettings:
     max_seconds: float = 60.0
     probe_seconds: float = 8.0
     probe_users: int = 8
-    max_inflight: int = 512
-    timeout_seconds: float = 60.0
     min_agreement: float = 0.99
     library_sample: int = 8
 
     def __post_init__(self) -> None:
-        check_share("min_agreement", self.min_agreement)
         check_integer("library_sample", self.library_sample, minimum=0)
-        for name in ("repeats", "trials", "requests", "probe_users", "max_inflight"):
+        for name in ("repeats", "trials", "requests", "probe_users"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("min_seconds", "max_seconds", "probe_seconds", "timeout_seconds"):
-            check_number(name, getattr(self, name), above=True)
+        for name in ("min_seconds", "max_seconds", "probe_seconds"):
+            check_number(name, getattr(self, name), minimum=1.0)
 
     def trial_seconds(self, rate: float) -> float:
         return min(self.max_seconds, max(self.min_seconds, self.requests / rate))
@@ -105,16 +285,17 @@ def search(
     Raises:
         RunError: a server does not start, does not answer, or gives other masks than the library.
     """
-    mix = load_mix(settings.pictures, shares={}, weights=settings.weights, seed=0)
-    masks = _library_masks(configurations, checkpoint, settings, list(mix.weights))
+    weights = {pattern: float(weight) for pattern, weight in parse_pairs("weights", settings.weights).items()}
+    mix = load_mix(settings.pictures, weights=weights)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="search-")))
+        masks = _library_masks(configurations, checkpoint, settings, list(mix.weights), folder)
         servers = [
             stack.enter_context(Served(configuration, checkpoint, folder / str(i)))
             for i, configuration in enumerate(configurations)
         ]
         for server in servers:
-            server.wait_ready(mix.pictures[0])
+            server.wait_ready(mix.pictures[0].body)
         probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
         for server, probe in zip(servers, probes, strict=True):
             rate, library = probe["answered_per_second"], library_of(probe)
@@ -124,9 +305,9 @@ def search(
         def try_rate(i: int, rate: float, repeat: int) -> Trial:
             trial = _try(servers[i], settings, rate, repeat, masks[i])
             p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
-            verdict = "held" if trial.held else "broke"
             for doubt in trial.doubts:
                 say(f"  but perhaps because of the client: {doubt}")
+            verdict = "held" if trial.held else "broke"
             say(f"repeat {repeat}, {servers[i].configuration.name}: {rate:.2f}/s {verdict}, p99 {p99}")
             return trial
 
@@ -145,7 +326,7 @@ def search(
         "pictures": [{"name": name, "weight": weight} for name, weight in mix.weights.items()],
         "results": [
             {
-                "configuration": configuration.as_dict(),
+                "configuration": asdict(configuration),
                 "name": configuration.name,
                 **summarize_search(bisections, found[0]),
                 "closed_loop_per_second": round(probe["answered_per_second"], 4),
@@ -156,69 +337,108 @@ def search(
     }
 
 
-def _load(server: Served, settings: SearchSettings, rate: float, seconds: float, **more: Any) -> LoadSettings:
-    return LoadSettings(
-        way=server.configuration.way,
-        urls=tuple(server.urls),
-        model=MODEL,
-        pictures=str(settings.pictures.resolve()),
-        weights=settings.weights,
-        phases=steady(rate, seconds),
-        max_inflight=settings.max_inflight,
-        timeout_seconds=settings.timeout_seconds,
-        min_agreement=settings.min_agreement,
-        **more,
-    )
+def run_locust(server: Served, settings: SearchSettings, masks: Path | None, **options: object) -> dict[str, Any]:
+    """Run locust in a process of its own, and read its report.
+
+    Args:
+        options: of locust and of `loadtest.options`.
+
+    Raises:
+        RunError: there was no run.
+    """
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        out = Path(folder) / "report.json"
+        asked: dict[str, object] = {
+            "host": ",".join(server.hosts),
+            "protocol": server.configuration.protocol,
+            "model": MODEL,
+            "pictures": settings.pictures.resolve(),
+            "weights": settings.weights,
+            "min-agreement": settings.min_agreement,
+            "slo": settings.slo,
+            "report": out.with_suffix(".html"),
+            **({"library-masks": masks} if masks else {}),
+            **{name.replace("_", "-"): value for name, value in options.items()},
+        }
+        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", "--give-up"]
+        if "rate" not in options:
+            command.remove("--give-up")
+        process = subprocess.Popen(
+            [*command, "--loglevel", "WARNING", *flags(asked)],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the other
+        )
+        try:
+            output, _ = process.communicate()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if not out.exists():
+            raise RunError(f"{server.configuration.name}: {output.strip()[-1000:]}")
+        summary: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return summary
 
 
 def _library_masks(
-    configurations: Sequence[Configuration], checkpoint: Path, settings: SearchSettings, names: Sequence[str]
-) -> list[Mapping[str, str]]:
-    """For each configuration; before any server runs, which would make both slow."""
+    configurations: Sequence[Configuration],
+    checkpoint: Path,
+    settings: SearchSettings,
+    names: Sequence[str],
+    folder: Path,
+) -> list[Path | None]:
+    """A folder of masks for each configuration; made before any server runs, which would make both slow."""
     if not settings.library_sample:
-        return [{} for _ in configurations]
+        return [None for _ in configurations]
     pictures = draw_sample(settings.pictures, names, settings.library_sample, seed=0)
-    made: dict[str, Mapping[str, str]] = {}
-    found = []
+    made: dict[str, Path] = {}
+    found: list[Path | None] = []
     for configuration in configurations:
         inference = configuration.serving.get("inference", {})
         library = Library(
             checkpoint=checkpoint, schedule=configuration.schedule, align=configuration.align, inference=inference
         )
-        if str(library) not in made:
-            made[str(library)] = library_masks(library, pictures)
-        found.append(made[str(library)])
+        key = repr((library.schedule, library.align, inference))
+        if key not in made:
+            made[key] = folder / f"masks-{len(made)}"
+            made[key].mkdir()
+            for name, png in library.masks(pictures).items():
+                (made[key] / f"{name}.png").write_bytes(png)
+        found.append(made[key])
     return found
 
 
-def _probe(server: Served, settings: SearchSettings, masks: Mapping[str, str]) -> dict[str, Any]:
-    """What clients reach that wait for their answers, whose masks the library's are held against."""
-    load = _load(server, settings, 1.0, settings.probe_seconds, closed=settings.probe_users, library=masks)
-    try:
-        summary = summarize(load, run_load(load, metrics=server.metrics), Limits(slo=settings.slo))
-    except RunError as error:
-        raise RunError(f"{server.configuration.name}: {error}") from None
+def _probe(server: Served, settings: SearchSettings, masks: Path | None) -> dict[str, Any]:
+    """What clients reach that wait for their answers, whose masks are compared with the library's."""
+    users, seconds = settings.probe_users, round(settings.probe_seconds)
+    metrics = ",".join(server.metrics)
+    summary = run_locust(server, settings, masks, users=users, spawn_rate=users, run_time=seconds, metrics=metrics)
     if not summary["answered_per_second"]:
         raise RunError(f"{server.configuration.name}: answered nothing: {summary['outcomes']}")
     server.wait_idle()
     return summary
 
 
-def _try(server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Mapping[str, str]) -> Trial:
-    seconds = settings.trial_seconds(rate)
-    load = _load(server, settings, rate, seconds, seed=1 + repeat, give_up=str(settings.slo), library=masks)
+def _try(server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Path | None) -> Trial:
+    seconds = max(1, round(settings.trial_seconds(rate)))
     for _ in range(2):
-        summary = summarize(load, run_load(load), Limits(slo=settings.slo))
+        summary = run_locust(
+            server, settings, masks, rate=rate, users=_MAX_INFLIGHT, run_time=seconds, seed=1 + repeat, metrics="none"
+        )
         server.wait_idle()
         # A client that is late only adds to the latency, so what held did hold. What broke may not break again.
         if summary["valid"] or summary["held"]:
             break
     held = summary["held"]
     latency, doubts = summary["latency_ms" if held else "at_least_ms"], () if held else tuple(summary["doubts"])
-    return Trial(rate, held, latency["p50"], latency["p99"], summary["requests"], doubts)
+    return Trial(rate, held, latency["p50"], latency["p99"], doubts)
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: Mapping[str, Any]) -> None:
     """Everything side by side."""
     print(f"\n{report['device']}; highest rate that holds {report['slo']}, and its range")
     print(f"({100 * report['coverage']:.0f} % of such ranges hold the true median):\n")
@@ -232,85 +452,49 @@ def print_table(report: dict[str, Any]) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.configuration and arguments.compare:
-            raise ValueError("compare: expected without --configuration")
-        texts = arguments.configuration or PRESETS[arguments.compare or "merging"]
-        configurations = [Configuration.parse(text) for text in texts]
-        settings = _settings(arguments)
-        if arguments.pictures is None:
-            ensure_painted(PAINTED)
-        report = search(configurations, arguments.checkpoint, settings, say=lambda line: print(line, flush=True))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        write_search_page(report, arguments.out.with_suffix(".html"))
-    except (OSError, ValueError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 1
+@click.command()
+@click.option("--slo", required=True, help="Promises, such as p99=800ms,errors=0.1%.")
+@click.option(
+    "--configuration",
+    "configurations",
+    multiple=True,
+    metavar="'NAME=VALUE ...'",
+    help="protocol, schedule, align, replicas, or a field of the served model; repeat to compare.",
+)
+@click.option("--compare", type=click.Choice(list(PRESETS)), help="Configurations that are often compared (merging).")
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("model_store/demo/checkpoint.pth"))
+@click.option("--pictures", type=click.Path(path_type=Path), default=PAINTED, show_default=True, help="Folder.")
+@click.option("--weights", default="", metavar="PATTERN=NUMBER,...", help="How often files are sent (1).")
+@click.option("--repeats", default=3, show_default=True, help="Bisections of each configuration.")
+@click.option("--trials", default=5, show_default=True, help="Trials of a bisection.")
+@click.option("--requests", default=100, show_default=True, help="Requests of a trial at least.")
+@click.option(
+    "--probe-users", default=8, show_default=True, help="Users of the closed loop that finds where to search."
+)
+@click.option(
+    "--library-sample", default=8, show_default=True, help="Pictures that the library segments too; 0: none."
+)
+@click.option("--min-seconds", default="10s", show_default=True, help="Of a trial.")
+@click.option("--max-seconds", default="60s", show_default=True, help="Of a trial.")
+@click.option("--probe-seconds", default="8s", show_default=True, help="Of the closed loop.")
+@click.option("--min-agreement", default="99%", show_default=True, help="Share of the pixels of every mask.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/loadtest/search.json"), show_default=True)
+def command(
+    slo: str, configurations: Sequence[str], compare: str | None, checkpoint: Path, out: Path, **options: Any
+) -> None:
+    """Find the highest rate at which a server keeps its promises, for several configurations side by side."""
+    if configurations and compare:
+        raise ValueError("compare: expected without --configuration")
+    chosen = [Configuration.parse(text) for text in configurations or PRESETS[compare or "merging"]]
+    for name in ("min_seconds", "max_seconds", "probe_seconds"):
+        options[name] = parse_seconds(name.replace("_", "-"), options[name])
+    options["min_agreement"] = parse_share("min-agreement", options["min_agreement"])
+    settings = SearchSettings(slo=Slo.parse(slo), **options)
+    if settings.pictures == PAINTED:
+        ensure_pictures(PAINTED)
+    report = search(chosen, checkpoint, settings, say=lambda line: print(line, flush=True))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    out.with_suffix(".html").write_text(render_search(report), encoding="utf-8")
     print_table(report)
-    print(f"\n{arguments.out.with_suffix('.html')}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.search", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--slo", required=True, help="such as p99=800ms,errors=0.1%%")
-    parser.add_argument(
-        "--configuration",
-        action="append",
-        metavar="'NAME=VALUE ...'",
-        help="way, schedule, align, replicas, or a field of the served model; repeat to compare",
-    )
-    parser.add_argument("--compare", choices=list(PRESETS), help="configurations that are often compared (merging)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/demo/checkpoint.pth"))
-    parser.add_argument("--pictures", type=Path, help=f"a folder of pictures (painted ones in {PAINTED})")
-    parser.add_argument("--weights", default="", metavar="PATTERN=NUMBER,...", help="how often files are sent (1)")
-    for name, default, help in (
-        ("repeats", 3, "bisections of each"),
-        ("trials", 5, "of a bisection"),
-        ("requests", 100, "of a trial at least"),
-        ("probe-users", 8, "of the closed loop that finds where to search"),
-        ("library-sample", 8, "pictures whose masks have to be the library's; 0 for none"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
-    for name, seconds, help in (
-        ("min-seconds", "10", "of a trial"),
-        ("max-seconds", "60", "of a trial"),
-        ("probe-seconds", "8", "of that loop"),
-    ):
-        parser.add_argument(f"--{name}", type=typed(parse_seconds), default=seconds, help=f"{help} ({seconds})")
-    parser.add_argument(
-        "--min-agreement",
-        type=typed(parse_share),
-        default=0.99,
-        metavar="SHARE",
-        help="of pixels, of every mask (99%%)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("build/loadtest/search.json"))
-    return parser
-
-
-def _settings(arguments: argparse.Namespace) -> SearchSettings:
-    return SearchSettings(
-        slo=Slo.parse(arguments.slo),
-        pictures=arguments.pictures or PAINTED,
-        weights=parse_weights(arguments.weights),
-        repeats=arguments.repeats,
-        trials=arguments.trials,
-        requests=arguments.requests,
-        probe_users=arguments.probe_users,
-        min_seconds=arguments.min_seconds,
-        max_seconds=arguments.max_seconds,
-        probe_seconds=arguments.probe_seconds,
-        min_agreement=arguments.min_agreement,
-        library_sample=arguments.library_sample,
-    )
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
-    sys.exit(main())
+    print(f"\n{out.with_suffix('.html')}")

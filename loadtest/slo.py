@@ -1,11 +1,12 @@
-"""What a run is held against: `p99=800ms,errors=0.1%`."""
+"""Service level objectives of a run: `p99=800ms,errors=0.1%`."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from .checking import parse_seconds, parse_share
+from .checks import parse_pairs, parse_seconds, parse_share
 
 _QUANTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?)")
 
@@ -25,16 +26,16 @@ class Bound:
     limit: float
 
     def allowed(self, num_requests: int) -> int:
-        """How many of so many requests may break it."""
+        """How many of so many requests may exceed it."""
         if self.quantile is None:
             return math.floor(self.limit * num_requests + 1e-9)
         return num_requests - rank(self.quantile, num_requests)
 
     def broken_by(self, seconds: float) -> bool:
-        """Whether a request that took so long (infinity: that failed) counts against it."""
+        """Whether a request with this latency counts against it; infinity is a failure."""
         return seconds == math.inf if self.quantile is None else seconds > self.limit
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         return (
             f"{self.name}={100 * self.limit:g}%" if self.quantile is None else f"{self.name}={self.limit * 1000:g}ms"
         )
@@ -48,69 +49,88 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str) -> "Slo":
-        """Read promises parted by commas.
+        """Read promises, separated by commas.
 
         Raises:
             ValueError: one is unknown, given twice or without a sensible limit, or there is none.
         """
-        bounds = [_parse_bound(part.strip()) for part in text.split(",") if part.strip()]
+        bounds = tuple(_parse_bound(name, limit) for name, limit in parse_pairs("slo", text).items())
         if not bounds:
             raise ValueError(f"slo: expected promises such as p99=800ms,errors=0.1%, got {text!r}")
-        names = [bound.name for bound in bounds]
-        if len(set(names)) < len(names):
-            raise ValueError(f"slo: expected every promise once, got {text!r}")
-        return cls(tuple(bounds))
+        return cls(bounds)
 
     def __str__(self) -> str:
-        return ",".join(bound.told() for bound in self.bounds)
+        return ",".join(map(str, self.bounds))
 
 
-def _parse_bound(text: str) -> Bound:
-    name, equals, limit = text.partition("=")
+def _parse_bound(name: str, limit: str) -> Bound:
     matched = _QUANTILE.fullmatch(name)
-    if not equals or not (matched or name in ("max", "errors")):
-        raise ValueError(f"slo: expected pNN=TIME, max=TIME or errors=SHARE, got {text!r}")
-    try:
-        if name == "errors":
-            return Bound(name, None, parse_share(limit))
-        return Bound(name, float(matched[1]) / 100 if matched else 1.0, parse_seconds(limit))
-    except ValueError as error:
-        raise ValueError(f"slo: {name}: {error}") from None
+    if name == "errors":
+        return Bound(name, None, parse_share("slo: errors", limit))
+    if not matched and name != "max":
+        raise ValueError(f"slo: expected pNN=TIME, max=TIME or errors=SHARE, got {name}={limit}")
+    return Bound(name, float(matched[1]) / 100 if matched else 1.0, parse_seconds(f"slo: {name}", limit))
 
 
 def rank(share: float, number: int) -> int:
-    """Which of so many values in ascending order, counted from 1, is the quantile: the first with `share` up to it."""
+    """Position of the quantile among so many ascending values, counted from 1: the first with `share` up to it."""
     return max(1, math.ceil(share * number - 1e-9))
 
 
 def quantile(ascending: Sequence[float], share: float) -> float:
-    """Nearest rank, no interpolation: a latency that some request had. NaN of nothing."""
+    """Nearest rank without interpolation, a latency that some request had; NaN if there is none."""
     return ascending[rank(share, len(ascending)) - 1] if ascending else math.nan
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """How a promise fared."""
+class Verdict:
+    """A promise, what was measured, and whether it was kept."""
 
     bound: Bound
     value: float
     kept: bool
 
 
-def hold_against(slo: Slo, latencies: Sequence[float]) -> list[Kept]:
+def judge(slo: Slo, latencies: Sequence[float]) -> list[Verdict]:
     """Compare a run with its promises.
 
     Args:
-        latencies: seconds of all requests that should have got a mask, in any order; infinity for those that got none,
-            so a server can't become fast by refusing.
+        latencies: seconds of all requests that should have got a mask, in any order; infinity for those that did not,
+            so that a server can't become fast by refusing.
     """
     ascending = sorted(latencies)
-    kept = []
+    verdicts = []
     for bound in slo.bounds:
-        broken = sum(bound.broken_by(seconds) for seconds in ascending)
+        broken = sum(map(bound.broken_by, ascending))
         if bound.quantile is None:
             value = broken / len(ascending) if ascending else math.nan
         else:
             value = quantile(ascending, bound.quantile)
-        kept.append(Kept(bound, value, bool(ascending) and broken <= bound.allowed(len(ascending))))
-    return kept
+        verdicts.append(Verdict(bound, value, bool(ascending) and broken <= bound.allowed(len(ascending))))
+    return verdicts
+
+
+class ErrorBudget:
+    """Counts requests that break promises, to end a run early once it can't keep them any more.
+
+    Args:
+        slo: None for no promises, whose budget is never spent.
+        num_requests: of the whole run; each promise allows some of them to break it.
+    """
+
+    def __init__(self, slo: Slo | None, num_requests: int) -> None:
+        self._bounds = slo.bounds if slo else ()
+        self._left = [bound.allowed(num_requests) for bound in self._bounds]
+
+    def count(self, seconds: float) -> None:
+        """A request is over after so many seconds; infinity if it failed."""
+        for i, bound in enumerate(self._bounds):
+            self._left[i] -= bound.broken_by(seconds)
+
+    def is_spent(self, ages: Iterable[float]) -> bool:
+        """Whether a promise is broken, given the ages in seconds of the requests in flight, oldest first."""
+        waiting = list(ages)
+        return any(
+            sum(1 for _ in takewhile(bound.broken_by, waiting)) > left
+            for bound, left in zip(self._bounds, self._left, strict=True)
+        )

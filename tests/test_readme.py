@@ -12,6 +12,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
@@ -46,7 +47,11 @@ def _only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
         parse(parser, *arguments)
         raise _ParsedError
 
+    def stop_command(command: click.Command, context: click.Context) -> None:
+        raise _ParsedError
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(click.Command, "invoke", stop_command)
 
 
 def found(*patterns: str, text: str = SPACED) -> list[str]:
@@ -100,7 +105,8 @@ def read_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         arguments.append("--help")
     monkeypatch.setattr("sys.argv", [name, *arguments])
     try:
-        module.main()
+        if module.main() == 0 and "--help" in arguments:
+            return
     except _ParsedError:
         return
     except SystemExit as stopped:

@@ -12,7 +12,7 @@ import yaml
 from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
 from handlers.monitoring.binaries import MissingToolError, find_tool
-from loadtest.options import load_settings, make_parser
+from loadtest.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"
@@ -148,15 +148,14 @@ def test_a_model_of_ones_own_is_built_where_the_server_looks() -> None:
 
 @pytest.mark.parametrize("server", TARGETS)
 def test_the_load_test_finds_the_server(server: str) -> None:
-    """On its own loopback, at the port that the way has by itself, for either server."""
+    """On its own loopback, at the port that the protocol has by itself, for either server."""
     services = read("compose.yml")["services"]
     assert services["loadtest"]["network_mode"] == "service:server"
-    command = dict(word.split("=", 1) for word in services["loadtest"]["command"] if word.startswith("--"))
-    assert command["--way"].replace("${SERVER:-torchserve}", server) == f"${{LOADTEST_WAY:-{server}}}"
-    assert "--url" not in command
+    command = dict(word.split("=", 1) for word in services["loadtest"]["command"] if "=" in word)
+    assert command["--protocol"].replace("${SERVER:-torchserve}", server) == f"${{LOADTEST_PROTOCOL:-{server}}}"
+    assert "--host" not in command
     port = command_of(server)[command_of(server).index("--port") + 1]
-    asked = load_settings(make_parser().parse_args(["--way", server])).urls
-    assert asked == (f"http://127.0.0.1:{port}",)
+    assert PROTOCOLS[server].host == f"http://127.0.0.1:{port}"
     assert command["--metrics"] == f"http://127.0.0.1:{METRICS_PORT}/metrics"
 
 

@@ -326,7 +326,7 @@ class TestLoadTest:
             pytest.skip(str(error))
 
     def test_runs_where_nothing_is_written(self, image: str) -> None:
-        with Container(image, command=["python", "-m", "loadtest.compare", "--help"]) as container:
+        with Container(image, command=["python", "-m", "loadtest", "compare", "--help"]) as container:
             assert container.wait(60) == 0
             assert "--old" in container.logs()
 

@@ -281,12 +281,12 @@ class TestPair:
         first, _ = pair.replicas
         (tmp_path / "pictures").mkdir()
         (tmp_path / "pictures" / "photo.png").write_bytes(pair.picture)
-        where = ["--way", first.kind, "--url", f"http://{pair.address}", "--model", "tiny", "--metrics", "none"]
-        what = ["--pictures", str(tmp_path / "pictures"), "--rate", "6", "--seconds", "30", "--json", "20%"]
+        where = ["--protocol", first.kind, "--host", f"http://{pair.address}", "--model", "tiny", "--metrics", "none"]
+        what = ["--pictures", str(tmp_path / "pictures"), "--rate", "6", "-t", "30", "--accept", "png=80%,json=20%"]
         right = ["--checkpoint", str(checkpoint), "--schedule", "0,1", "--slo", "errors=0", "--max-lateness", "1m"]
         right += ["--min-agreement", "95%"]
         out = tmp_path / "report.html"
-        command = [sys.executable, "-m", "loadtest", *where, *what, *right, "--out", str(out)]
+        command = [sys.executable, "-m", "loadtest", "run", "--headless", *where, *what, *right, "--report", str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as load:
             try:
                 wait_for(lambda: load.poll() is not None or has_child(load.pid, "locust"))

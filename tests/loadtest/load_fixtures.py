@@ -1,4 +1,4 @@
-"""Small pictures and a server that computes nothing."""
+"""Small pictures, a server that computes nothing, and locust as a process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_server import FakeServer
+from locust_runs import Run
 from PIL import Image
 
 
@@ -24,3 +25,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fake() -> Iterator[FakeServer]:
     with FakeServer() as server:
         yield server
+
+
+@pytest.fixture
+def run_locust(fake: FakeServer, pictures: Path, tmp_path: Path) -> Run:
+    return Run(fake, pictures, tmp_path)

@@ -2,22 +2,22 @@
 
 import math
 import statistics
-from itertools import pairwise
+from argparse import Namespace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 
-from loadtest.client.arrivals import Arrival, arrivals_of, read_trace, write_trace
-from loadtest.client.shapes import Phase, spike, steady, steps
+from loadtest.arrivals import FACTORS, Arrival, Phase, arrivals_of, factor_at, phases_of, read_trace, write_trace
 
 
 def test_even_arrivals_are_in_the_middle_of_their_slots() -> None:
-    due = [arrival.at for arrival in arrivals_of(steady(2, 3), "even", 0)]
+    due = [arrival.at for arrival in arrivals_of([Phase(3, 2)], "even", 0)]
     assert due == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
 
 
 def test_poisson_arrivals_have_the_rate_and_the_spread_of_their_process() -> None:
-    due = [arrival.at for arrival in arrivals_of(steady(50, 200), "poisson", 1)]
+    due = [arrival.at for arrival in arrivals_of([Phase(200, 50)], "poisson", 1)]
     gaps = [after - before for before, after in pairwise(due)]
     assert len(due) == pytest.approx(10_000, abs=4 * math.sqrt(10_000))
     assert statistics.fmean(gaps) == pytest.approx(0.02, rel=0.04)
@@ -27,9 +27,14 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_their_process() -> Non
 
 
 def test_a_seed_decides() -> None:
-    phases = spike(1, 5, 100)
-    assert arrivals_of(phases, "poisson", 3) == arrivals_of(phases, "poisson", 3)
-    assert arrivals_of(phases, "poisson", 3) != arrivals_of(phases, "poisson", 4)
+    phases = (Phase(30, 1), Phase(20, 5))
+    assert list(arrivals_of(phases, "poisson", 3)) == list(arrivals_of(phases, "poisson", 3))
+    assert list(arrivals_of(phases, "poisson", 3)) != list(arrivals_of(phases, "poisson", 4))
+
+
+def test_a_run_without_an_end_has_arrivals_without_an_end() -> None:
+    due = [arrival.at for arrival in islice(arrivals_of([Phase(math.inf, 10)], "even", 0), 100)]
+    assert due[-1] == pytest.approx(9.95)
 
 
 @pytest.mark.parametrize("process", ["even", "poisson"])
@@ -43,9 +48,23 @@ def test_each_phase_has_its_own_rate(process: str) -> None:
 
 
 def test_shapes() -> None:
-    assert steps([1, 2], 10) == (Phase(5, 1), Phase(5, 2))
-    assert [phase.rate for phase in spike(1, 4, 10)] == [1, 4, 1]
-    assert sum(phase.seconds for phase in spike(1, 4, 10)) == pytest.approx(10)
+    options = Namespace(steps="1,2", peak=4.0)
+    assert phases_of(FACTORS["steps"](options), 3, 10) == (Phase(5, 3), Phase(5, 6))
+    spike = phases_of(FACTORS["spike"](options), 1, 10)
+    assert [phase.rate for phase in spike] == [1, 4, 1]
+    assert sum(phase.seconds for phase in spike) == pytest.approx(10)
+    assert [factor_at(FACTORS["spike"](options), share) for share in (0, 0.29, 0.31, 0.49, 0.51, 2)] == [
+        1,
+        1,
+        4,
+        4,
+        1,
+        1,
+    ]
+    with pytest.raises(ValueError, match="run-time: expected with a shape that changes"):
+        phases_of(FACTORS["spike"](options), 1, math.inf)
+    with pytest.raises(ValueError, match=r"steps: expected numbers such as 0\.5,1,2, got '1,fast'"):
+        FACTORS["steps"](Namespace(steps="1,fast"))
     with pytest.raises(ValueError, match="seconds: expected a number > 0, got 0"):
         Phase(0, 1)
     with pytest.raises(ValueError, match="rate: expected a number >= 0, got -1"):

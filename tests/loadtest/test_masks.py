@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtest.client.masks import OK, MaskError, Reference, check_answer, read_mask
-from loadtest.client.pictures import Item
-from loadtest.client.ways import Answer
+from handlers.client import Answer
+from loadtest.masks import OK, MaskError, Reference, check_answer, read_mask
+from loadtest.pictures import Item
 
 LABELS = np.arange(12, dtype=np.uint8).reshape(3, 4) % 5
 ITEM = Item("a", "png", b"", "image/png", (3, 4))

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtest.client.arrivals import Arrival
-from loadtest.client.pictures import load_mix, paint_pictures
+from loadtest.arrivals import Arrival
+from loadtest.pictures import draw_sample, ensure_pictures, load_mix
 
 pytest_plugins = ("load_fixtures",)
 
 
 def test_kinds_and_pictures_come_as_often_as_asked_for(pictures: Path) -> None:
-    mix = load_mix(pictures, shares={"json": 0.2, "raw": 0.1, "bad": 0.05}, weights={"0.png": 2, "2*": 0}, seed=1)
+    mix = load_mix(
+        pictures, shares={"png": 0.65, "json": 0.2, "raw": 0.1, "bad": 0.05}, weights={"0.png": 2, "2*": 0}, seed=1
+    )
     chosen = [mix.choose(number) for number in range(4000)]
     kinds = Counter(item.kind for item in chosen)
     assert kinds["json"] == pytest.approx(800, abs=110)
@@ -27,12 +29,12 @@ def test_kinds_and_pictures_come_as_often_as_asked_for(pictures: Path) -> None:
 
 
 def test_a_request_sends_the_same_whoever_sends_it(pictures: Path) -> None:
-    mixes = [load_mix(pictures, shares={"json": 0.5}, weights={}, seed=7) for _ in range(2)]
+    mixes = [load_mix(pictures, shares={"png": 0.5, "json": 0.5}, seed=7) for _ in range(2)]
     assert [mixes[0].choose(i) for i in range(50)] == [mixes[1].choose(i) for i in range(50)]
 
 
 def test_an_arrival_may_name_its_picture(pictures: Path) -> None:
-    mix = load_mix(pictures, shares={}, weights={}, seed=0)
+    mix = load_mix(pictures)
     item = mix.choose(0, Arrival(0, "1.png", "json"))
     assert (item.name, item.kind, item.size) == ("1.png", "json", (64, 48))
     with pytest.raises(KeyError):
@@ -40,7 +42,7 @@ def test_an_arrival_may_name_its_picture(pictures: Path) -> None:
 
 
 def test_a_raw_frame_holds_the_pixels(pictures: Path) -> None:
-    mix = load_mix(pictures, shares={"raw": 1.0}, weights={}, seed=0)
+    mix = load_mix(pictures, shares={"raw": 1.0})
     frame = np.load(io.BytesIO(mix.items["raw", "0.png"].body))
     assert (frame == np.asarray(Image.open(pictures / "0.png"))).all()
 
@@ -49,24 +51,37 @@ def test_a_turned_photo_is_as_large_as_it_is_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    mix = load_mix(tmp_path, shares={}, weights={}, seed=0)
+    mix = load_mix(tmp_path)
     assert mix.items["png", "turned.jpg"].size == (40, 20)
 
 
 def test_bad_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"json: expected a number within 0\.\.1, got 2"):
-        load_mix(pictures, shares={"json": 2}, weights={}, seed=0)
-    with pytest.raises(ValueError, match="at most 1 in sum"):
-        load_mix(pictures, shares={"json": 0.6, "raw": 0.6}, weights={}, seed=0)
+    with pytest.raises(ValueError, match=r"weights: \*: expected a number >= 0, got -1"):
+        load_mix(pictures, weights={"*": -1})
     with pytest.raises(ValueError, match="expected pictures"):
-        load_mix(pictures, shares={}, weights={"*": 0}, seed=0)
+        load_mix(pictures, weights={"*": 0})
+    with pytest.raises(ValueError, match=r"pictures: expected a folder, got .*missing"):
+        load_mix(tmp_path / "missing")
     (tmp_path / "not.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"not\.jpg: not a picture"):
-        load_mix(tmp_path, shares={}, weights={}, seed=0)
+        load_mix(tmp_path)
 
 
 def test_painted_pictures_are_the_same_every_time(tmp_path: Path) -> None:
-    first = paint_pictures(tmp_path / "a", clutter=[0, 1], sizes=[(64, 48)], num_seeds=1)
-    second = paint_pictures(tmp_path / "b", clutter=[0, 1], sizes=[(64, 48)], num_seeds=1)
-    assert [path.name for path in first] == ["clutter000_64x48_0.jpg", "clutter100_64x48_0.jpg"]
+    scenes = {"clutter": (0, 1), "sizes": ((64, 48),)}
+    for name in ("a", "b"):
+        ensure_pictures(tmp_path / name, scenes)
+    first, second = (sorted((tmp_path / name).iterdir()) for name in ("a", "b"))
+    assert [path.name for path in first] == ["clutter000_64x48.jpg", "clutter100_64x48.jpg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    ensure_pictures(tmp_path / "a", {"clutter": (0.5,), "sizes": ((64, 48),)})
+    assert len(list((tmp_path / "a").iterdir())) == 2  # what is there stays
+
+
+def test_a_sample_is_the_same_for_the_same_seed() -> None:
+    names = [f"{i}.jpg" for i in range(9)]
+    assert draw_sample(Path("a"), names, 9, seed=0) == [Path("a") / name for name in names]
+    drawn = draw_sample(Path("a"), names, 3, seed=0)
+    assert len(set(drawn)) == 3
+    assert drawn == draw_sample(Path("a"), names[::-1], 3, seed=0)
+    assert any(drawn != draw_sample(Path("a"), names, 3, seed=seed) for seed in range(1, 9))

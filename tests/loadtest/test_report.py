@@ -1,7 +1,6 @@
 """The page, from figures that are known."""
 
 import json
-import math
 import re
 import sys
 from io import StringIO
@@ -10,17 +9,16 @@ from typing import Any
 
 import pytest
 
-import loadtest.report.__main__
-from loadtest.client.masks import OK
-from loadtest.client.records import Pulse, Record
-from loadtest.client.shapes import steady
-from loadtest.report.charts import Chart, Line, draw, nice_ticks, time_ticks
-from loadtest.report.page import render, told
-from loadtest.report.summary import Limits, summarize
-from loadtest.running import RunResult
-from loadtest.settings import LoadSettings
+from handlers.client import Key, Metrics
+from loadtest.__main__ import main
+from loadtest.arrivals import Phase
+from loadtest.masks import OK
+from loadtest.options import LoadSettings
+from loadtest.page import render, told
+from loadtest.run import Pulse, Record
+from loadtest.server import MetricsSample
 from loadtest.slo import Slo
-from loadtest.watching.scraping import Key, Sample
+from loadtest.summary import RunResult, memory_growth, summarize
 
 NUM_REQUESTS = 200
 
@@ -29,25 +27,23 @@ def key(name: str, **labels: str) -> Key:
     return name, tuple(sorted(labels.items()))
 
 
-def sample(second: int) -> Sample:
+def sample(second: int) -> MetricsSample:
     """A server that in each second takes 1000 tokens, merges a quarter of them and then a fifth, and pads 50."""
     lane = {"schedule": "2,5"}
-    return Sample(
-        1000.0 + second,
-        {
-            key("mpm_model_info", schedule="2,5", device="cpu"): 1,
-            key("mpm_tokens_total", point="in", stage="0", **lane): 1000 * second,
-            key("mpm_tokens_total", point="out", stage="0", **lane): 750 * second,
-            key("mpm_tokens_total", point="in", stage="1", **lane): 750 * second,
-            key("mpm_tokens_total", point="out", stage="1", **lane): 600 * second,
-            key("mpm_tokens_total", point="in", stage="2", **lane): 600 * second,
-            key("mpm_tokens_total", point="out", stage="2", **lane): 600 * second,
-            key("mpm_tokens_total", point="in", stage="0", schedule="off"): 9 * second,  # sampled, not served
-            key("mpm_padding_tokens_total"): 50 * second,
-            key("mpm_waiting_tokens"): 10 * (second % 3),
-            key("process_resident_memory_bytes"): 1e9 * (1 + second / 100),
-        },
-    )
+    values = {
+        key("mpm_model_info", schedule="2,5", device="cpu"): 1,
+        key("mpm_tokens_total", point="in", stage="0", **lane): 1000 * second,
+        key("mpm_tokens_total", point="out", stage="0", **lane): 750 * second,
+        key("mpm_tokens_total", point="in", stage="1", **lane): 750 * second,
+        key("mpm_tokens_total", point="out", stage="1", **lane): 600 * second,
+        key("mpm_tokens_total", point="in", stage="2", **lane): 600 * second,
+        key("mpm_tokens_total", point="out", stage="2", **lane): 600 * second,
+        key("mpm_tokens_total", point="in", stage="0", schedule="off"): 9 * second,  # sampled, not served
+        key("mpm_padding_tokens_total"): 50 * second,
+        key("mpm_waiting_tokens"): 10 * (second % 3),
+        key("process_resident_memory_bytes"): 1e9 * (1 + second / 100),
+    }
+    return MetricsSample(1000.0 + second, Metrics(values), {})
 
 
 def answered_records() -> list[Record]:
@@ -56,22 +52,26 @@ def answered_records() -> list[Record]:
     ]
 
 
-def result(**more: Any) -> RunResult:
+def summary(slo: str = "p99=1s", **more: Any) -> dict[str, Any]:
+    settings = LoadSettings(
+        protocol="torchserve",
+        hosts=("http://127.0.0.1:1",),
+        model="segmenter",
+        pictures=Path("somewhere"),
+        phases=(Phase(20, 10),),
+        arrivals="even",
+        seconds=20,
+        slo=Slo.parse(slo),
+        max_growth=0.05,
+    )
     fields: dict[str, Any] = {
         "began_at": 1000.0,
-        "gave_up": False,
-        "workers_finished": 1,
+        "seconds": 20,
         "records": answered_records(),
         "pulses": [Pulse(float(i), 0, 0.002, 0.1, 3) for i in range(20)],
         "samples": [sample(second) for second in range(20)],
-        "num_missed": 0,
     }
-    return RunResult(**{**fields, **more})
-
-
-def summary(slo: str = "p99=1s", **more: Any) -> dict[str, Any]:
-    settings = LoadSettings(urls=("http://127.0.0.1:1",), pictures="somewhere", phases=steady(10, 20), process="even")
-    return summarize(settings, result(**more), Limits(slo=Slo.parse(slo), max_growth=0.05))
+    return summarize(settings, RunResult(**(fields | more)))
 
 
 def test_figures() -> None:
@@ -96,7 +96,7 @@ def test_memory_that_grows_breaks_a_promise() -> None:
 
 
 def test_failures_are_slower_than_any_answer() -> None:
-    records = [Record(i, i / 10, 0, 0.01, OK if i else "status 503", "png", "a") for i in range(50)]
+    records = [Record(i, i / 10, 0.0, 0.01, OK if i else "status 503", "png", "a") for i in range(50)]
     found = summary("p99=1s", records=records)
     check = found["checks"][0]
     assert (check["value"], check["kept"]) == (None, False)
@@ -122,14 +122,24 @@ def test_a_client_that_can_not_keep_up_says_so(more: dict[str, Any], doubt: str)
     assert "not valid" in render(found)
 
 
+def charts_in(page: str) -> dict[str, Any]:
+    (found,) = re.findall(r"^const charts = (.*);$", page, re.MULTILINE)
+    return {chart["title"]: chart for chart in json.loads(found)}
+
+
 def test_the_page_stands_alone() -> None:
     page = render(summary())
-    assert page.count("<svg") == 10
-    assert "<!--" not in page
+    charts = charts_in(page)
+    assert len(charts) == page.count('class="plot"') == 10
+    assert charts["Latency"]["bounds"] == [["p99 ≤ 1000 ms", 1000]]
+    assert {line["name"] for line in charts["Merged"]["lines"]} == {"after stage 0", "after stage 1", "padding"}
+    assert "{{" not in page.partition("uPlot=")[0]
     assert "&lt;a&amp;b&gt;.jpg" in page
     assert "<a&b>" not in page
-    assert not re.findall(r"https?://(?!127\.0\.0\.1)", page)
-    assert "nan" not in re.findall(r'd="([^"]*)"', page)
+    for outside in ("<link", " src=", "@import", "url(", "http-equiv", "fetch("):
+        assert outside not in page
+    links = set(re.findall(r"https?://[^\s\"'<]+", page))
+    assert {link for link in links if "127.0.0.1" not in link} <= {"https://github.com/leeoniya/uPlot"}
 
 
 def test_a_page_of_an_older_run() -> None:
@@ -137,33 +147,23 @@ def test_a_page_of_an_older_run() -> None:
     for name in ("library", "memory", "replicas"):
         del found[name]
     del found["series"]["memory"]
-    assert render(found).count("<svg") == 10
+    assert len(charts_in(render(found))) == 10
     assert "not watched" in told(found)
 
 
 def test_a_page_from_the_end_of_a_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", "-", "--out", str(tmp_path / "page.html")])
     monkeypatch.setattr(sys, "stdin", StringIO(f"some words\n{json.dumps(summary())}\n"))
-    assert loadtest.report.__main__.main() == 0
-    assert "<svg" in (tmp_path / "page.html").read_text()
+    assert main(["report", "-", "--out", str(tmp_path / "page.html")]) == 0
+    assert charts_in((tmp_path / "page.html").read_text())
     monkeypatch.setattr(sys, "stdin", StringIO("some words\n"))
-    assert loadtest.report.__main__.main() == 1
+    assert main(["report", "-"]) == 2
     assert "expected the JSON of a run" in capsys.readouterr().err
 
 
-def test_ticks() -> None:
-    assert nice_ticks(9.5) == [0, 5, 10]
-    assert nice_ticks(0.07) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
-    assert [name for _, name in time_ticks(30)] == ["0 s", "5 s", "10 s", "15 s", "20 s", "25 s", "30 s"]
-    assert time_ticks(1800)[-1] == (1800, "30:00")
-
-
-def test_gaps_and_nothing() -> None:
-    gap = Line(name="a", points=[(0, 1.0), (1, None), (2, 3.0)], color=0)
-    drawn = draw(Chart(title="t", unit="u", lines=[gap], x_max=2))
-    (path,) = re.findall(r'class="line" d="([^"]*)"', drawn)
-    assert path.count("M") == 2
-    assert draw(Chart(title="t", unit="u", lines=[Line(name="a", points=[(0, None)], color=0)], x_max=2)) == ""
-    assert math.isfinite(float(path.split()[-1]))
+def test_memory_growth_leaves_out_what_warms_up() -> None:
+    assert memory_growth([100.0, 150.0, *[200.0] * 14]) == 0
+    assert memory_growth([200.0 + 2 * i for i in range(16)]) == pytest.approx(227 / 211 - 1)
+    assert memory_growth([200.0] * 7) is None  # too few to know
+    assert memory_growth([0.0] * 16) is None

@@ -1,23 +1,23 @@
 """The search finds what it should, known in advance."""
 
+import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from loadtest.preparing import Library
-from loadtest.report.search_page import render_search
-from loadtest.search import SearchSettings, _library_masks
-from loadtest.sizing.bisection import Bisection, Trial, bisect_interleaved, summarize_search
-from loadtest.sizing.servers import Configuration
+from loadtest.masks import Library, read_masks
+from loadtest.page import render_search
+from loadtest.search import Configuration, SearchSettings, _library_masks
 from loadtest.slo import Slo
+from loadtest.trials import Bisection, Trial, bisect_interleaved, summarize_search
 
 
 def trial(rate: float, held: bool) -> Trial:
-    return Trial(rate, held, 10.0 * rate, 20.0 * rate, 100)
+    return Trial(rate, held, 10.0 * rate, 20.0 * rate)
 
 
 @pytest.mark.parametrize("limit", [0.7, 3.3, 6.0, 9.9, 14.0])
@@ -73,15 +73,17 @@ def test_the_page_shows_every_configuration() -> None:
     assert page.count('class="bar"') == 2
     assert "slow &lt;one&gt;" in page
     assert f"{results[1]['rate_per_second']:.2f}/s" in page
-    marks = re.findall(r'<path class="(discs|crosses)" d="([^"]*)" stroke="var\(--c1\)"', page)
-    assert [kind for kind, _ in marks] == ["discs", "crosses"]
-    assert sum(path.count("M") for _, path in marks) == 12
+    (chart,) = json.loads(re.findall(r"const charts = (.*);", page)[0])
+    lines = {(line["name"], line["style"]): line for line in chart["lines"] if line["color"] == 1}
+    assert set(lines) == {("fast", "discs"), ("", "rings")}
+    assert sum(len(line["x"]) for line in lines.values()) == 12
+    assert chart["bounds"] == [["p99=1000ms", 1000]]
 
 
 def test_configurations() -> None:
-    parsed = Configuration.parse("way=triton schedule=off align=8 replicas=2 runtime=torch max_group_windows=16")
-    assert parsed.as_dict() == {
-        "way": "triton",
+    parsed = Configuration.parse("protocol=triton schedule=off align=8 replicas=2 runtime=torch max_group_windows=16")
+    assert asdict(parsed) == {
+        "protocol": "triton",
         "schedule": "off",
         "align": 8,
         "replicas": 2,
@@ -99,24 +101,24 @@ def test_configurations_that_compute_the_same_share_the_library_s_masks(
 ) -> None:
     made: list[Library] = []
 
-    def masks(library: Library, pictures: Sequence[Path]) -> dict[str, str]:
+    def masks(library: Library, pictures: Sequence[Path]) -> dict[str, bytes]:
         made.append(library)
         assert pictures == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
-        return {"a.jpg": str(len(made))}
+        return {"a.jpg": str(len(made)).encode()}
 
-    monkeypatch.setattr("loadtest.search.library_masks", masks)
-    texts = ["schedule=off", "way=triton schedule=off runtime=torch", "align=8", 'inference={"im_size":256}']
+    monkeypatch.setattr(Library, "masks", masks)
+    texts = ["schedule=off", "protocol=triton schedule=off runtime=torch", "align=8", 'inference={"im_size":256}']
     settings = SearchSettings(slo=Slo.parse("p99=1s"), pictures=tmp_path)
     configurations = [Configuration.parse(text) for text in texts]
-    found = _library_masks(configurations, Path("a.pth"), settings, ["b.jpg", "a.jpg"])
-    assert [each["a.jpg"] for each in found] == ["1", "1", "2", "3"]
+    found = _library_masks(configurations, Path("a.pth"), settings, ["b.jpg", "a.jpg"], tmp_path)
+    assert [read_masks(folder)["a.jpg"] for folder in found if folder] == [b"1", b"1", b"2", b"3"]
     assert [(library.schedule, library.align, library.inference) for library in made] == [
         ("off", 1, {}),
         ("2,5", 8, {}),
         ("2,5", 1, {"im_size": 256}),
     ]
     unwatched = replace(settings, library_sample=0)
-    assert _library_masks(configurations, Path("a.pth"), unwatched, ["a.jpg"]) == [{}, {}, {}, {}]
+    assert _library_masks(configurations, Path("a.pth"), unwatched, ["a.jpg"], tmp_path) == [None] * 4
 
 
 def test_a_trial_is_long_enough_for_its_quantile(tmp_path: object) -> None:

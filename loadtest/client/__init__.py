@@ -1,1 +1,0 @@
-"""What runs under locust: who sends what and when, what is right, and what is written down."""

@@ -1,1 +1,0 @@
-"""Two deployments side by side."""

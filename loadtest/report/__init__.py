@@ -1,1 +1,0 @@
-"""From records to figures, and from figures to a page."""

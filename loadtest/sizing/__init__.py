@@ -1,1 +1,0 @@
-"""How much a server holds, and what a rate needs."""

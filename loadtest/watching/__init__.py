@@ -1,1 +1,0 @@
-"""What a server does meanwhile: its metrics and its memory."""

@@ -1,0 +1,113 @@
+"""The client: connections kept or closed in time, URLs, and metrics."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "loadtest"))
+
+from fake_server import FakeServer, serve_grpc
+
+from handlers.client import Metrics, NoAnswerError, connect, read_metrics
+
+pytest_plugins = ("load_fixtures",)
+
+NUM_REQUESTS = 6
+
+
+@pytest.mark.parametrize(
+    ("connection_seconds", "pause", "connections"),
+    [(float("inf"), 0.0, 1), (0.0, 0.0, NUM_REQUESTS), (0.1, 0.06, NUM_REQUESTS // 2)],
+)
+def test_a_connection_ends_in_time(
+    fake: FakeServer, pictures: Path, connection_seconds: float, pause: float, connections: int
+) -> None:
+    picture = (pictures / "0.png").read_bytes()
+    with connect(f"{fake.url}/predictions/fake", connection_seconds=connection_seconds) as client:
+        for _ in range(NUM_REQUESTS):
+            assert client.segment(picture).status == 200
+            time.sleep(pause)
+    assert connections <= fake.num_connections <= connections + (pause > 0) * 2  # a pause may be longer than asked for
+
+
+def test_a_channel_of_grpc_ends_in_time(fake: FakeServer, pictures: Path) -> None:
+    picture = (pictures / "0.png").read_bytes()
+    peers: set[str] = set()
+    with serve_grpc(fake, peers.add) as address:
+        for connection_seconds, channels in ((float("inf"), 1), (0.0, NUM_REQUESTS)):
+            peers.clear()
+            with connect(f"grpc://{address}/fake", connection_seconds=connection_seconds) as client:
+                for _ in range(NUM_REQUESTS):
+                    assert client.segment(picture).status == 200
+            assert len(peers) == channels
+
+
+def test_all_protocols_give_the_same_answer(fake: FakeServer, pictures: Path) -> None:
+    picture = (pictures / "0.png").read_bytes()
+    with serve_grpc(fake) as address:
+        urls = [f"{fake.url}/predictions/fake", f"{fake.url}/v2/models/fake/versions/1", f"grpc://{address}/fake"]
+        clients = [connect(url) for url in urls]
+        for accept in ("image/png", "application/json"):
+            answers = [client.segment(picture, accept=accept) for client in clients]
+            assert {answer.status for answer in answers} == {200}
+            assert len({answer.body for answer in answers}) == 1
+        assert [client.segment(b"no picture").status for client in clients] == [400, 400, 400]
+        assert clients[0].segment(picture).tokens == (1000, 600)
+        assert clients[0].is_ready()
+        for client in clients:
+            client.close()
+
+
+def test_no_proxy_is_asked(fake: FakeServer, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with connect(f"{fake.url}/predictions/fake") as client:
+        assert client.segment((pictures / "0.png").read_bytes()).status == 200
+    assert read_metrics(f"{fake.url}/metrics").labels("mpm_model_info", "schedule") == ["2,5"]
+
+
+def test_who_does_not_answer(fake: FakeServer, pictures: Path) -> None:
+    picture = (pictures / "0.png").read_bytes()
+    fake.delay = 5.0
+    with connect(f"{fake.url}/predictions/fake") as client, pytest.raises(TimeoutError):
+        client.segment(picture, timeout_seconds=0.2)
+    with connect("http://127.0.0.1:1/predictions/fake") as client:
+        assert not client.is_ready()
+        with pytest.raises(NoAnswerError, match="ConnectionRefusedError"):
+            client.segment(picture)
+    with pytest.raises(OSError, match="refused"):
+        read_metrics("http://127.0.0.1:1/metrics")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8080",
+        "ftp://127.0.0.1/predictions/a",
+        "grpc://127.0.0.1/a",
+        "grpc://127.0.0.1:1",
+        "http:///v2/models/a",
+    ],
+)
+def test_urls(url: str) -> None:
+    with pytest.raises(ValueError, match="url: expected http"):
+        connect(url)
+
+
+def test_metrics_are_read_as_they_are_written() -> None:
+    page = Metrics.parse(
+        "# TYPE a counter\n"
+        'a_total{name="x\\"}y",other="1"} 3.0 # {trace_id="t"} 1.0\n'
+        'a_total{name="z"} 1e3\n'
+        'a_bucket{le="+Inf"} 9\n'
+        "b 2\n"
+    )
+    assert page.total("a_total") == 1003
+    assert page.total("a_total", other="1") == 3
+    assert page.labels("a_total", "name") == ['x\\"}y', "z"]
+    assert Metrics.sum([page, page]).total("b") == 4
+    assert len(page.values) == 3
+    with pytest.raises(ValueError, match="expected a sample in Prometheus' text format, got '<html>'"):
+        Metrics.parse("<html>")
