@@ -232,7 +232,6 @@ def time_merge(scale: Scale, num_tokens: int, width: int, device: torch.device) 
         "nearest": lambda laps: nearest(*arguments),
     }
     if num_tokens <= 4096:
-        works["nearest, ieee"] = lambda laps: nearest(*arguments, "ieee")
         works["torch, fp32"] = lambda laps: plain_nearest(x)
     laps = in_turn(works, Timer(device), repeats=scale.repeats)
     times = {name: found["total"] for name, found in laps.items()}

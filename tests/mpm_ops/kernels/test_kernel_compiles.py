@@ -20,17 +20,17 @@ from triton.compiler import ASTSource, compile
 from mpm_ops.kernels import labels, merging, nearest
 
 capability = int(sys.argv[1])
-depth, stages = nearest.tiling(capability, int(sys.argv[2]))
+warps, stages = nearest.tiling(capability, int(sys.argv[2]))
 tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pointers = {
-    "p_x": "*bf16", "p_merged": "*bf16", "p_high": "*fp16", "p_low": "*fp16", "p_usable": "*i8",
-    "p_best": "*i64", "p_map": "*i64", "scale": "fp32", "inverse_square": "fp32",
+    "p_x": "*bf16", "p_merged": "*bf16", "p_high": "*fp16", "p_low": "*fp16", "p_hidden": "*fp32",
+    "p_best": "*i64", "p_map": "*i64",
     "p_tokens": "*fp32", "p_row_weights": "*fp32", "p_column_weights": "*fp32", "p_labels": "*u8",
 }
 cases = [
-    (nearest._units, {"split": True, "block": 8, "block_width": 512}, {}),
-    (nearest._nearest_tiles, {"split": True, "tile": nearest.TILE, "depth": depth},
-     {"num_warps": nearest.WARPS, "num_stages": stages}),
+    (nearest._units, {"scale": 1024.0, "block": 8, "block_width": 512}, {}),
+    (nearest._nearest_tiles, {"tile": nearest.TILE, "depth": nearest.DEPTH},
+     {"num_warps": warps, "num_stages": stages}),
     (merging._partners, {"is_aligned": True, "block": merging.BLOCK}, {}),
     (merging._partners, {"is_aligned": False, "block": merging.BLOCK}, {}),
     (merging._positions, {"chunk": merging.CHUNK}, {}),
