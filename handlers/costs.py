@@ -28,7 +28,7 @@ def measure_cost(model: Segmenter, *, longest: int, max_group_windows: int) -> G
     """
     device = model.encoder.pos_embed.device
     clock = DeviceClock(device)
-    block = Stage(index=1, blocks=range(1), merges=True)
+    block = Stage(index=1, parts=range(2))
     shapes = [
         (count, length) for count in (1, max(2, max_group_windows)) for length in (max(1, longest // 2), longest)
     ]

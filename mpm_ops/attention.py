@@ -1,37 +1,123 @@
 """Self-attention over packed tokens, with the weights of a timm block.
 
 A backend multiplies queries, keys and values of ragged sequences; it is chosen by name, once. "grouped" runs
-everywhere, one call per length; the others take all sequences in one call on a GPU.
+everywhere, one call per length; the others take all sequences in one call on a GPU. "plain" is for one sequence, and
+for tracing.
 """
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._timm import Attention, Block
+from .kernels import has_triton
 from .packed import PackedTokens
 
 
 def block_forward(block: Block, tokens: PackedTokens, key_bias: Tensor | None = None) -> PackedTokens:
-    """Run one pre-norm transformer block on packed tokens.
+    """Run one pre-norm transformer block on packed tokens; see `run_parts`."""
+    return run_blocks((block,), tokens, key_bias)
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    tokens: PackedTokens,
+    key_bias: Tensor | None = None,
+    last_norm: nn.LayerNorm | None = None,
+) -> PackedTokens:
+    """Run pre-norm transformer blocks on packed tokens; see `run_parts`."""
+    return run_parts(blocks, range(2 * len(blocks)), tokens, key_bias, last_norm=last_norm)[0]
+
+
+def run_parts(
+    blocks: Sequence[Block],
+    parts: range,
+    tokens: PackedTokens,
+    key_bias: Tensor | None = None,
+    *,
+    wants_keys: bool = False,
+    last_norm: nn.LayerNorm | None = None,
+) -> tuple[PackedTokens, Tensor | None]:
+    """Run some halves of pre-norm transformer blocks on packed tokens.
 
     Args:
-        block: a timm `Block`.
+        blocks: timm blocks that `block_obstacle` has nothing against.
+        parts: 2 i is the attention of block i, 2 i + 1 its MLP.
         tokens: [T, D] packed tokens.
         key_bias: [T], added to every attention logit of a key, or None. log(n) makes a token count
             as n equal ones.
+        wants_keys: return keys too; the last part must be an attention.
+        last_norm: what normalises the result, if anything.
 
     Returns:
-        Packed tokens of the same lengths.
+        Packed tokens of the same lengths, and [T, Dh] the mean over heads of the last part's keys, or None.
     """
-    x = tokens.values
-    x = x + block.drop_path1(block.ls1(attend(block.attn, tokens.with_values(block.norm1(x)), key_bias)))
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return tokens.with_values(x)
+    x, rest = tokens.values, None  # what the next norm adds first
+    qkv = None
+    for part in parts:
+        block = blocks[part // 2]
+        if part % 2 == 0:
+            x, normed = _add_norm(x, rest, block.norm1)
+            mixed, qkv = _attend(block.attn, tokens.with_values(normed), key_bias)
+            rest = block.drop_path1(block.ls1(mixed))
+        else:
+            x, normed = _add_norm(x, rest, block.norm2)
+            rest = block.drop_path2(block.ls2(block.mlp(normed)))
+    keys = None
+    if wants_keys:
+        assert qkv is not None and parts[-1] % 2 == 0, "keys belong to an attention"
+        keys = qkv[:, 1].mean(dim=1)
+    if last_norm is not None:
+        return tokens.with_values(_add_norm(x, rest, last_norm)[1]), keys
+    return tokens.with_values(x if rest is None else x + rest), keys
+
+
+def block_obstacle(block: nn.Module) -> str | None:
+    """What a block has that `run_parts` would leave out, or None: it computes timm's plain `Block` only."""
+    if type(block) is not Block:
+        return f"is a {type(block).__name__}"
+    attn = block.attn
+    if type(attn) is not Attention:
+        return f"has a {type(attn).__name__}"
+    for name, what in (("q_norm", "norm of queries"), ("k_norm", "norm of keys"), ("norm", "norm after attention")):
+        if not isinstance(getattr(attn, name, nn.Identity()), nn.Identity):
+            return f"has a {what} ({name})"
+    return "has a gate of attention (gate)" if getattr(attn, "gate", None) is not None else None
+
+
+def check_blocks(module: nn.Module) -> None:
+    """Refuse a network whose blocks `run_parts` would compute wrongly.
+
+    Raises:
+        ValueError: names the block and what it has.
+    """
+    for name, part in module.named_modules():
+        if name.rpartition(".")[0].endswith("blocks") and (obstacle := block_obstacle(part)):
+            raise ValueError(f"model: {name} {obstacle}; expected timm's plain Block, with or without LayerScale")
+
+
+def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm: one kernel on a GPU where nobody asks for gradients."""
+    if _fuses(x, norm):
+        from .kernels import norms
+
+        if rest is None:
+            return x, norms.norm(x.contiguous(), norm.weight, norm.bias, norm.eps)
+        return norms.add_norm(x.contiguous(), rest.contiguous(), norm.weight, norm.bias, norm.eps)
+    x = x if rest is None else x + rest
+    return x, norm(x)
+
+
+def _fuses(x: Tensor, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not has_triton():
+        return False
+    whole_rows = isinstance(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[1:] and norm.bias is not None
+    return whole_rows and norm.weight.dtype == x.dtype and x.dtype != torch.float64
 
 
 def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None) -> Tensor:
@@ -39,14 +125,26 @@ def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None
 
     Runs on the module's `attention_backend` (see `use_attention`), "grouped" where none was chosen.
     """
+    return _attend(attn, tokens, key_bias)[0]
+
+
+def _attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `attend`; also [T, 3, nH, Dh], queries, keys and values."""
     qkv = attn.qkv(tokens.values).view(-1, 3, attn.num_heads, attn.head_dim)
     backend = getattr(attn, "attention_backend", "grouped")
     if backend == "grouped":
         dropout = attn.attn_drop.p if attn.training else 0.0
         mixed = _grouped(qkv, tokens, key_bias, attn.scale, dropout)
+    elif backend == "plain":
+        mixed = _plain(qkv, attn.num_heads, key_bias, attn.scale)
+    elif backend == "triton":
+        from .kernels.attention import attend_ragged
+
+        bias = None if key_bias is None else key_bias.float()
+        mixed = attend_ragged(qkv, tokens.cu_seqlens, tokens.max_seqlen, bias, attn.scale)
     else:
         mixed = attend_packed(_PACKED[backend], qkv, tokens, key_bias, attn.scale)
-    return attn.proj_drop(attn.proj(mixed))
+    return attn.proj_drop(attn.proj(mixed)), qkv
 
 
 def use_attention(module: nn.Module, name: str = "auto") -> str:
@@ -54,9 +152,9 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
 
     Args:
         module: holds timm blocks, in the precision and on the device that they will run in.
-        name: "auto", or one of ATTENTIONS. "auto" takes flash-attn where it is installed, else torch's own
-            kernel over ragged sequences, for half precision on a GPU; the memory-efficient kernel for float32
-            there; and "grouped" on a CPU.
+        name: "auto", or one of ATTENTIONS. "auto" takes the first of them that can run: on a GPU, for
+            half precision, flash-attn where it is installed, else torch's own kernel over ragged sequences; the
+            memory-efficient kernel for float32 there; and "grouped" on a CPU.
 
     Returns:
         The backend's name.
@@ -68,7 +166,7 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
     if name == "auto":
         known = [n for n in ATTENTIONS if attention_obstacle(n, weight.device, weight.dtype) is None]
         name = known[0]
-    elif name not in ATTENTIONS:
+    elif name not in (*ATTENTIONS, "plain"):
         raise ValueError(f"attention: expected one of auto, {', '.join(ATTENTIONS)}, got {name!r}")
     elif obstacle := attention_obstacle(name, weight.device, weight.dtype):
         raise ValueError(f"attention: {name} {obstacle}, got {weight.dtype} on {weight.device}")
@@ -81,7 +179,7 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
 
 def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend can't run there, or None."""
-    if name == "grouped":
+    if name in ("grouped", "plain"):
         return None
     if device.type != "cuda":
         return "needs a CUDA device"
@@ -90,6 +188,8 @@ def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn"
+    if name == "triton" and not has_triton():
+        return "needs the package triton"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "needs a GPU of compute capability 8.0 or more"
     return None if half else "needs float16 or bfloat16"
@@ -142,6 +242,15 @@ def _grouped(qkv: Tensor, tokens: PackedTokens, key_bias: Tensor | None, scale: 
     return torch.cat([one_call(part, 1, bias) for part, bias in zip(qkv.split(tokens.lengths), biases, strict=True)])
 
 
+def _plain(qkv: Tensor, num_heads: int, key_bias: Tensor | None, scale: float) -> Tensor:
+    """One sequence of any length, in operators that a compiler knows: no length becomes a constant of a trace."""
+    q, k, v = qkv.flatten(1, 2)[None].transpose(1, 2).split(num_heads, dim=1)
+    scores = (q * scale) @ k.transpose(2, 3)
+    if key_bias is not None:
+        scores = scores + key_bias[None, None, None]
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)[0]
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -149,11 +258,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(  # type: ignore[return-value]  # a pair only where asked for
-        q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest, scale=scale
-    )
+    # What torch.nn.attention.varlen calls, less a kernel that zeroes the random state of a dropout.
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, False, False, scale=scale
+    )[0]
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
@@ -165,6 +273,6 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, sc
 
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 _PACKED: dict[str, Packed] = {"flash": _flash, "varlen": _varlen, "efficient": _efficient}
-ATTENTIONS = (*_PACKED, "grouped")  # in the order of preference
+ATTENTIONS = ("flash", "varlen", "triton", "efficient", "grouped")  # in the order of preference
 _BIAS_COLUMNS = 8  # two of them in use: kernels want head widths that are multiples of eight
 _log = logging.getLogger(__name__)

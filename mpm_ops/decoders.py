@@ -83,14 +83,14 @@ class _OneByOne:
     num_classes: int
 
     def append(self, rows: Tensor, classes: Tensor) -> PackedTokens:
-        return PackedTokens.pack([torch.cat([own, classes]) for own in rows.split(self.tokens.lengths)])
+        return PackedTokens.pack([torch.cat([own, classes]) for own in self.tokens.with_values(rows).split()])
 
     def score(self, values: Tensor, proj_patch: Tensor, proj_classes: Tensor) -> Tensor:
         """[T, K] cosines of every patch with the classes of its window."""
         masks = []
-        for sequence in values.split([length + self.num_classes for length in self.tokens.lengths]):
+        for sequence in PackedTokens(values, tuple(n + self.num_classes for n in self.tokens.lengths)).split():
             patches = _unit(sequence[: -self.num_classes] @ proj_patch)
-            masks.append(patches @ _unit(sequence[-self.num_classes :] @ proj_classes).T)
+            masks.append(patches @ _unit(sequence[-self.num_classes :] @ proj_classes).transpose(0, 1))
         return torch.cat(masks)
 
 

@@ -10,6 +10,7 @@ from .kernels import has_triton
 from .packed import PackedTokens, bounds_of
 from .transfers import fetch
 
+
 def can_merge_on_gpu(x: Tensor) -> bool:
     """Whether `merge_windows_gpu` takes these tokens; gradients and float64 need `merge_tokens`."""
     if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()) or not has_triton():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ._timm import VisionTransformer
 from .merge import compose_maps, merge_tokens
 from .merge_gpu import can_merge_on_gpu, merge_windows_gpu
+from .merging import Mpm, Tower
 from .packed import PackedTokens
-from .stages import cut_stages
 
 
 def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, align: int = 1) -> VisionTransformer:
@@ -58,9 +58,8 @@ class MergingBlocks(nn.Sequential):
         self, blocks: "OrderedDict[str, nn.Module]", schedule: Sequence[int], *, num_special: int, align: int
     ) -> None:
         super().__init__(blocks)
-        cut_stages(len(blocks), schedule)  # refuses what doesn't fit
-        if align < 1:
-            raise ValueError(f"align: expected an integer >= 1, got {align}")
+        tower = Tower(num_blocks=len(blocks), width=0, num_special=num_special)
+        Mpm(tower=tower, schedule=tuple(schedule), align=align)  # refuses what doesn't fit
         self.schedule = tuple(schedule)
         self.num_special = num_special
         self.align = align

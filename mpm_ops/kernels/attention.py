@@ -87,9 +87,7 @@ def _attend(
 
 
 @torch.library.custom_op("mpm::attend_ragged", mutates_args=())
-def attend_ragged(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, key_bias: Tensor | None, scale: float
-) -> Tensor:
+def attend_ragged(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, key_bias: Tensor | None, scale: float) -> Tensor:
     """Attention of each sequence to itself, accumulated in float32.
 
     Args:

@@ -32,7 +32,7 @@ Make = Callable[..., Segmenter]
 
 
 def shape(num_tokens: int, num_windows: int = 1) -> Shape:
-    return Shape(Stage(1, range(2), merges=True), num_windows, num_tokens, torch.float32)
+    return Shape(Stage(1, range(4)), num_windows, num_tokens, torch.float32)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 14, 15, 17, 63, 197, 606, 1025, 8191, 30000, 32 * 1025])
@@ -165,7 +165,7 @@ def test_a_broken_window_leaves_no_trace_in_the_buffers(tiny_model: Make) -> Non
     bad = WindowBatch(PackedTokens(torch.full((25, 64), torch.nan), (12, 13)), maps)
     graphs.bucket = lambda lengths: (2, 30)  # type: ignore[method-assign]
     expected = Decoded.of(TorchRuntime(model, attention="flash").decode(model.run_blocks(last, good)))
-    found = [graphs.launch_piece(last, batch) for batch in (good, bad, good)]
+    found = [graphs.launch(last, batch) for batch in (good, bad, good)]
     assert all(isinstance(decoded, Decoded) for decoded in found)
     first, broken, again = (decoded for decoded in found if isinstance(decoded, Decoded))
     torch.testing.assert_close(first.logits, expected.logits, rtol=0, atol=2e-5)

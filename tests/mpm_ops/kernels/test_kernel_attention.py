@@ -46,7 +46,9 @@ def test_does_what_softmax_does(
     num_tokens, spare = sum(lengths), 5
     qkv = torch.randn(num_tokens + spare, 3, heads, head_dim, generator=generator).to(device, dtype)
     qkv[num_tokens:] = torch.nan  # nothing reads them
-    bias = torch.randint(1, 40, (num_tokens + spare,), generator=generator).float().log().to(device) if biased else None
+    bias = (
+        torch.randint(1, 40, (num_tokens + spare,), generator=generator).float().log().to(device) if biased else None
+    )
     out = attend_ragged(qkv, bounds_of(lengths, device), max(lengths) + 3, bias, head_dim**-0.5)
     assert out.dtype == dtype
     expected = plain(qkv[:num_tokens], lengths, None if bias is None else bias[:num_tokens], head_dim**-0.5)
