@@ -9,6 +9,7 @@ from mpm_ops import Segmenter
 from mpm_ops.runtime import Runtime
 from mpm_ops.stages import Decoded, Stage, WindowBatch
 from mpm_ops.transfers import fetch, stack
+from mpm_ops.windows import normalize_windows
 
 from .clock import DeviceClock
 from .scheduler import Group
@@ -44,7 +45,7 @@ class Computer:
         stage = self._stages[group.lane.schedule][group.lane.stage]
         start = self._clock.mark()
         states = [window.state for window in windows]
-        given = WindowBatch.join(states) if stage.index else stack(states)  # type: ignore[arg-type]
+        given = WindowBatch.join(states) if stage.index else self._stack(states)  # type: ignore[arg-type]
         merge_starts: list[object] = []
         launched = self._model.launch(
             stage, given, self._runtime, before_merge=lambda: merge_starts.append(self._clock.mark())
@@ -53,6 +54,13 @@ class Computer:
             maps = given.merge_maps if isinstance(given, WindowBatch) else None
             return self._decoded(windows, launched, maps or (None,) * len(windows), start)
         return self._merging(windows, launched, start, merge_starts)
+
+    def _stack(self, windows: Sequence[Tensor]) -> Tensor:
+        """Windows of one group; normalised where some come as bytes and others don't."""
+        if len({window.dtype for window in windows}) == 1:
+            return stack(windows)
+        normalization = self._model.inference.normalization
+        return stack([normalize_windows(window[None], normalization)[0] for window in windows])
 
     def _merging(
         self,

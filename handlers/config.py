@@ -9,6 +9,7 @@ from mpm_ops.runtime import PRECISIONS, RUNTIMES
 
 CONFIG_KEY = "mpm"  # our section in the configuration files of servers
 
+_GRAPH_BYTES = 4 * 2**30  # on a GPU, unless told otherwise
 _MAX_PORT = 65_535
 _MAX_INT = 2**31 - 1  # of Java, and so of a length in TorchServe
 
@@ -23,7 +24,8 @@ class ServingConfig:
         runtime: what the network runs on, "auto" or one of `mpm_ops.runtime.RUNTIMES`.
         precision: "auto", or one of `mpm_ops.runtime.PRECISIONS`.
         device: "auto" for a GPU where there is one, or torch's name of a device, such as cpu or cuda:1.
-        graph_mib: memory for captured graphs of small groups on a GPU, see `mpm_ops.runtime.graphs`; 0 captures none.
+        graph_mib: memory for captured graphs on a GPU, see `mpm_ops.runtime.graphs`; 0 captures none, and "auto" takes
+            4096 on a GPU, unless `padded` or `deterministic` leaves shapes or bits no choice.
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
         max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
@@ -56,7 +58,7 @@ class ServingConfig:
     runtime: str = "auto"
     precision: str = "auto"
     device: str = "auto"
-    graph_mib: int = 0
+    graph_mib: int | str = "auto"
     inference: Mapping[str, Any] = field(default_factory=dict)
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
@@ -91,8 +93,10 @@ class ServingConfig:
             "codec_threads",
         ):
             _check_integer(name, getattr(self, name), minimum=1)
-        for name in ("torch_threads", "metrics_port", "graph_mib"):
+        for name in ("torch_threads", "metrics_port"):
             _check_integer(name, getattr(self, name), minimum=0)
+        if self.graph_mib != "auto":
+            _check_integer("graph_mib", self.graph_mib, minimum=0, other="auto")
         if self.metrics_port > _MAX_PORT:
             raise ValueError(f"metrics_port: expected at most {_MAX_PORT}, got {self.metrics_port}")
         if not isinstance(self.metrics_host, str) or not self.metrics_host:
@@ -109,7 +113,7 @@ class ServingConfig:
         for name in ("padded", "deterministic", "jpeg_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        if self.graph_mib and (self.padded or self.deterministic):
+        if self.graph_mib not in ("auto", 0) and (self.padded or self.deterministic):
             raise ValueError(f"graph_mib: expected 0 with padded or deterministic, got {self.graph_mib}")
         _check_schedule("schedule", self.schedule)
         if not isinstance(self.allowed_schedules, tuple):
@@ -118,6 +122,12 @@ class ServingConfig:
             _check_schedule("allowed_schedules", schedule)
         if not isinstance(self.inference, Mapping):
             raise ValueError(f"inference: expected a mapping, got {self.inference!r}")
+
+    def graph_bytes(self, device_type: str) -> int:
+        """What captured graphs may take on a device such as "cuda"."""
+        if isinstance(self.graph_mib, int):
+            return self.graph_mib * 2**20
+        return _GRAPH_BYTES if device_type == "cuda" and not (self.padded or self.deterministic) else 0
 
     @property
     def max_body_bytes(self) -> int:
@@ -149,9 +159,10 @@ class ServingConfig:
         return cls(**values)
 
 
-def _check_integer(name: str, value: Any, *, minimum: int) -> None:
+def _check_integer(name: str, value: Any, *, minimum: int, other: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
+        expected = f"{other} or an integer" if other else "an integer"
+        raise ValueError(f"{name}: expected {expected} >= {minimum}, got {value!r}")
 
 
 def _check_duration(name: str, value: Any) -> None:

@@ -23,8 +23,9 @@ import torch
 
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
-from mpm_ops.runtime import make_runtime
-from mpm_ops.runtime.graphs import PATIENCE
+from mpm_ops.labels import label_maps
+from mpm_ops.runtime import Runtime, make_runtime
+from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.stages import format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
@@ -67,6 +68,7 @@ class Engine:
         observer: called after each group with the group and its seconds.
         keeps_bodies: whoever calls keeps the pictures that came until they are answered, so they count as long.
         lookahead: groups launched behind the one that runs; None for one on a GPU and none elsewhere.
+        runtime: that runs the model in place of the configuration's.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Engine:
         observer: Callable[[Group["Window"], float], None] = lambda group, seconds: None,
         keeps_bodies: bool = False,
         lookahead: int | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         if len(classes) != model.config.n_cls:
             raise ValueError(f"classes: expected {model.config.n_cls}, got {len(classes)}")
@@ -92,12 +95,12 @@ class Engine:
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
         mergers = {schedule: model.mpm(schedule, model.align) for schedule in schedules}
-        self._runtime = make_runtime(
+        self._runtime = runtime or make_runtime(
             model,
             config.runtime,
             config.precision,
             mergers=list(mergers.values()),
-            graph_bytes=config.graph_mib * 2**20,
+            graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
         stages = {schedule: merger.stages for schedule, merger in mergers.items()}
@@ -166,20 +169,31 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Send pictures through before anyone waits for them; no metric counts them and none is sampled.
 
-        Where graphs are captured, each as often as it takes until those of its shapes are.
+        Where graphs are captured, each as often as it takes until those of its shapes are: in full groups, then alone.
 
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
         metrics, agreement = self.metrics, self._agreement
-        times = PATIENCE + 1 if self._config.graph_mib else 1
         self.metrics, self._agreement = Metrics("warm-up", grid=self._grid, info={}), None
         try:
             for picture in pictures:
-                for _ in range(times):
-                    self.submit(picture, RequestOptions(request_id="warm-up")).result()
+                for together in self._warm_up_rounds(picture):
+                    answers = [self.submit(picture, RequestOptions(request_id="warm-up")) for _ in range(together)]
+                    for answer in answers:
+                        answer.result()
         finally:
             self.metrics, self._agreement = metrics, agreement
+
+    def _warm_up_rounds(self, picture: bytes) -> list[int]:
+        """How often to send a picture at once, round by round."""
+        if not isinstance(self._runtime, GraphRuntime):
+            return [1]
+        config, times = self._config, PATIENCE + 1
+        size = codec.read_size(picture, max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels)
+        most = min(config.max_group_windows, config.max_inflight_tokens // self._tokens_of_window)
+        full = max(1, most // self._plan(*size).num_windows)
+        return [full] * times + [1] * times
 
     def submit(
         self, data: bytes | bytearray, options: RequestOptions, span: RequestSpan = NO_SPAN
@@ -319,7 +333,8 @@ class Engine:
 
     def _enqueue(self, request: Request, image: np.ndarray, plan: WindowPlan) -> None:
         """Cut a picture into windows that wait for the first stage."""
-        pixels = upload(cut_windows(image, plan, self._model.inference), self._device_of_model)
+        as_bytes = self._device_of_model.type == "cuda"  # a quarter to copy, and the device normalises faster
+        pixels = upload(cut_windows(image, plan, self._model.inference, as_bytes=as_bytes), self._device_of_model)
         request.image, request.plan = image, plan
         request.windows = [Window(request, window, [self._tokens_of_window - self._special]) for window in pixels]
         request.ready_at = monotonic()
@@ -364,6 +379,7 @@ class Engine:
             self.metrics.waiting(arrivals, +1)
             self._device.scheduler.add(arrivals, now)
             return
+        complete: list[Request] = []
         for request in by_request(windows):
             logits = [window.logits for window in request.windows if window.logits is not None]
             if not all(window.is_finite for window in request.windows):
@@ -372,7 +388,9 @@ class Engine:
             elif len(logits) == len(request.windows):
                 busy = request.seconds["compute"] + request.seconds["merge"]
                 request.seconds["queue"] = max(0.0, now - request.ready_at - busy)
-                self._encoders.submit(self._guard, request, self._finish, request)
+                complete.append(request)
+        if complete:
+            self._answer(complete)
 
     def _waiting(self, window: Window, stage: int, length: int) -> Waiting[Window]:
         request = window.request
@@ -407,18 +425,53 @@ class Engine:
 
     # Answering
 
-    def _finish(self, request: Request) -> None:
+    def _answer(self, requests: Sequence[Request]) -> None:
+        """Have pictures labelled and encoded; on a GPU those whose windows lie alike are labelled together."""
+        alike: dict[object, list[Request]] = {}
+        for request in requests:
+            together = request.windows[0].logits.is_cuda and request.encoded and request.options.view != "confidence"
+            alike.setdefault(request.plan if together else id(request), []).append(request)
+        for group in alike.values():
+            if len(group) == 1:
+                self._encoders.submit(self._guard, group[0], self._finish, group[0])
+            else:
+                self._encoders.submit(self._label_together, group)
+
+    def _label_together(self, requests: Sequence[Request]) -> None:
+        """Label pictures of one plan, and encode each in whichever thread is free."""
+        start = monotonic()
+        try:
+            found = [self._segmented(request) for request in requests]
+            masks: Sequence[np.ndarray | None] = label_maps(
+                [one.logits for one in found], found[0].plan, self._model.config.patch_size
+            )
+        except Exception:
+            logger.exception("%d pictures could not be labelled together", len(requests))
+            masks = [None] * len(requests)  # one by one: only those at fault fail
+        seconds = monotonic() - start
+        for request, mask in zip(requests, masks, strict=True):
+            request.seconds["labels"] = seconds
+            try:
+                self._encoders.submit(self._guard, request, self._finish, request, mask)
+            except RuntimeError:  # closing
+                self._guard(request, self._finish, request, mask)
+
+    def _segmented(self, request: Request) -> Segmented:
         assert request.image is not None
         assert request.plan is not None
         grid = (self._grid, self._grid)
-        segmented = Segmented(
+        logits = [window.logits.unflatten(1, grid) for window in request.windows if window.logits is not None]
+        return Segmented(
             request.image,
             request.plan,
-            torch.stack([window.logits.unflatten(1, grid) for window in request.windows if window.logits is not None]),
+            torch.stack(logits) if len(logits) > 1 else logits[0][None],
             [window.merge_map for window in request.windows],
             [window.lengths for window in request.windows],
             request.seconds,
         )
+
+    def _finish(self, request: Request, labels: np.ndarray | None = None) -> None:
+        segmented = self._segmented(request)
         agreement = self._agreement  # before the answer, which may be the end of the warm-up
         if not request.encoded:
             if segmented.logits.is_cuda:  # who asked may read them in another stream
@@ -426,7 +479,7 @@ class Engine:
             request.answer.set_result(segmented)
             return
         with self._admission.working(encoding_bytes(request.options) * request.pixels):
-            reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size)
+            reply = encode_reply(segmented, request.options, self._classes, self._model.config.patch_size, labels)
         encode_seconds, now = reply.seconds["encode"], monotonic()
         request.span.step("labels", now - encode_seconds, reply.seconds["labels"])
         request.span.step("encode", now, encode_seconds)

@@ -134,8 +134,11 @@ class Exchange:
         seconds = monotonic() - self.arrived
         self._on_end(self, code, replies)
         self.span.end(code)
-        trace_id = self.span.trace_id
-        logger.info(describe_request(self.request_id, code, seconds, trace_id=trace_id, replies=replies, error=error))
+        if logger.isEnabledFor(logging.INFO):
+            trace_id = self.span.trace_id
+            logger.info(
+                describe_request(self.request_id, code, seconds, trace_id=trace_id, replies=replies, error=error)
+            )
         return True
 
     def _drop_parts(self) -> None:

@@ -4,6 +4,7 @@ Every engine has a registry of its own and serves it on a port of its own, so se
 the other on the same port, never mix. Times are seconds, and everything else is counted in what its name says.
 """
 
+import collections
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -195,11 +196,14 @@ class Metrics:
         for step, histogram in self._steps.items():
             histogram.observe(seconds[step])
 
-    def waiting(self, windows: Iterable[Waiting[Any]], sign: int) -> None:
+    def waiting(self, windows: Sequence[Waiting[Any]], sign: int) -> None:
         """Windows began (+1) or ceased (-1) to wait."""
-        for window in windows:
-            self._lane(window.lane).waiting_windows.inc(sign)
-            self._waiting_tokens.inc(sign * window.length)
+        if not windows:
+            return
+        by_lane = collections.Counter(window.lane for window in windows)
+        for lane, number in by_lane.items():
+            self._lane(lane).waiting_windows.inc(sign * number)
+        self._waiting_tokens.inc(sign * sum(window.length for window in windows))
 
     def released(self, group: Group[Any], now: float, *, padded: bool) -> None:
         """A group is about to run."""

@@ -61,6 +61,7 @@ class Encoder(nn.Module):
     def _project(self, windows: Tensor) -> Tensor:
         """The convolution as one matrix product, [B, Gh * Gw, D]: on a GPU faster, and in float32 without TF32."""
         proj, side = self.patch_embed["proj"], self.patch_size
+        assert isinstance(proj, nn.Conv2d)
         windows = windows.to(proj.weight.dtype)
         patches = windows.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)

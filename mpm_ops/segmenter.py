@@ -19,7 +19,7 @@ from .packed import PackedTokens
 from .runtime import Runtime
 from .runtime.eager import TorchRuntime
 from .stages import Decoded, Stage, WindowBatch
-from .windows import NORMALIZATIONS, InferenceConfig, cut_windows, plan_windows
+from .windows import InferenceConfig, cut_windows, normalize_windows, plan_windows
 
 DECODERS = ("mask_transformer", "linear")
 
@@ -98,7 +98,6 @@ class Segmenter(nn.Module):
                 n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
             )
         self._runtime: Runtime | None = None
-        self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def tower(self) -> Tower:
@@ -150,20 +149,11 @@ class Segmenter(nn.Module):
             windows: float [B, 3, H, W], normalised; or uint8 RGB [B, H, W, 3], as cut from a fitted picture, which
                 give the same numbers where the frame is not resized once more (see `cut_windows`).
         """
-        windows, size = self.normalised(windows), self.config.patch_size
+        if windows.dtype == torch.uint8:
+            windows = normalize_windows(windows, self.inference.normalization)
+        size = self.config.patch_size
         grid = (-(-windows.shape[2] // size), -(-windows.shape[3] // size))
         return WindowBatch(self.encoder.embed(windows), grid=grid)
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], as `cut_windows` normalises; what is normalised stays as it is."""
-        if pixels.dtype != torch.uint8:
-            return pixels
-        name, device = str(self.inference.normalization), pixels.device
-        if (name, device) not in self._statistics:
-            mean, std = (torch.tensor(stat, dtype=torch.float32)[:, None, None] for stat in NORMALIZATIONS[name])
-            self._statistics[name, device] = (mean.to(device), std.to(device))
-        mean, std = self._statistics[name, device]
-        return (pixels.permute(0, 3, 1, 2) - mean).div_(std)
 
     def launch(
         self,

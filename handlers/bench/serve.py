@@ -128,6 +128,7 @@ def _started(name: str, model: Segmenter) -> Iterator[_Contestant]:
         schedule=model.schedule,
         align=way.align,
         runtime="torch",  # the only one that can pad
+        precision="fp32",  # the library's
         padded=way.padded,
         deterministic=way.alone,
         deadline_seconds=600,

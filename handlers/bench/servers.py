@@ -78,7 +78,7 @@ def bench_servers(
 def _check_parity(
     checkpoint: Path, schedule: Sequence[int], pictures: Sequence[bytes], urls: Mapping[str, str]
 ) -> None:
-    model = load_segmenter(checkpoint, schedule, runtime="auto", precision="auto")  # as it is served
+    model = load_segmenter(checkpoint, schedule, runtime="auto")  # as it is served
     classes = load_classes(checkpoint.parent, model.config.n_cls)
     for picture in pictures[:4]:
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)

@@ -337,7 +337,7 @@ class GraphRuntime(TorchRuntime):
         lengths = tuple(_some_lengths(shape, self._longest, self._special))
 
         def first(windows: Tensor) -> Results:
-            return self._stage(shape.stage, self._network.embed(windows).tokens, None)
+            return self._stage(shape.stage, self._in_precision(shape.stage, self.embed(windows)).tokens, None)
 
         def later(values: Tensor, bounds: Tensor, maps: Tensor) -> Results:
             return self._stage(shape.stage, PackedTokens(values, lengths, bounds), maps)

@@ -22,6 +22,7 @@ from mpm_ops.attention import check_blocks, use_attention
 from mpm_ops.decoders import DecoderLinear
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Decoded, Stage, WindowBatch
+from mpm_ops.windows import normalize_windows
 
 from .base import Runtime
 from .eager import with_same_weights
@@ -113,8 +114,10 @@ class OpenVINORuntime(Runtime):
         return x[merge_map], None
 
     def _padded(self, windows: Tensor) -> Tensor:
-        windows, size = self._model.normalised(windows).float(), self._model.config.patch_size
-        return F.pad(windows, (0, -windows.shape[3] % size, 0, -windows.shape[2] % size))
+        if windows.dtype == torch.uint8:
+            windows = normalize_windows(windows, self._model.inference.normalization)
+        size = self._model.config.patch_size
+        return F.pad(windows.float(), (0, -windows.shape[3] % size, 0, -windows.shape[2] % size))
 
     def _pieces(self, stage: Stage, windows: Tensor | None) -> list["Piece"]:
         bounds = self._bounds.get(_kind(stage), ())

@@ -71,7 +71,9 @@ def test_live_agreement_is_that_of_the_library(tiny_model: Callable[..., Segment
     expected = float((merged == reference).mean())
     assert 0.05 < expected < 0.999, "merging has to change something here"
 
-    config = ServingConfig(schedule=(0, 1), allowed_schedules=(), runtime="torch", agreement_fraction=1, padded=padded)
+    config = ServingConfig(
+        schedule=(0, 1), allowed_schedules=(), runtime="torch", precision="fp32", agreement_fraction=1, padded=padded
+    )
     engine = Engine(model, CLASSES, config)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")

@@ -74,8 +74,16 @@ def test_graphs_leave_shapes_and_bits_open() -> None:
     for name in ("padded", "deterministic"):
         with pytest.raises(ValueError, match=r"^graph_mib: expected 0 with padded or deterministic, got 512$"):
             ServingConfig.from_mapping({"graph_mib": 512, name: True})
-    with pytest.raises(ValueError, match=r"^graph_mib: expected an integer >= 0, got 1.5$"):
+    with pytest.raises(ValueError, match=r"^graph_mib: expected auto or an integer >= 0, got 1.5$"):
         ServingConfig.from_mapping({"graph_mib": 1.5})
+
+
+def test_graphs_are_captured_on_a_gpu_unless_told_otherwise() -> None:
+    config = ServingConfig()
+    assert (config.graph_bytes("cuda"), config.graph_bytes("cpu")) == (4 * 2**30, 0)
+    assert ServingConfig(graph_mib=0).graph_bytes("cuda") == 0
+    assert ServingConfig(graph_mib=3).graph_bytes("cuda") == 3 * 2**20
+    assert ServingConfig(padded=True).graph_bytes("cuda") == ServingConfig(deterministic=True).graph_bytes("cuda") == 0
 
 
 @pytest.mark.parametrize("value", ["2,5", 2, None, {2: 5}, {2, 5}, ["2", "5"], [2, None], [2.0], [-1], [[2]], [True]])

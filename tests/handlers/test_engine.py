@@ -26,12 +26,18 @@ from handlers.scheduler import Group
 from handlers.work import Window
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
+from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
 
 CONFIG = ServingConfig(
-    schedule=(1, 2), runtime="torch", max_inflight_tokens=2**18, deadline_seconds=250, stall_seconds=250
+    schedule=(1, 2),
+    runtime="torch",
+    precision="fp32",
+    max_inflight_tokens=2**18,
+    deadline_seconds=250,
+    stall_seconds=250,
 )
 NPY = RequestOptions(request_id="test", media_type="application/x-npy")
 CLASSES = Classes(tuple("abcde"), default_colors(5))
@@ -84,9 +90,23 @@ def error_of(answer: "Future[SegmentReply]") -> ServingError:
     return error
 
 
-@pytest.mark.parametrize(("runtime", "deterministic"), [("torch", False), ("torch", True), ("openvino", False)])
+@pytest.mark.parametrize(
+    ("runtime", "precision", "deterministic", "repeats"),
+    [
+        ("torch", "fp32", False, 125),
+        ("torch", "fp32", True, 25),
+        ("openvino", "fp32", False, 125),
+        pytest.param("torch", "bf16", False, 25, marks=pytest.mark.bf16),
+        pytest.param("openvino", "bf16", False, 25, marks=pytest.mark.bf16),
+    ],
+)
 def test_same_picture_same_mask_whatever_shares_its_groups(
-    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], runtime: str, deterministic: bool
+    tiny_model: Callable[..., Segmenter],
+    start: Callable[..., Engine],
+    runtime: str,
+    precision: str,
+    deterministic: bool,
+    repeats: int,
 ) -> None:
     pictures = [
         picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (64, 64), (50, 300), (90, 40)])
@@ -94,15 +114,15 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     schedules: list[tuple[int, ...]] = [(1, 2), ()]
     library = {schedule: tiny_model(schedule=schedule, **TINY) for schedule in schedules}
     for network in library.values():
-        network.runtime = make_runtime(network, runtime)
+        network.runtime = make_runtime(network, runtime, precision)
     expected = {
         (i, schedule): network.segment(image)
         for i, image in enumerate(pictures)
         for schedule, network in library.items()
     }
-    engine = start(replace(CONFIG, runtime=runtime, deterministic=deterministic))
+    engine = start(replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic))
     encoded = [encode(image) for image in pictures]
-    kinds = list(expected) * (25 if deterministic else 125)
+    kinds = list(expected) * repeats
     np.random.default_rng(0).shuffle(kinds)
     answers = [engine.submit(encoded[i], replace(NPY, schedule=tuple(schedule))) for i, schedule in kinds]
     for (i, schedule), answer in zip(kinds, answers, strict=True):
@@ -659,6 +679,8 @@ def test_a_group_that_hangs_behind_another_is_noticed(
     release.set()
 
 
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install -e '.[kernels]'")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # triton's interpreter
 def test_graphs_of_what_warms_up_are_there_before_traffic(
     model: Segmenter, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,9 +692,10 @@ def test_graphs_of_what_warms_up_are_there_before_traffic(
     engine.warm_up([data])
     warm = dict(graphs.policy.counts)
     labels_of(engine.submit(data, NPY))
-    assert graphs.policy.counts["capture"] == warm["capture"] == 4, "three stages and the decoder"
+    assert graphs.policy.counts["capture"] == warm["capture"] >= 3, "each of three stages"
     assert graphs.policy.counts["eager"] == warm["eager"]
-    assert graphs.policy.counts["replay"] == warm["replay"] + 4
+    assert graphs.policy.counts["replay"] == warm["replay"] + 3
+    assert any(shape.num_windows > 1 for shape in graphs._graphs)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 
 from handlers.codec import decode_image, encode_mask_png, encode_picture
 from handlers.torchserve_launcher import TorchServe
-from mpm_ops import Segmenter, load_segmenter
+from mpm_ops import Segmenter
 from mpm_ops.classes import Classes, load_classes
 
 pytest_plugins = ("tiny_server",)
@@ -178,14 +178,13 @@ class TestAnswers:
         assert post(url, pieces).content == expected_mask(jpeg)
 
     def test_demo_model_beside_it(
-        self, server: TorchServe, demo_checkpoint: Path, photo: Callable[..., np.ndarray]
+        self, server: TorchServe, demo_checkpoint: Path, demo_model: Segmenter, photo: Callable[..., np.ndarray]
     ) -> None:
         picture = encode_picture(photo(4, 180, 240), "image/png")
-        demo = load_segmenter(demo_checkpoint, (2, 5), runtime="auto", precision="auto")
-        classes = load_classes(demo_checkpoint.parent, demo.config.n_cls)
+        classes = load_classes(demo_checkpoint.parent, demo_model.config.n_cls)
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**6)
         answer = post(f"{server.url}/predictions/demo", picture).content
-        assert answer == encode_mask_png(demo.segment(image), classes)
+        assert answer == encode_mask_png(demo_model.segment(image), classes)
 
 
 class TestMultipart:

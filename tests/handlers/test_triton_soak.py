@@ -38,7 +38,7 @@ def test_mixed_load(
         checkpoint,
         name="tiny",
         out=tmp_path / "store",
-        serving={"schedule": [0, 1]},
+        serving={"schedule": [0, 1], "precision": "fp32"},
         max_inflight=6,
         max_queue_size=16,
     )

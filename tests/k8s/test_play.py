@@ -160,9 +160,7 @@ def test_it_answers_a_picture_as_the_library_does(played: Played, capsys: pytest
         mask = answer.content
     else:
         mask = segment_http(f"http://127.0.0.1:{played.ports['8000']}", "segmenter", picture)
-    model = load_segmenter(
-        ROOT / "model_store" / "demo" / "checkpoint.pth", schedule=(2, 5), runtime="auto", precision="auto"
-    )
+    model = load_segmenter(ROOT / "model_store" / "demo" / "checkpoint.pth", schedule=(2, 5), runtime="auto")
     assert (np.asarray(Image.open(io.BytesIO(mask))) == model.segment(image)).all()
     with capsys.disabled():
         peak = played.run("cat", "/sys/fs/cgroup/memory.peak").stdout.strip() or "unknown"

@@ -200,7 +200,7 @@ def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def build(kind: str) -> Path:
         out = tmp_path_factory.mktemp(kind)
-        serving = {"schedule": [0, 1], "torch_threads": 1, "agreement_fraction": 0}
+        serving = {"schedule": [0, 1], "precision": "fp32", "torch_threads": 1, "agreement_fraction": 0}
         if kind == "torchserve":
             build_archive(checkpoint, name="tiny", out=out, serving=serving)
         else:

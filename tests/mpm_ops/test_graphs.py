@@ -14,6 +14,7 @@ from fake_cuda import Rerun, compute_packed
 from torch import Tensor
 
 from mpm_ops import Segmenter
+from mpm_ops.kernels import has_triton
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
@@ -29,6 +30,10 @@ from mpm_ops.runtime.graphs import (
 from mpm_ops.stages import Decoded, Stage, WindowBatch, WindowView
 
 Make = Callable[..., Segmenter]
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="triton is not installed: pip install -e '.[kernels]'"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),  # the interpreter
+]
 
 
 def shape(num_tokens: int, num_windows: int = 1) -> Shape:
