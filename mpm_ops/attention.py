@@ -70,7 +70,8 @@ def run_parts(
             rest = block.drop_path2(block.ls2(block.mlp(normed)))
     keys = None
     if wants_keys:
-        assert qkv is not None and parts[-1] % 2 == 0, "keys belong to an attention"
+        assert qkv is not None
+        assert parts[-1] % 2 == 0, "keys belong to an attention"
         keys = qkv[:, 1].mean(dim=1)
     if last_norm is not None:
         return tokens.with_values(_add_norm(x, rest, last_norm)[1]), keys

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .merging import make_merger
 from .runtime import make_runtime
 from .segmenter import Segmenter, SegmenterConfig
 from .windows import InferenceConfig
@@ -30,6 +31,7 @@ def load_segmenter(
     schedule: Sequence[int] = (),
     align: int = 1,
     *,
+    merger: str | None = None,
     inference: Mapping[str, Any] | None = None,
     runtime: str = "torch",
     precision: str | None = None,
@@ -43,6 +45,7 @@ def load_segmenter(
         path: `checkpoint.pth`; `variant.yml` is read from the same folder.
         schedule: encoder blocks before which tokens merge, 0-based; () for no merging, (2, 5) as in the paper.
         align: see `merge_tokens`.
+        merger: another way to merge, such as "tome:r=46" or "algm", instead of a schedule; see `make_merger`.
         inference: fields of `InferenceConfig` that override the checkpoint's.
         runtime: what blocks and decoder run on, see `make_runtime`; "auto" is the servers' default.
         precision: "auto", "fp32", "bf16" or "fp16"; by default "auto" for runtime "auto", as the servers have it,
@@ -55,7 +58,7 @@ def load_segmenter(
     Raises:
         FileNotFoundError: either file is missing.
         CheckpointError: a file is unreadable, or keys are missing, unexpected or of another shape.
-        ValueError: the schedule, align or inference do not fit the network, or the runtime can't run here.
+        ValueError: the schedule, align, merger or inference do not fit the network, or the runtime can't run here.
 
     Source: rstrudel/segmenter@20d1bfad, `segm/model/factory.py`.
     """
@@ -65,6 +68,10 @@ def load_segmenter(
     variant = read_variant(path.parent / "variant.yml")
     config = _segmenter_config(variant)
     model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
+    if merger is not None:
+        if schedule or align != 1:
+            raise ValueError(f"merger: expected no schedule and align beside it, got {merger!r} and {tuple(schedule)}")
+        model.merger = make_merger(merger, model.tower)
     _load_strictly(model, read_weights(path), path)
     model.eval().to(device)
     if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it

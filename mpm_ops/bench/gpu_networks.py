@@ -4,7 +4,6 @@ Weights are random, which gives tokens no meaning and merging no typical length:
 imposed (see `Injected`), and the pairs that are found are only timed.
 """
 
-import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

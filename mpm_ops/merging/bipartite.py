@@ -14,11 +14,10 @@ from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import WindowBatch
 
 Step = tuple[Tensor, int]
+Find = Callable[[Tensor, Tensor | None], Step]
 
 
-def merge_windows(
-    batch: WindowBatch, num_special: int, find: Callable[[Tensor, Tensor | None], Step], *, together: bool = False
-) -> WindowBatch:
+def merge_windows(batch: WindowBatch, num_special: int, find: Find, *, together: bool = False) -> WindowBatch:
     """Merge windows by the steps that are found for them.
 
     Args:

@@ -36,6 +36,9 @@ class Mpm(Merger):
     def cuts(self) -> tuple[int, ...]:
         return tuple(2 * block for block in self.schedule)
 
+    def __str__(self) -> str:
+        return super().__str__() if self.schedule else NoMerging.name
+
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         return batch.merging(num_special=self.tower.num_special, align=self.align)
 

@@ -1,8 +1,8 @@
 """Stages on OpenVINO's CPU plugin, window by window: x86-64 and arm64, fp32 and, where the chip has it, bf16.
 
-The torch modules are converted in pieces, cut wherever some merger merges, each compiled once for any number of tokens.
-So mergers share pieces, and without merging the same pieces run one after the other. The first piece starts with the
-pixels and the last ends with the logits: every boundary copies tokens between float32 and bf16.
+The torch modules are converted in pieces, cut wherever some merger merges, each compiled once for any number of
+tokens. So mergers share pieces, and without merging the same pieces run one after the other. The first piece starts
+with the pixels and the last ends with the logits: every boundary copies tokens between float32 and bf16.
 """
 
 import itertools

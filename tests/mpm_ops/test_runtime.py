@@ -106,7 +106,8 @@ def test_every_length_runs_in_the_same_piece(tiny_model: Make, lengths: tuple[in
     with torch.inference_mode():
         batch = WindowBatch(PackedTokens(torch.randn(sum(lengths), 64), lengths))
         expected, found = torch_runtime.run(middle, batch), compiled.run(middle, batch)
-    assert isinstance(expected, WindowBatch) and isinstance(found, WindowBatch)
+    assert isinstance(expected, WindowBatch)
+    assert isinstance(found, WindowBatch)
     torch.testing.assert_close(found.tokens.values, expected.tokens.values, atol=1e-4, rtol=1e-4)
 
 
