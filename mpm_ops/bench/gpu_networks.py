@@ -218,12 +218,12 @@ def network_ways(
     return ways | {"ToMe": tome(unmerged, precision, windows, scale.networks[name][3])}
 
 
-def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
+def ours(model: Segmenter, runtime: TorchRuntime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
     """Our stages; merging is computed, and then the lengths imposed."""
 
     def run(laps: Laps, injected: Injected) -> Tensor:
         lengths.clear()
-        batch = runtime.embed(windows) if isinstance(runtime, TorchRuntime) else model.embed(windows)
+        batch = runtime.embed(windows)
         laps.lap("embed")
         for stage in model.stages:
             lengths.append(batch.tokens.lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpm_ops.stages import WindowBatch
 
 from .base import Merger, parameter
-from .bipartite import Matches, Step, merge_windows
+from .bipartite import Find, Matches, Step, merge_windows
 
 ALGM_THRESHOLDS = {192: 0.90, 384: 0.88, 768: 0.94, 1024: 0.95}  # by encoder width: Ti, S, B, L
 _BLOCKS = (0, 4)
@@ -57,7 +57,7 @@ class Algm(Merger):
         assert self.threshold is not None
         if batch.merge_maps is None:
             assert batch.grid is not None
-            find = partial(_squares, threshold=self.threshold, grid=batch.grid)
+            find: Find = partial(_squares, threshold=self.threshold, grid=batch.grid)
         else:
             find = _similar
         merged = merge_windows(batch, 1, find)

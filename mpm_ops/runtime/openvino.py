@@ -106,7 +106,7 @@ class OpenVINORuntime(Runtime):
             if merge_map is not None and (stage.attention_counts or stage.decoder_counts):
                 sizes[special:] = merge_map.bincount(minlength=length - special)
         for piece in pieces:
-            outputs = piece(x, sizes) if piece.takes_sizes else piece(x)
+            outputs = piece(x, sizes) if piece.takes_sizes and sizes is not None else piece(x)
             x = outputs[0]
         keys = outputs[1].clone() if stage.wants_keys else None
         if stage.merges or merge_map is None:
@@ -198,7 +198,7 @@ class _TracedPiece(nn.Module):
         first, last = parts.start // 2, -(-parts.stop // 2)
         self.parts = range(parts.start - 2 * first, parts.stop - 2 * first)
         self.model = with_same_weights(model)  # and nothing else in it: tracing and conversion take all they find
-        self.model.encoder.blocks = self.model.encoder.blocks[first:last]
+        self.model.encoder.blocks = nn.Sequential(*self.model.encoder.blocks[first:last])
         if not self.is_last:
             self.model.decoder = DecoderLinear(n_cls=1, d_encoder=1)
         self.takes_sizes = attention_counts or self.is_last
