@@ -166,7 +166,7 @@ def test_backends_are_chosen_by_name_and_refuse_where_they_cannot_run(caplog: py
     for name in ATTENTIONS[:-1]:
         with pytest.raises(ValueError, match=rf"^attention: {name} needs a CUDA device, got torch.float32 on cpu$"):
             use_attention(block, name)
-    with pytest.raises(ValueError, match=r"^attention: expected one of auto, flash, .*, got 'fast'$"):
+    with pytest.raises(ValueError, match=r"^attention: expected one of auto, triton, .*, got 'fast'$"):
         use_attention(block, "fast")
 
 

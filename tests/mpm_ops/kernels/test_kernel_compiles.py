@@ -1,4 +1,4 @@
-"""Every kernel compiles for real GPUs, fits their shared memory and spills no registers to speak of: no GPU is needed for that."""
+"""Every kernel compiles for real GPUs, fits their shared memory and hardly spills registers: no GPU is needed."""
 
 import os
 import subprocess

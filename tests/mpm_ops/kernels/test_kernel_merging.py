@@ -61,7 +61,8 @@ def test_cosines_and_partners_are_those_of_float64(device: torch.device) -> None
         decided = two.values[:, 0] - two.values[:, 1] > NEAR_TIE
         assert decided.double().mean() > 0.9
         assert torch.equal(nearest_of(found)[decided], two.indices[decided, 0])
-        torch.testing.assert_close(cosine_of(found).double(), two.values[:, 0], rtol=0, atol=5e-7)
+        off = 5e-7 if device.type == "cpu" else 1e-6  # tensor cores cut sums off rather than round them
+        torch.testing.assert_close(cosine_of(found).double(), two.values[:, 0], rtol=0, atol=off)
 
 
 @pytest.mark.parametrize(
