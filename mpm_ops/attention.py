@@ -104,7 +104,7 @@ def check_blocks(module: nn.Module) -> None:
 
 def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The sum, and its norm: one kernel on a GPU where nobody asks for gradients."""
-    if _fuses(x, norm):
+    if _fuses(norm, x):
         from .kernels import norms
 
         if rest is None:
@@ -114,7 +114,7 @@ def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
     return x, norm(x)
 
 
-def _fuses(x: Tensor, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not has_triton():
         return False
     whole_rows = isinstance(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[1:] and norm.bias is not None

@@ -6,6 +6,7 @@ afterwards gives what copying the tokens back first would give.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class MaskTransformer(nn.Module):
         key_bias = None
         if log_sizes is not None:
             key_bias = layout.append(log_sizes, log_sizes.new_zeros(self.n_cls)).values
-        x = run_blocks(self.blocks, x, key_bias, self.decoder_norm)
+        blocks: Any = self.blocks
+        x = run_blocks(blocks, x, key_bias, self.decoder_norm)
         return self.mask_norm(layout.score(x.values, self.proj_patch, self.proj_classes))
 
 

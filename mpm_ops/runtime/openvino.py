@@ -1,11 +1,11 @@
 """Stages on OpenVINO's CPU plugin, window by window: x86-64 and arm64, fp32 and, where the chip has it, bf16.
 
-The torch modules are converted in pieces, cut wherever some merger merges, each compiled once for any number of
-tokens. So mergers share pieces, and without merging the same pieces run one after the other. The first piece starts
-with the pixels and the last ends with the logits: every boundary copies tokens between float32 and bf16.
+The torch modules are converted stage by stage, each compiled once for any number of tokens. The first starts with the
+pixels and the last ends with the logits: every boundary copies tokens between float32 and bf16. Mergers that cut
+elsewhere share nothing, because in bf16 every cut moves the last bits: a merger gives the same bytes whatever others
+are served beside it.
 """
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -53,13 +53,12 @@ class OpenVINORuntime(Runtime):
         self.precision = precision
         self._model = with_same_weights(model)
         use_attention(self._model, "plain")
-        self._bounds = _bounds(mergers)
         self._first = lru_cache(_MOST_SHAPES)(self._compile_first)
         self._later = lru_cache(None)(self._compile_later)
         side = model.inference.window_size
         windows = torch.zeros(1, 3, side, side)
         for stage in {stage for merger in mergers for stage in merger.stages}:
-            self._pieces(stage, None if stage.index else self._padded(windows))
+            self._piece(stage, None if stage.index else self._padded(windows))
 
     @classmethod
     def obstacle(cls, model: "Segmenter") -> str | None:
@@ -77,16 +76,16 @@ class OpenVINORuntime(Runtime):
     def run(self, stage: Stage, given: Tensor | WindowBatch) -> WindowBatch | Decoded:
         if isinstance(given, Tensor):
             windows = self._padded(given)
-            pieces, inputs = self._pieces(stage, windows), windows.split(1)
+            piece, inputs = self._piece(stage, windows), windows.split(1)
             maps: Sequence[Tensor | None] = (None,) * len(inputs)
             size = self._model.config.patch_size
             grid: tuple[int, int] | None = (windows.shape[2] // size, windows.shape[3] // size)
             lengths = (self._length(windows),) * len(inputs)
         else:
-            pieces, inputs, lengths, grid = self._pieces(stage, None), given.tokens.split(), given.tokens.lengths, None
+            piece, inputs, lengths, grid = self._piece(stage, None), given.tokens.split(), given.tokens.lengths, None
             maps = given.merge_maps or (None,) * len(inputs)
         found = [
-            self._run_window(pieces, window, length, merge_map, stage)
+            self._run_window(piece, window, length, merge_map, stage)
             for window, length, merge_map in zip(inputs, lengths, maps, strict=True)
         ]
         if not stage.merges:
@@ -96,7 +95,7 @@ class OpenVINORuntime(Runtime):
         return WindowBatch(tokens, None if isinstance(given, Tensor) else given.maps, grid, keys)
 
     def _run_window(
-        self, pieces: Sequence["Piece"], x: Tensor, length: int, merge_map: Tensor | None, stage: Stage
+        self, piece: "Piece", x: Tensor, length: int, merge_map: Tensor | None, stage: Stage
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens and keys of a window, or its logits."""
         sizes = None
@@ -105,13 +104,11 @@ class OpenVINORuntime(Runtime):
             sizes = torch.ones(length)
             if merge_map is not None and (stage.attention_counts or stage.decoder_counts):
                 sizes[special:] = merge_map.bincount(minlength=length - special)
-        for piece in pieces:
-            outputs = piece(x, sizes) if piece.takes_sizes and sizes is not None else piece(x)
-            x = outputs[0]
+        outputs = piece(x, sizes) if piece.takes_sizes and sizes is not None else piece(x)
         keys = outputs[1].clone() if stage.wants_keys else None
         if stage.merges or merge_map is None:
-            return x.clone(), keys  # the next window overwrites it
-        return x[merge_map], None
+            return outputs[0].clone(), keys  # the next window overwrites it
+        return outputs[0][merge_map], None
 
     def _padded(self, windows: Tensor) -> Tensor:
         if windows.dtype == torch.uint8:
@@ -119,18 +116,10 @@ class OpenVINORuntime(Runtime):
         size = self._model.config.patch_size
         return F.pad(windows.float(), (0, -windows.shape[3] % size, 0, -windows.shape[2] % size))
 
-    def _pieces(self, stage: Stage, windows: Tensor | None) -> list["Piece"]:
-        bounds = self._bounds.get(_kind(stage), ())
-        inner = [bound for bound in bounds if stage.parts.start < bound < stage.parts.stop]
-        runs = [range(*pair) for pair in itertools.pairwise([stage.parts.start, *inner, stage.parts.stop])]
-        pieces = []
-        for parts in runs:
-            wants_keys = stage.wants_keys and parts.stop == stage.parts.stop
-            if windows is not None and parts.start == 0:
-                pieces.append(self._first(parts, wants_keys, tuple(windows.shape[2:])))
-            else:
-                pieces.append(self._later(parts, wants_keys, stage.attention_counts))
-        return pieces
+    def _piece(self, stage: Stage, windows: Tensor | None) -> "Piece":
+        if windows is not None:
+            return self._first(stage.parts, stage.wants_keys, tuple(windows.shape[2:]))
+        return self._later(stage.parts, stage.wants_keys, stage.attention_counts)
 
     def _compile_first(self, parts: range, wants_keys: bool, size: tuple[int, int]) -> "Piece":
         module = _FirstPiece(self._model, parts, wants_keys, attention_counts=False)
@@ -172,18 +161,6 @@ def _converted(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.
     return graph
 
 
-def _kind(stage: Stage) -> bool:
-    """Stages whose pieces may be shared: cut between blocks only, or inside them too."""
-    return stage.attention_counts or stage.wants_keys or stage.parts.start % 2 == 1 or stage.parts.stop % 2 == 1
-
-
-def _bounds(mergers: Sequence["Merger"]) -> dict[bool, list[int]]:
-    bounds: dict[bool, set[int]] = {}
-    for stage in (stage for merger in mergers for stage in merger.stages):
-        bounds.setdefault(_kind(stage), set()).update((stage.parts.start, stage.parts.stop))
-    return {kind: sorted(found) for kind, found in bounds.items()}
-
-
 class _TracedPiece(nn.Module):
     """Parts of a network for one window: tokens [L, D], and where it counts them sizes [L], to tokens and keys.
 
@@ -198,7 +175,7 @@ class _TracedPiece(nn.Module):
         first, last = parts.start // 2, -(-parts.stop // 2)
         self.parts = range(parts.start - 2 * first, parts.stop - 2 * first)
         self.model = with_same_weights(model)  # and nothing else in it: tracing and conversion take all they find
-        self.model.encoder.blocks = nn.Sequential(*self.model.encoder.blocks[first:last])
+        self.model.encoder.blocks = nn.Sequential(*list(self.model.encoder.blocks)[first:last])
         if not self.is_last:
             self.model.decoder = DecoderLinear(n_cls=1, d_encoder=1)
         self.takes_sizes = attention_counts or self.is_last

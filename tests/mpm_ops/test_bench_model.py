@@ -7,10 +7,12 @@ import torch
 from mpm_ops import Segmenter
 from mpm_ops.bench import model as bench_model
 from mpm_ops.bench.injected import Injected
-from mpm_ops.bench.model import MERGERS, bench_merging, bench_size, check_parity, contestants, print_table
+from mpm_ops.bench.model import bench_merging, bench_size, check_parity, contestants, print_table
 from mpm_ops.stages import WindowBatch
 
 Make = Callable[..., Segmenter]
+
+MERGERS = ("mpm:2,5", "algm:threshold=0.5")
 
 
 @pytest.fixture
