@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint import load_segmenter
 from .classes import load_classes
+from .models import load_segmenter
 from .runtime import PRECISIONS, RUNTIMES
 from .segmenter import Segmenter
 from .stages import parse_schedule
