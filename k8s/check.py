@@ -325,8 +325,8 @@ def probes(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: startupProbe: expected 300 s or more for a server to start"
         for probe in ("startupProbe", "livenessProbe"):
             command = container.get(probe, {}).get("exec", {}).get("command", [])
-            if "handlers.health" not in command:
-                yield f"{where}: {probe}: expected handlers.health, since front ends call a dead model healthy"
+            if "handlers.launch.health" not in command:
+                yield f"{where}: {probe}: expected handlers.launch.health, since front ends call a dead model healthy"
                 continue
             own = [float(word.partition("=")[2]) for word in command if word.startswith("--timeout=")]
             if not own or own[0] >= container[probe].get("timeoutSeconds", 1):
@@ -630,7 +630,7 @@ def _knows_its_cores(server: Manifest) -> bool:
 
 
 def _is_triton(workload: Manifest) -> bool:
-    return any("handlers.triton_launcher" in c.get("command", []) for c in pod_of(workload)["containers"])
+    return any("handlers.launch.triton" in c.get("command", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:

@@ -107,7 +107,7 @@ class FreeNetwork(Runtime):
 def make_engine(load: Load, network: str, codec_threads: int) -> Any:
     """An engine on the real network, or on one that costs nothing."""
     from handlers.config import ServingConfig  # what this imports, a machine for kernels alone may lack
-    from handlers.engine import Engine
+    from handlers.engine.engine import Engine
 
     device = torch.device(load.device)
     config = ServingConfig(
@@ -257,7 +257,7 @@ def _receive(worker: Connection, seconds: float) -> Any:
 
 def _work(pipe: Connection, load: Load, networks: Sequence[str], codec_threads: int) -> None:
     """One process: its engines, then one loop for each message until the other end is closed."""
-    from handlers.options import RequestOptions
+    from handlers.api.options import RequestOptions
 
     try:
         if load.device.startswith("cuda"):

@@ -42,10 +42,12 @@ def time_engine(
     Raises:
         ServingError: a picture was not answered.
     """
-    from handlers import codec  # these need packages that a machine for kernels alone may lack
+    # These need packages that a machine for kernels alone may lack.
+    from handlers.api.formats.npy import encode_npy
+    from handlers.api.formats.views import encode_picture
+    from handlers.api.options import RequestOptions
     from handlers.config import ServingConfig
-    from handlers.loading import load_engine
-    from handlers.options import RequestOptions
+    from handlers.engine.loading import load_engine
 
     config = ServingConfig(
         device=device,
@@ -58,8 +60,8 @@ def time_engine(
         graph_mib=graph_mib,
     )
     sources = {
-        "jpeg": [codec.encode_picture(image, "image/jpeg") for image in images],
-        "frame": [codec.encode_npy(image) for image in images],
+        "jpeg": [encode_picture(image, "image/jpeg") for image in images],
+        "frame": [encode_npy(image) for image in images],
     }
     rows: dict[str, dict[str, Any]] = {}
     with closing(load_engine(folder, config)) as engine:
@@ -128,11 +130,12 @@ def _alone(engine: Any, data: Sequence[bytes], options: Any, number: int = 10) -
 def _engines(
     arguments: argparse.Namespace, images: Sequence[np.ndarray], size: str, mps: bool, on_gpu: bool
 ) -> dict[str, Any]:
-    from handlers import codec
+    from handlers.api.formats.npy import encode_npy
+    from handlers.api.formats.views import encode_picture
 
     sources = {
-        "jpeg": [codec.encode_picture(image, "image/jpeg") for image in images],
-        "frame": [codec.encode_npy(image) for image in images],
+        "jpeg": [encode_picture(image, "image/jpeg") for image in images],
+        "frame": [encode_npy(image) for image in images],
     }
     load = engines.Load(
         folder=arguments.checkpoint.parent,

@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from handlers.codec import FORMATS, decode_image, encode_mask_png
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.api.decode import FORMATS, decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import load_segmenter

@@ -49,7 +49,7 @@ def load_segmenter(
     precision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Segmenter:
-    """Load a checkpoint of one of MODELS, such as an official Segmenter's, with Mutual Pair Merging at the blocks of a schedule.
+    """Load a checkpoint of one of MODELS, such as an official Segmenter's, and say how its tokens merge.
 
     Nothing is downloaded and no code in the files is run.
 

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from handlers.launching import free_port
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.launch.processes import free_port
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
@@ -92,13 +92,11 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, max_image_bytes: int, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with `tiny`, its twins (one batches synchronously, one takes a single picture at a time), and
-    `demo` where there is a checkpoint."""
+    """A model store with `tiny`, its twin that takes a single picture at a time, and `demo` where there is one."""
     out = tmp_path_factory.mktemp("store")
     serving = SERVING | {"max_image_bytes": max_image_bytes}
     watched = {"metrics_port": metrics_port, "agreement_fraction": 0.2, "agreement_min_fraction": 0.1}
     build_archive(checkpoint, name="tiny", out=out, serving=serving | watched)
-    build_archive(checkpoint, name="tiny_synchronous", out=out, serving=serving, batching="synchronous", batch_size=8)
     build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
     if DEMO.is_file():
         build_archive(DEMO, name="demo", out=out, serving={})

@@ -169,7 +169,7 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     (
         "probes",
         (DEPLOYMENT, (*SERVER, "livenessProbe"), {"httpGet": {"path": "/ping", "port": "http"}}),
-        "livenessProbe: expected handlers.health",
+        "livenessProbe: expected handlers.launch.health",
     ),
     ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "timeoutSeconds"), 20), "expected --timeout below"),
     ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "timeoutSeconds"), GONE), "startupProbe: expected --timeout"),
