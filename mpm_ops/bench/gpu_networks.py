@@ -204,7 +204,7 @@ def network_ways(
     "MPM grouped" attends window by window. For graphs see `time_served`.
     """
     model, unmerged = build(scale, name, windows.device, schedule), build(scale, name, windows.device, ())
-    runs: dict[str, tuple[Segmenter, Runtime, int]] = {
+    runs: dict[str, tuple[Segmenter, TorchRuntime, int]] = {
         "plain": (unmerged, TorchRuntime(unmerged, precision, attention="grouped"), 1),
         "unmerged": (unmerged, make_packed(unmerged, precision), 1),
         "MPM": (model, make_packed(model, precision), 1),

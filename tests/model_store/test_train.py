@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mpm_ops.models import load_segmenter
 from PIL import Image
 
 from model_store.demo.held_out import HeldOut, hold_out
@@ -18,6 +17,7 @@ from model_store.demo.scene import CAR, ROAD
 from model_store.demo.train import learning_rate, parse_recipe, take_step, train
 from mpm_ops import InferenceConfig
 from mpm_ops.evaluate import DATASETS, evaluate
+from mpm_ops.models import load_segmenter
 
 STEADY = Augmentation(zoom=1.0, squeeze=1.0, turn=0.0, painted=0, pasted=0, blended=0)
 WILD = Augmentation(zoom=2.0, squeeze=1.2, turn=0.1, painted=0, pasted=0.5, blended=0.5)
