@@ -383,7 +383,7 @@ def test_windows_of_another_size_run_eagerly(tiny_model: Make) -> None:
 
 
 def test_graphs_are_refused_where_they_cannot_be_captured(tiny_model: Make) -> None:
-    with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU and without padding"):
+    with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU, expected 0"):
         make_runtime(tiny_model(), "torch", graph_bytes=2**20)
 
 
