@@ -105,8 +105,7 @@ check: $(TRITON)
 	$(BIN)/mypy
 
 bench: $(ENV) $(SAMPLES)
-	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --image $(SAMPLES)/street.jpg \
-		--out build/bench.json --plot build/bench.png
+	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

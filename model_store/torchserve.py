@@ -16,8 +16,8 @@ import yaml
 from handlers.config import CONFIG_KEY, ServingConfig
 from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
-from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
+from mpm_ops.models import read_weights
 
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
 _HANDLER = '''"""Serves the Segmenter in this archive."""

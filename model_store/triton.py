@@ -14,8 +14,8 @@ from handlers.config import ServingConfig
 from handlers.engine.loading import warm_up_picture
 from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
-from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
+from mpm_ops.models import read_weights
 
 _MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
 

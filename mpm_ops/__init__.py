@@ -1,8 +1,8 @@
 """Mutual Pair Merging for Segmenter vision transformers."""
 
 from . import _openmp  # noqa: F401
-from .checkpoint import CheckpointError, load_segmenter
 from .merge import compose_maps, merge_tokens, reconstruct
+from .models import CheckpointError, load_segmenter
 from .patch import patch_timm
 from .segmenter import Segmenter, SegmenterConfig
 from .windows import InferenceConfig, TooManyWindowsError

@@ -1,12 +1,13 @@
 """Self-attention over packed tokens, with the weights of a timm block.
 
 A backend multiplies queries, keys and values of ragged sequences; it is chosen by name, once. "grouped" runs
-everywhere, one call per length; the others take all sequences in one call on a GPU.
+everywhere, one call per length; the others take all sequences in one call on a GPU. "plain" is for one sequence, and
+for tracing.
 """
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -19,42 +20,91 @@ from .packed import PackedTokens
 
 
 def block_forward(block: Block, tokens: PackedTokens, key_bias: Tensor | None = None) -> PackedTokens:
-    """Run one pre-norm transformer block on packed tokens; see `run_blocks`."""
+    """Run one pre-norm transformer block on packed tokens; see `run_parts`."""
     return run_blocks((block,), tokens, key_bias)
 
 
 def run_blocks(
-    blocks: Iterable[Block],
+    blocks: Sequence[Block],
     tokens: PackedTokens,
     key_bias: Tensor | None = None,
     last_norm: nn.LayerNorm | None = None,
 ) -> PackedTokens:
-    """Run pre-norm transformer blocks on packed tokens.
+    """Run pre-norm transformer blocks on packed tokens; see `run_parts`."""
+    return run_parts(blocks, range(2 * len(blocks)), tokens, key_bias, last_norm=last_norm)[0]
+
+
+def run_parts(
+    blocks: Sequence[Block],
+    parts: range,
+    tokens: PackedTokens,
+    key_bias: Tensor | None = None,
+    *,
+    wants_keys: bool = False,
+    last_norm: nn.LayerNorm | None = None,
+) -> tuple[PackedTokens, Tensor | None]:
+    """Run some halves of pre-norm transformer blocks on packed tokens.
 
     Args:
-        blocks: timm blocks.
+        blocks: timm blocks that `block_obstacle` has nothing against.
+        parts: 2 i is the attention of block i, 2 i + 1 its MLP.
         tokens: [T, D] packed tokens.
         key_bias: [T], added to every attention logit of a key, or None. log(n) makes a token count
             as n equal ones.
+        wants_keys: return keys too; the last part must be an attention.
         last_norm: what normalises the result, if anything.
 
     Returns:
-        Packed tokens of the same lengths.
+        Packed tokens of the same lengths, and [T, Dh] the mean over heads of the last part's keys, or None.
     """
     x, rest = tokens.values, None  # what the next norm adds first
-    for block in blocks:
-        x, normed = _add_norm(x, rest, block.norm1)
-        rest = block.drop_path1(block.ls1(attend(block.attn, tokens.with_values(normed), key_bias)))
-        x, normed = _add_norm(x, rest, block.norm2)
-        rest = block.drop_path2(block.ls2(block.mlp(normed)))
+    qkv = None
+    for part in parts:
+        block = blocks[part // 2]
+        if part % 2 == 0:
+            x, normed = _add_norm(x, rest, block.norm1)
+            mixed, qkv = _attend(block.attn, tokens.with_values(normed), key_bias)
+            rest = block.drop_path1(block.ls1(mixed))
+        else:
+            x, normed = _add_norm(x, rest, block.norm2)
+            rest = block.drop_path2(block.ls2(block.mlp(normed)))
+    keys = None
+    if wants_keys:
+        assert qkv is not None
+        assert parts[-1] % 2 == 0, "keys belong to an attention"
+        keys = qkv[:, 1].mean(dim=1)
     if last_norm is not None:
-        return tokens.with_values(_add_norm(x, rest, last_norm)[1])
-    return tokens.with_values(x if rest is None else x + rest)
+        return tokens.with_values(_add_norm(x, rest, last_norm)[1]), keys
+    return tokens.with_values(x if rest is None else x + rest), keys
+
+
+def block_obstacle(block: nn.Module) -> str | None:
+    """What a block has that `run_parts` would leave out, or None: it computes timm's plain `Block` only."""
+    if type(block) is not Block:
+        return f"is a {type(block).__name__}"
+    attn = block.attn
+    if type(attn) is not Attention:
+        return f"has a {type(attn).__name__}"
+    for name, what in (("q_norm", "norm of queries"), ("k_norm", "norm of keys"), ("norm", "norm after attention")):
+        if not isinstance(getattr(attn, name, nn.Identity()), nn.Identity):
+            return f"has a {what} ({name})"
+    return "has a gate of attention (gate)" if getattr(attn, "gate", None) is not None else None
+
+
+def check_blocks(module: nn.Module) -> None:
+    """Refuse a network whose blocks `run_parts` would compute wrongly.
+
+    Raises:
+        ValueError: names the block and what it has.
+    """
+    for name, part in module.named_modules():
+        if name.rpartition(".")[0].endswith("blocks") and (obstacle := block_obstacle(part)):
+            raise ValueError(f"model: {name} {obstacle}; expected timm's plain Block, with or without LayerScale")
 
 
 def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The sum, and its norm: one kernel on a GPU where nobody asks for gradients."""
-    if _fuses(x, norm):
+    if _fuses(norm, x):
         from .kernels import norms
 
         if rest is None:
@@ -64,7 +114,7 @@ def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
     return x, norm(x)
 
 
-def _fuses(x: Tensor, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not has_triton():
         return False
     whole_rows = isinstance(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[1:] and norm.bias is not None
@@ -76,11 +126,18 @@ def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None
 
     Runs on the module's `attention_backend` (see `use_attention`), "grouped" where none was chosen.
     """
+    return _attend(attn, tokens, key_bias)[0]
+
+
+def _attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `attend`; also [T, 3, nH, Dh], queries, keys and values."""
     qkv = attn.qkv(tokens.values).view(-1, 3, attn.num_heads, attn.head_dim)
     backend = getattr(attn, "attention_backend", "grouped")
     if backend == "grouped":
         dropout = attn.attn_drop.p if attn.training else 0.0
         mixed = _grouped(qkv, tokens, key_bias, attn.scale, dropout)
+    elif backend == "plain":
+        mixed = _plain(qkv, attn.num_heads, key_bias, attn.scale)
     elif backend == "triton":
         from .kernels.attention import attend_ragged
 
@@ -88,7 +145,7 @@ def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None
         mixed = attend_ragged(qkv, tokens.cu_seqlens, tokens.max_seqlen, bias, attn.scale)
     else:
         mixed = attend_packed(_PACKED[backend], qkv, tokens, key_bias, attn.scale)
-    return attn.proj_drop(attn.proj(mixed))
+    return attn.proj_drop(attn.proj(mixed)), qkv
 
 
 def use_attention(module: nn.Module, name: str = "auto") -> str:
@@ -110,7 +167,7 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
     if name == "auto":
         known = [n for n in ATTENTIONS if attention_obstacle(n, weight.device, weight.dtype) is None]
         name = known[0]
-    elif name not in ATTENTIONS:
+    elif name not in (*ATTENTIONS, "plain"):
         raise ValueError(f"attention: expected one of auto, {', '.join(ATTENTIONS)}, got {name!r}")
     elif obstacle := attention_obstacle(name, weight.device, weight.dtype):
         raise ValueError(f"attention: {name} {obstacle}, got {weight.dtype} on {weight.device}")
@@ -123,7 +180,7 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
 
 def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend can't run there, or None."""
-    if name == "grouped":
+    if name in ("grouped", "plain"):
         return None
     if device.type != "cuda":
         return "needs a CUDA device"
@@ -184,6 +241,15 @@ def _grouped(qkv: Tensor, tokens: PackedTokens, key_bias: Tensor | None, scale: 
         return one_call(qkv, len(tokens.lengths), key_bias)
     biases = [None] * len(tokens.lengths) if key_bias is None else key_bias.split(tokens.lengths)
     return torch.cat([one_call(part, 1, bias) for part, bias in zip(qkv.split(tokens.lengths), biases, strict=True)])
+
+
+def _plain(qkv: Tensor, num_heads: int, key_bias: Tensor | None, scale: float) -> Tensor:
+    """One sequence of any length, in operators that a compiler knows: no length becomes a constant of a trace."""
+    q, k, v = qkv.flatten(1, 2)[None].transpose(1, 2).split(num_heads, dim=1)
+    scores = (q * scale) @ k.transpose(2, 3)
+    if key_bias is not None:
+        scores = scores + key_bias[None, None, None]
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)[0]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:

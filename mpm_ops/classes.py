@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import read_variant, trained_on
+from .models import read_variant, trained_on
 
 _DATASETS = Path(__file__).with_name("datasets")
 _OFFICIAL = {"ade20k": 150, "cityscapes": 19, "pascal_context": 60}  # classes

@@ -6,6 +6,7 @@ afterwards gives what copying the tokens back first would give.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class MaskTransformer(nn.Module):
         key_bias = None
         if log_sizes is not None:
             key_bias = layout.append(log_sizes, log_sizes.new_zeros(self.n_cls)).values
-        x = run_blocks(self.blocks, x, key_bias, self.decoder_norm)
+        blocks: Any = self.blocks
+        x = run_blocks(blocks, x, key_bias, self.decoder_norm)
         return self.mask_norm(layout.score(x.values, self.proj_patch, self.proj_classes))
 
 
@@ -81,14 +83,14 @@ class _OneByOne:
     num_classes: int
 
     def append(self, rows: Tensor, classes: Tensor) -> PackedTokens:
-        return PackedTokens.pack([torch.cat([own, classes]) for own in rows.split(self.tokens.lengths)])
+        return PackedTokens.pack([torch.cat([own, classes]) for own in self.tokens.with_values(rows).split()])
 
     def score(self, values: Tensor, proj_patch: Tensor, proj_classes: Tensor) -> Tensor:
         """[T, K] cosines of every patch with the classes of its window."""
         masks = []
-        for sequence in values.split([length + self.num_classes for length in self.tokens.lengths]):
+        for sequence in PackedTokens(values, tuple(n + self.num_classes for n in self.tokens.lengths)).split():
             patches = _unit(sequence[: -self.num_classes] @ proj_patch)
-            masks.append(patches @ _unit(sequence[-self.num_classes :] @ proj_classes).T)
+            masks.append(patches @ _unit(sequence[-self.num_classes :] @ proj_classes).transpose(0, 1))
         return torch.cat(masks)
 
 

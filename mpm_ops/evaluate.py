@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .baselines import Algm, RivalSegmenter, ToMe
-from .checkpoint import load_segmenter
 from .classes import load_classes
+from .models import load_segmenter
 from .runtime import PRECISIONS, RUNTIMES
 from .segmenter import Segmenter
 from .stages import parse_schedule
@@ -74,7 +73,7 @@ class Scores:
         return float(np.nanmean(self.iou))
 
 
-def evaluate(model: Segmenter | RivalSegmenter, pairs: Sequence[tuple[Path, Path]], dataset: Dataset) -> Scores:
+def evaluate(model: Segmenter, pairs: Sequence[tuple[Path, Path]], dataset: Dataset) -> Scores:
     """Segment every picture and compare it with its labels.
 
     Raises:
@@ -82,7 +81,7 @@ def evaluate(model: Segmenter | RivalSegmenter, pairs: Sequence[tuple[Path, Path
     """
     if not pairs:
         raise ValueError("pairs: expected at least one picture with labels, got none")
-    num_classes = (model.model if isinstance(model, RivalSegmenter) else model).config.n_cls
+    num_classes = model.config.n_cls
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)  # rows: truth, columns: prediction
     for image_path, label_path in pairs:
         predicted = model.segment(np.asarray(Image.open(image_path).convert("RGB")))
@@ -138,7 +137,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
     parser.add_argument("--schedule", action="append", help="2,5 or off; repeat to compare (off and 2,5)")
     parser.add_argument("--align", type=int, default=1)
-    parser.add_argument("--rivals", action="store_true", help="ToMe and ALGM too, as `mpm_ops.baselines` has them")
+    parser.add_argument("--merger", action="append", default=[], help="tome:r=46, algm ...; repeat to compare")
     parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -150,24 +149,20 @@ def main() -> int:
     results = []
     try:
         pairs = find_pairs(arguments.root, arguments.split, dataset)
-        for schedule in map(parse_schedule, arguments.schedule or ["off", "2,5"]):
+        schedules = arguments.schedule or ([] if arguments.merger else ["off", "2,5"])
+        mergers = [{"schedule": parse_schedule(text), "align": arguments.align} for text in schedules]
+        for chosen in [*mergers, *({"merger": text} for text in arguments.merger)]:
             model = load_segmenter(
                 arguments.checkpoint,
-                schedule,
-                arguments.align,
                 runtime=arguments.runtime,
                 precision=arguments.precision,
                 device=arguments.device,
+                **chosen,
             )
             runtime = f"{model.runtime.name} {model.runtime.precision}"
-            told = {"schedule": list(schedule), "align": arguments.align, "runtime": runtime}
-            results.append(told | _told(model, f"schedule {list(schedule) or 'off'}, {runtime}", arguments, pairs))
-        for rival in (ToMe, Algm) if arguments.rivals else ():
-            name = rival.__name__
-            results.append(
-                {"method": name}
-                | _told(rival(load_segmenter(arguments.checkpoint, device=arguments.device)), name, arguments, pairs)
-            )
+            told = {"merger": str(model.merger), "schedule": list(model.schedule), "align": model.align}
+            title = f"{model.merger}, {runtime}"
+            results.append(told | {"runtime": runtime} | _told(model, title, arguments, pairs))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -177,7 +172,7 @@ def main() -> int:
 
 
 def _told(
-    model: Segmenter | RivalSegmenter, title: str, arguments: argparse.Namespace, pairs: Sequence[tuple[Path, Path]]
+    model: Segmenter, title: str, arguments: argparse.Namespace, pairs: Sequence[tuple[Path, Path]]
 ) -> dict[str, object]:
     """Evaluate, print and return the scores."""
     scores = evaluate(model, pairs, DATASETS[arguments.dataset])

@@ -6,7 +6,6 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,20 +54,9 @@ class PackedTokens:
 
     def split(self) -> tuple[Tensor, ...]:
         """The sequences as [L_b, D] views."""
+        if len(self.lengths) == 1:
+            return (self.values,)  # in a trace, a length would become a constant
         return self.values.split(self.lengths)
-
-    def padded(self) -> tuple["PackedTokens", Tensor]:
-        """Zero rows up to the longest sequence, and a [B * max_seqlen] key bias that hides them from attention."""
-        longest = self.max_seqlen
-        rows = [F.pad(sequence, (0, 0, 0, longest - len(sequence))) for sequence in self.split()]
-        bias = self.values.new_zeros(len(rows), longest)
-        for i, length in enumerate(self.lengths):
-            bias[i, length:] = -torch.inf
-        return PackedTokens(torch.cat(rows), (longest,) * len(rows)), bias.flatten()
-
-    def unpadded(self, lengths: tuple[int, ...]) -> "PackedTokens":
-        """The first rows of each sequence: undoes `padded`."""
-        return PackedTokens.pack([s[:length] for s, length in zip(self.split(), lengths, strict=True)])
 
     def with_values(self, values: Tensor) -> "PackedTokens":
         """The same sequences with other rows."""

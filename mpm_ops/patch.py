@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._timm import Attention, Block, VisionTransformer
-from .attention import block_forward, use_attention
+from ._timm import Block, VisionTransformer
+from .attention import block_forward, block_obstacle, use_attention
 from .merge import compose_maps, merge_tokens
 from .merge_gpu import can_merge_on_gpu, merge_windows_gpu
+from .merging import Mpm, Tower
 from .packed import PackedTokens
-from .stages import cut_stages
 
 
 def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, align: int = 1) -> VisionTransformer:
@@ -59,9 +59,8 @@ class MergingBlocks(nn.Sequential):
         self, blocks: "OrderedDict[str, nn.Module]", schedule: Sequence[int], *, num_special: int, align: int
     ) -> None:
         super().__init__(blocks)
-        cut_stages(len(blocks), schedule)  # refuses what doesn't fit
-        if align < 1:
-            raise ValueError(f"align: expected an integer >= 1, got {align}")
+        tower = Tower(num_blocks=len(blocks), width=0, num_special=num_special)
+        Mpm(tower=tower, schedule=tuple(schedule), align=align)  # refuses what doesn't fit
         self.schedule = tuple(schedule)
         self.num_special = num_special
         self.align = align
@@ -161,10 +160,7 @@ def can_pack(block: nn.Module, x: Tensor) -> bool:
 
 def is_plain(block: nn.Module) -> bool:
     """Whether `block_forward` computes what the block does; timm's other parts may be set in both."""
-    if type(block) is not Block or type(block.attn) is not Attention or block.training:
-        return False
-    extras = (getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))
-    return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
+    return block_obstacle(block) is None and not block.training
 
 
 def _choose_attention(block: Block, device: torch.device) -> None:

@@ -2,22 +2,23 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import run_blocks
+from .attention import run_parts
 from .decoders import DecoderLinear, MaskTransformer, decodes_together
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
 from .merge_gpu import image_starts, packed_rows
+from .merging import Merger, Mpm, Tower
 from .packed import PackedTokens
 from .runtime import Runtime
 from .runtime.eager import TorchRuntime
-from .stages import Decoded, Stage, WindowBatch, cut_stages
+from .stages import Decoded, Stage, WindowBatch
 from .windows import InferenceConfig, cut_windows, normalize_windows, plan_windows
 
 DECODERS = ("mask_transformer", "linear")
@@ -63,8 +64,7 @@ class Segmenter(nn.Module):
     Attributes:
         config: the network's shape.
         inference: how pictures become windows.
-        schedule: encoder blocks before which tokens merge; empty for no merging.
-        align: see `merge_tokens`.
+        merger: how tokens merge, and so where the network is cut; may be replaced.
         runtime: what blocks and decoder run on, see `make_runtime`; by default this module's own operators, as suits
             the device that it is on when it is first asked for.
     """
@@ -78,13 +78,9 @@ class Segmenter(nn.Module):
         align: int = 1,
     ) -> None:
         super().__init__()
-        if align < 1:
-            raise ValueError(f"align: expected an integer >= 1, got {align}")
         self.config = config
         self.inference = inference
-        self.schedule = tuple(schedule)
-        self.align = align
-        self.stages = cut_stages(config.n_layers, self.schedule)
+        self.merger: Merger = self.mpm(schedule, align)
         self.encoder = Encoder(
             image_size=config.image_size,
             patch_size=config.patch_size,
@@ -102,6 +98,31 @@ class Segmenter(nn.Module):
                 n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
             )
         self._runtime: Runtime | None = None
+
+    @property
+    def tower(self) -> Tower:
+        """What a merger has to know of the encoder."""
+        config = self.config
+        return Tower(num_blocks=config.n_layers, width=config.d_model, num_special=2 if config.distilled else 1)
+
+    def mpm(self, schedule: Sequence[int], align: int = 1) -> Mpm:
+        """The paper's merger for this network, see `Mpm`."""
+        return Mpm(tower=self.tower, schedule=tuple(schedule), align=align)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The network, cut where its merger merges."""
+        return self.merger.stages
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Blocks before which MPM merges; empty where it does not."""
+        return self.merger.schedule if isinstance(self.merger, Mpm) else ()
+
+    @property
+    def align(self) -> int:
+        """See `merge_tokens`; 1 where MPM does not merge."""
+        return self.merger.align if isinstance(self.merger, Mpm) else 1
 
     @property
     def runtime(self) -> Runtime:
@@ -130,7 +151,9 @@ class Segmenter(nn.Module):
         """
         if windows.dtype == torch.uint8:
             windows = normalize_windows(windows, self.inference.normalization)
-        return WindowBatch(self.encoder.embed(windows))
+        size = self.config.patch_size
+        grid = (-(-windows.shape[2] // size), -(-windows.shape[3] // size))
+        return WindowBatch(self.encoder.embed(windows), grid=grid)
 
     def launch(
         self,
@@ -143,7 +166,7 @@ class Segmenter(nn.Module):
         """Launch one stage from its input to its end and wait for nothing on a GPU.
 
         Args:
-            stage: of `cut_stages`.
+            stage: of a merger's `stages`.
             given: windows for the first stage, see `embed`; what the stage before gave for others.
             runtime: what runs it; this model's own by default.
             before_merge: called between blocks and merge, unless one graph holds both.
@@ -151,63 +174,64 @@ class Segmenter(nn.Module):
         Returns:
             Of a stage that merges, what waits for the device and gives the merged windows; of the last one, logits.
         """
-        runtime = runtime or self.runtime
-        captured = getattr(runtime, "launch_piece", None)
-        launched = captured and captured(stage, given)
-        if launched is not None:
-            return launched
-        if isinstance(given, Tensor):
-            given = runtime.embed(given) if isinstance(runtime, TorchRuntime) else self.embed(given)
-        batch = runtime.run_blocks(stage, given)
-        if stage.merges:
-            before_merge()
-            return self.merging(batch)
-        return Decoded.of(runtime.decode(batch))
+        return (runtime or self.runtime).launch(stage, given, before_merge=before_merge)
 
-    def run_blocks(self, stage: Stage, batch: WindowBatch, *, padded: bool = False) -> WindowBatch:
-        """Run the encoder blocks of one stage.
+    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
+        """Run the encoder blocks of one stage."""
+        key_bias = batch.log_sizes(self.encoder.num_special) if stage.attention_counts else None
+        tokens, keys = self.run_parts(stage.parts, batch.tokens, key_bias, wants_keys=stage.wants_keys)
+        return replace(batch, tokens=tokens, keys=keys)
 
-        Args:
-            padded: pad ragged windows to the longest and mask, as runtimes that need one shape do. It
-                moves the last bits of a window's tokens with the lengths of its mates.
-        """
-        tokens, key_bias = batch.tokens, None
-        if padded and not tokens.is_uniform:
-            tokens, key_bias = tokens.padded()
-        tokens = self.run_tokens(tokens, stage.blocks, key_bias)
-        if key_bias is not None:
-            tokens = tokens.unpadded(batch.tokens.lengths)
-        return batch.with_tokens(tokens)
-
-    def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
-        """Run some encoder blocks; see `mpm_ops.attention.run_blocks`."""
-        return run_blocks([self.encoder.blocks[i] for i in blocks], tokens, key_bias)
+    def run_parts(
+        self, parts: range, tokens: PackedTokens, key_bias: Tensor | None = None, *, wants_keys: bool = False
+    ) -> tuple[PackedTokens, Tensor | None]:
+        """Run halves of encoder blocks; see `mpm_ops.attention.run_parts`."""
+        blocks: Any = self.encoder.blocks
+        return run_parts(blocks, parts, tokens, key_bias, wants_keys=wants_keys)
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
-        return self.merging(batch)()
+        return self.merger.launch(batch)()
 
-    def merging(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
-        """Launch `merge`; the call that is returned waits for the device, and nothing before it does."""
-        return batch.merging(num_special=self.encoder.num_special, align=self.align)
+    def decode(self, batch: WindowBatch, *, counts: bool = True) -> Tensor:
+        """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last.
 
-    def decode(self, batch: WindowBatch) -> Tensor:
-        """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""
+        Args:
+            counts: attention counts each token as often as the patches it stands for.
+        """
         rows = None
         if batch.maps is not None:
             starts = image_starts(batch.tokens.cu_seqlens, self.encoder.num_special)[: len(batch.maps)]
             rows = packed_rows(batch.maps, starts)
-        return self.decode_rows(batch.tokens, rows).unflatten(0, (len(batch.tokens.lengths), -1))
+        logits = self.decode_rows(batch.tokens, rows, counts=counts)
+        return logits.unflatten(0, (len(batch.tokens.lengths), -1))
 
-    def decode_rows(self, tokens: PackedTokens, rows: Tensor | None) -> Tensor:
+    def decode_rows(self, tokens: PackedTokens, rows: Tensor | None, *, counts: bool = True) -> Tensor:
         """Logits of every image token, or of those that rows point to.
 
         Args:
             tokens: packed tokens, special tokens first.
             rows: int64, for each patch its row among all image tokens, see `packed_rows`; None where nothing merged.
+            counts: see `decode`.
 
         Returns:
             [T - B * special, K], or [len(rows), K].
+        """
+        if rows is None:
+            return self.score(tokens)
+        if not counts:
+            return self.score(tokens)[rows]
+        # Nothing points to tokens that only fill a shape up; log(0) would be a bias of minus infinity.
+        num_image = len(tokens.values) - len(tokens.lengths) * self.encoder.num_special
+        sizes = rows.new_zeros(num_image).scatter_add_(0, rows, torch.ones_like(rows)).clamp_(min=1)
+        return self.score(tokens, sizes)[rows]
+
+    def score(self, tokens: PackedTokens, sizes: Tensor | None = None) -> Tensor:
+        """Logits of every image token: final norm, special tokens dropped, decoder.
+
+        Args:
+            tokens: packed tokens, special tokens first.
+            sizes: [T - B * special], see the decoders.
         """
         special = self.encoder.num_special
         normed = tokens.with_values(self.encoder.norm(tokens.values))
@@ -215,11 +239,7 @@ class Segmenter(nn.Module):
             image = normed.without_first(special)
         else:
             image = PackedTokens.pack([sequence[special:] for sequence in normed.split()])
-        if rows is None:
-            return self.decoder(image)
-        # Nothing points to tokens that only fill a shape up; log(0) would be a bias of minus infinity.
-        sizes = rows.new_zeros(len(image.values)).scatter_add_(0, rows, torch.ones_like(rows)).clamp_(min=1)
-        return self.decoder(image, sizes)[rows]
+        return self.decoder(image, sizes)
 
     def forward(self, windows: Tensor) -> Tensor:
         """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""

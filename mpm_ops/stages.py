@@ -1,8 +1,8 @@
 """A Segmenter cut at its schedule: what runs between two merges, and what travels from one to the next."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .merge_cpu import can_merge_on_cpu, merge_tokens_cpu
 from .merge_gpu import can_merge_on_gpu, launch_merge_gpu, packed_rows
 from .packed import PackedTokens
 
+if TYPE_CHECKING:
+    from .merging import Merger
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -19,30 +22,26 @@ class Stage:
 
     Attributes:
         index: 0 for the stage that starts with the patch embedding.
-        blocks: the encoder blocks it runs.
-        merges: it ends with a merge; the last stage ends with the decoder instead.
+        parts: the halves of encoder blocks that it runs: 2 i is the attention of block i, 2 i + 1 its MLP.
+        merger: what merges at its end; None for the last stage, which ends with the decoder.
+        attention_counts: attention of its blocks counts each token as often as the patches it stands for.
+        decoder_counts: the decoder does, if it is the last.
     """
 
     index: int
-    blocks: range
-    merges: bool
+    parts: range
+    merger: "Merger | None" = None
+    attention_counts: bool = False
+    decoder_counts: bool = True
 
+    @property
+    def merges(self) -> bool:
+        return self.merger is not None
 
-def cut_stages(n_layers: int, schedule: Sequence[int]) -> tuple[Stage, ...]:
-    """Cut an encoder before each block of the schedule; (2, 5) gives blocks 0-1, 2-4 and 5 to the end.
-
-    Raises:
-        ValueError: the schedule is not strictly increasing within 0..n_layers-1.
-    """
-    if any(not 0 <= block < n_layers for block in schedule) or list(schedule) != sorted(set(schedule)):
-        raise ValueError(
-            f"schedule: expected strictly increasing block numbers within 0..{n_layers - 1}, got {tuple(schedule)}"
-        )
-    bounds = [0, *schedule, n_layers]
-    return tuple(
-        Stage(index=i, blocks=range(start, stop), merges=i < len(schedule))
-        for i, (start, stop) in enumerate(pairwise(bounds))
-    )
+    @property
+    def wants_keys(self) -> bool:
+        """What merges compares the keys of its last attention."""
+        return self.merger is not None and self.merger.wants_keys
 
 
 def parse_schedule(text: str) -> tuple[int, ...]:
@@ -72,10 +71,14 @@ class WindowBatch:
         tokens: packed tokens of each window, special tokens first.
         maps: int64, from the patches of each window to its image tokens, composed over all merges so far: [B, N],
             or one [N_b] per window where they differ in size; None before the first merge.
+        grid: patches down and across, until windows merge or are grouped anew.
+        keys: [T, Dh] mean over heads of the last attention's keys, where the stage was to give them; until they merge.
     """
 
     tokens: PackedTokens
     maps: Tensor | tuple[Tensor, ...] | None = None
+    grid: tuple[int, int] | None = None
+    keys: Tensor | None = None
 
     @property
     def merge_maps(self) -> tuple[Tensor, ...] | None:
@@ -118,9 +121,18 @@ class WindowBatch:
         tokens = PackedTokens(self.tokens.values[first : first + sum(own)], own)
         return WindowBatch(tokens, None if self.maps is None else self.maps[start:stop])
 
+    def log_sizes(self, num_special: int) -> Tensor | None:
+        """[T] float32, log of the patches that each token stands for, 0 for special tokens; None before a merge."""
+        if self.maps is None:
+            return None
+        starts = self.tokens.cu_seqlens[: len(self.maps)] + num_special
+        rows = packed_rows(self.maps, starts)
+        sizes = torch.zeros(len(self.tokens.values), device=rows.device)
+        return sizes.scatter_add_(0, rows, torch.ones(rows.shape, device=rows.device)).clamp_(min=1).log_()
+
     def with_tokens(self, tokens: PackedTokens) -> "WindowBatch":
         """The same windows with other tokens."""
-        return WindowBatch(tokens, self.maps)
+        return replace(self, tokens=tokens)
 
     def split(self) -> "list[WindowView]":
         """The windows one by one."""

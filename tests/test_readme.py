@@ -132,8 +132,8 @@ def test_commands_take_their_options(line: str, monkeypatch: pytest.MonkeyPatch)
         ("handlers.launch.health --wait 3 http://127.0.0.1", "unrecognized arguments: --wait"),
         ("handlers.bench everything", "invalid choice: 'everything'"),
         ("handlers.bench codec --checkpoint x", "the following arguments are required: --images"),
-        ("mpm_ops.bench merge --lengths many  # comment", "invalid int value: 'many'"),
-        ("mpm_ops.bench merge --memory | tee log", None),
+        ("mpm_ops.bench model --images X --most many  # comment", "invalid int value: 'many'"),
+        ("mpm_ops.bench model --images X | tee log", None),
     ],
 )
 def test_a_command_that_is_wrong_is_noticed(

@@ -25,8 +25,10 @@ from torch import Tensor
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench.gpu_networks import PAPER, build
 from mpm_ops.classes import Classes, default_colors, load_classes
+from mpm_ops.merging import Merger
 from mpm_ops.packed import PackedTokens
-from mpm_ops.stages import Stage, WindowBatch
+from mpm_ops.runtime import Runtime
+from mpm_ops.stages import Decoded, Stage, WindowBatch
 
 NETWORKS = ("real", "free")
 RAMP = 0.25  # of a loop's seconds, before counting
@@ -57,10 +59,11 @@ class Load:
     graph_mib: int = 0
 
 
-class FreeNetwork:
+class FreeNetwork(Runtime):
     """A runtime that computes nothing: logits of the right shape, ready from the start."""
 
-    name, precision = "free", "fp32"
+    name = "free"
+    precision = "fp32"
 
     def __init__(self, model: Segmenter, most_windows: int) -> None:
         grid = -(-model.inference.window_size // model.config.patch_size)
@@ -73,22 +76,28 @@ class FreeNetwork:
         self._values = torch.zeros(most_windows * (self._patches + self._special), 1, device=device)
         self._map = torch.zeros(self._patches, dtype=torch.int64, device=device)
 
-    def embed(self, windows: Tensor) -> WindowBatch:
-        return self._batch([self._patches] * len(windows), None)
+    @classmethod
+    def obstacle(cls, model: Segmenter) -> str | None:
+        return None
 
-    def bucket(self, length: int) -> int:
-        return length
+    @classmethod
+    def build(cls, model: Segmenter, precision: str, *, mergers: Sequence[Merger], graph_bytes: int) -> "FreeNetwork":
+        return cls(model, 1)
 
-    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
-        return batch
+    def run(self, stage: Stage, given: Tensor | WindowBatch) -> WindowBatch | Decoded:
+        if isinstance(given, Tensor):
+            given = self._batch([self._patches] * len(given), None)
+        return given if stage.merges else Decoded.of(self._logits[: len(given.tokens.lengths)])
 
-    def merging(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
-        share = MEANS[0] if batch.merge_maps is None else MEANS[1]
-        lengths = [int(share * (length - self._special)) for length in batch.tokens.lengths]
+    def launch(
+        self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
+    ) -> Callable[[], WindowBatch] | Decoded:
+        done = self.run(stage, given)
+        if isinstance(done, Decoded):
+            return done
+        share = MEANS[0] if done.merge_maps is None else MEANS[1]
+        lengths = [int(share * (length - self._special)) for length in done.tokens.lengths]
         return lambda: self._batch(lengths, (self._map,) * len(lengths))
-
-    def decode(self, batch: WindowBatch) -> Tensor:
-        return self._logits[: len(batch.tokens.lengths)]
 
     def _batch(self, lengths: Sequence[int], maps: tuple[Tensor, ...] | None) -> WindowBatch:
         with_special = tuple(self._special + length for length in lengths)
@@ -120,9 +129,7 @@ def make_engine(load: Load, network: str, codec_threads: int) -> Any:
         classes = Classes(tuple(f"class {i}" for i in range(model.config.n_cls)), default_colors(model.config.n_cls))
     if network == "real":
         return Engine(model, classes, config)
-    free = FreeNetwork(model, load.windows)
-    model.embed, model.merging = free.embed, free.merging  # type: ignore[method-assign]
-    return Engine(model, classes, config, runtime=free)
+    return Engine(model, classes, config, runtime=FreeNetwork(model, load.windows))
 
 
 def time_engines(

@@ -34,7 +34,7 @@ from mpm_ops.classes import Classes
 from mpm_ops.labels import LabelMap, label_map, label_maps
 from mpm_ops.runtime import Runtime, make_runtime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
-from mpm_ops.stages import cut_stages, format_schedule
+from mpm_ops.stages import format_schedule
 from mpm_ops.transfers import upload, use_own_stream
 from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 
@@ -92,15 +92,16 @@ class Engine:
         self._keeps_bodies = keeps_bodies
         self._offered = {model.schedule, *config.allowed_schedules}
         schedules = self._offered | ({()} if config.agreement_fraction else set())
+        mergers = {schedule: model.mpm(schedule, model.align) for schedule in schedules}
         self._runtime = runtime or make_runtime(
             model,
             config.runtime,
             config.precision,
-            schedules=sorted(schedules),
+            mergers=list(mergers.values()),
             graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
-        stages = {schedule: cut_stages(model.config.n_layers, schedule) for schedule in schedules}
+        stages = {schedule: merger.stages for schedule, merger in mergers.items()}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special

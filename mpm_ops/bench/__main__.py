@@ -1,18 +1,16 @@
 """What merging costs and earns on this machine, as JSON.
 
-python -m mpm_ops.bench model --image PICTURE [--out X.json] [--plot X.png]       # ours beside everybody else's
-python -m mpm_ops.bench labels --checkpoint checkpoint.pth --images DIR_OR_FILE   # labelling pixels
-python -m mpm_ops.bench merge                                                     # merging alone
-python -m mpm_ops.bench gpu                                                       # merging and networks on a GPU
+python -m mpm_ops.bench model --images DIR [--out X.json]    # on a CPU: ours beside everybody else's, merging, labels
+python -m mpm_ops.bench gpu                                  # merging and networks on a GPU
 """
 
 import sys
 
-from . import answer, gpu, labels, merge, model
+from . import answer, gpu, model
 
 
 def main() -> int:
-    return answer("python -m mpm_ops.bench", __doc__.split("\n")[0], (model, labels, merge, gpu))
+    return answer("python -m mpm_ops.bench", __doc__.split("\n")[0], (model, gpu))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Weights are random, which gives tokens no meaning and merging no typical length:
 imposed (see `Injected`), and the pairs that are found are only timed.
 """
 
-import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpm_ops.baselines import ToMe
 from mpm_ops.labels import label_maps
+from mpm_ops.merging import Mpm, ToMe, Tower
 from mpm_ops.runtime import Runtime
 from mpm_ops.runtime.eager import DTYPES, TorchRuntime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.segmenter import Segmenter, SegmenterConfig
-from mpm_ops.stages import Decoded, WindowBatch, cut_stages
+from mpm_ops.stages import Decoded, WindowBatch
 from mpm_ops.windows import InferenceConfig, plan_windows
 
 from .dense import DenseSegmenter
@@ -204,7 +203,7 @@ def network_ways(
     "MPM grouped" attends window by window. For graphs see `time_served`.
     """
     model, unmerged = build(scale, name, windows.device, schedule), build(scale, name, windows.device, ())
-    runs: dict[str, tuple[Segmenter, Runtime, int]] = {
+    runs: dict[str, tuple[Segmenter, TorchRuntime, int]] = {
         "plain": (unmerged, TorchRuntime(unmerged, precision, attention="grouped"), 1),
         "unmerged": (unmerged, make_packed(unmerged, precision), 1),
         "MPM": (model, make_packed(model, precision), 1),
@@ -218,12 +217,12 @@ def network_ways(
     return ways | {"ToMe": tome(unmerged, precision, windows, scale.networks[name][3])}
 
 
-def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
+def ours(model: Segmenter, runtime: TorchRuntime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
     """Our stages; merging is computed, and then the lengths imposed."""
 
     def run(laps: Laps, injected: Injected) -> Tensor:
         lengths.clear()
-        batch = runtime.embed(windows) if isinstance(runtime, TorchRuntime) else model.embed(windows)
+        batch = runtime.embed(windows)
         laps.lap("embed")
         for stage in model.stages:
             lengths.append(batch.tokens.lengths)
@@ -349,15 +348,18 @@ def _busy_ms(run: Callable[[], Tensor], device: torch.device) -> float | None:
 
 
 def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
-    """ToMe on the same weights, dense; attention is proportional, as it needs to be without training."""
-    halved = model if precision == "fp32" else copy.deepcopy(model).to(DTYPES[precision])
-    rival, windows = ToMe(halved, r=r), windows.to(DTYPES[precision])
-    grid = (windows.shape[2] // model.config.patch_size, windows.shape[3] // model.config.patch_size)
+    """ToMe on the same weights and attention."""
+    runtime, stages = make_packed(model, precision), ToMe(tower=model.tower, r=r).stages
 
     def run(laps: Laps, injected: Injected) -> Tensor:
-        logits = rival.decode(rival.encode(windows, grid)).float()
+        given: Tensor | WindowBatch = windows
+        for stage in stages:
+            launched = model.launch(stage, given, runtime)
+            if not isinstance(launched, Decoded):
+                given = launched()
+        assert isinstance(launched, Decoded)
         laps.lap("network")
-        return logits
+        return launched.logits
 
     return run
 
@@ -510,10 +512,11 @@ def flops(
         lengths: per stage, tokens of every window, special ones included.
     """
     width, classes = config.d_model, config.n_cls
-    stages = cut_stages(config.n_layers, schedule[: len(lengths) - 1])
+    tower = Tower(num_blocks=config.n_layers, width=width, num_special=1)
+    stages = Mpm(tower=tower, schedule=tuple(schedule[: len(lengths) - 1])).stages
     total = len(lengths[0]) * 2.0 * num_patches * width * 3 * config.patch_size**2
     for stage, of_windows in zip(stages, lengths, strict=True):
-        total += len(stage.blocks) * sum(_block_flops(length, width) for length in of_windows)
+        total += len(stage.parts) / 2 * sum(_block_flops(length, width) for length in of_windows)
     for length in lengths[-1]:
         total += config.decoder_layers * _block_flops(length - 1 + classes, width)
         total += 2.0 * width * (width * (2 * (length - 1) + classes) + classes * (length - 1))

@@ -1,174 +1,296 @@
-"""One window from pixels to labels: our way beside the plain one, other runtimes and other ways to merge.
+"""Windows through the network, ours beside others on the same weights; merging alone; and labelling.
 
-Ti has the demo model's encoder and its 11 classes, with random ones beside them up to K. S and B have random weights;
-how many tokens those would merge means nothing, so lengths after the merges are injected: 765 and 604, plus or minus
-20, as trained weights have them, and ALGM, which merges by a threshold, is left out. Labels are decoded from the demo
-model's logits on the picture, with weak noise classes beside them as in `bench labels`: so every way decodes the same.
+Every contestant sees every window once, in random order, so that no length repeats that traffic would not repeat. Ti
+has the checkpoint's weights. S and B have random ones; how many tokens those would merge means nothing, so MPM's
+lengths are imposed (765 and 604, plus or minus 20), and ALGM, which merges by a threshold, is left out.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import random
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mpm_ops import Segmenter, SegmenterConfig, load_segmenter
+from mpm_ops import Segmenter, SegmenterConfig, load_segmenter, merge_tokens
 from mpm_ops.labels import label_map
-from mpm_ops.merge import reconstruct
+from mpm_ops.merge_cpu import merge_tokens_cpu
+from mpm_ops.merging import make_merger
+from mpm_ops.runtime import make_runtime
+from mpm_ops.stages import Decoded, WindowBatch
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
 from . import model_shapes, percentile_ms, read_images, time_in_turn, write_report
-from .contestants import Steps, Way, contestants
 from .injected import Injected
-from .labels import WEAK_MEAN, plain_way
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
 SIZES = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}  # width and heads
+MERGERS = ("mpm:2,5", "mpm:2,5,align=16", "tome", "algm")
 MOST_DIFFERENT = 1e-3  # of logits between runtimes in fp32; they are standardised over the classes
 LEAST_AGREEMENT = 0.999  # of labels where a near-tie may have merged another pair
+WARM_UP = 3  # windows that are not timed
+LENGTHS = (256, 1024, 4096, 16384)
+
+Run = Callable[[Tensor], tuple[Tensor, float]]
 
 
-def build(size: str, demo: Segmenter, num_classes: int) -> Segmenter:
-    """A network of 12 blocks with so many classes; the demo model's weights wherever they fit."""
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A way through the network.
+
+    Attributes:
+        merger, runtime: what merges, and what computes.
+        run: [1, 3, S, S] window -> [N, K] logits, and seconds of merging.
+    """
+
+    merger: str
+    runtime: str
+    run: Run
+
+
+def contestants(
+    model: Segmenter, precision: str, mergers: Sequence[str], injected: Injected | None
+) -> list[Contestant]:
+    """Torch as it is published first (fp32 only), then others without merging, then each merger on each runtime."""
+    runtimes = ["torch", "openvino"] if precision == "fp32" else ["openvino"]
+    found = [Contestant("none", runtime, ours(model, "none", runtime, precision, None)) for runtime in runtimes]
+    if precision == "fp32":
+        found.append(Contestant("none", "onnxruntime", _onnxruntime(model)))
+    for merger, runtime in product(mergers, runtimes):
+        found.append(Contestant(merger, runtime, ours(model, merger, runtime, precision, injected)))
+    return found
+
+
+def ours(model: Segmenter, merger: str, runtime: str, precision: str, injected: Injected | None) -> Run:
+    """The stages of a merger on a runtime; lengths of MPM are imposed after it merged, where that is wanted."""
+    chosen = make_merger(merger, model.tower)
+    computing = make_runtime(model, runtime, precision, mergers=[chosen])
+
+    def run(window: Tensor) -> tuple[Tensor, float]:
+        given: Tensor | WindowBatch = window
+        merging = 0.0
+        for stage in chosen.stages:
+            done = computing.run(stage, given)
+            if isinstance(done, Decoded):
+                break
+            start = perf_counter()
+            given = chosen.launch(done)()
+            merging += perf_counter() - start
+            if injected and chosen.name == "mpm":
+                given = injected.apply(given, done, stage.index, getattr(chosen, "align", 1))
+        assert isinstance(done, Decoded)
+        return done.logits[0], merging
+
+    return run
+
+
+def _onnxruntime(model: Segmenter) -> Run:
+    import onnxruntime
+
+    side = model.inference.window_size
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shapes become constants, as they should for windows of one size
+        file = Path(folder) / "model.onnx"
+        with torch.no_grad():
+            torch.onnx.export(model, (torch.zeros(1, 3, side, side),), file, dynamo=False, input_names=["window"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda window: (torch.from_numpy(session.run(None, {"window": window.numpy()})[0])[0].flatten(1).T, 0.0)
+
+
+def build(size: str, demo: Segmenter) -> Segmenter:
+    """A network of the checkpoint's depth: its own weights where the width is its own, random ones elsewhere."""
     width, heads = SIZES[size]
-    config = dataclasses.asdict(demo.config) | {"d_model": width, "n_heads": heads, "n_cls": num_classes}
-    generator = torch.Generator().manual_seed(0)
+    if width == demo.config.d_model:
+        return demo
+    config = dataclasses.asdict(demo.config) | {"d_model": width, "n_heads": heads}
     model = Segmenter(SegmenterConfig(**config), demo.inference).eval()
-    own = model.state_dict()
-    for value in own.values():
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
         if value.ndim > 1:
             value.normal_(std=0.02 if value.shape[0] == 1 else value.shape[-1] ** -0.5, generator=generator)
-    if width == demo.config.d_model:
-        for name, value in demo.state_dict().items():
-            part = own[name][:, : value.shape[1]] if name == "decoder.cls_emb" else own[name][: len(value)]
-            part.copy_(value)
     return model
 
 
+def read_windows(path: Path, model: Segmenter, most: int) -> list[Tensor]:
+    """Different windows [1, 3, S, S], one of each picture in turn.
+
+    Raises:
+        ValueError: there are too few to time anything.
+    """
+    cut = []
+    for image in read_images(path, most):
+        plan = plan_windows(image.shape[0], image.shape[1], model.inference)
+        cut.append(cut_windows(image, plan, model.inference).split(1))
+    windows = [ways[i].contiguous() for i in range(max(map(len, cut))) for ways in cut if i < len(ways)][:most]
+    if len(windows) <= WARM_UP:
+        raise ValueError(f"images: expected more than {WARM_UP} different windows, got {len(windows)} in {path}")
+    return windows
+
+
+@torch.inference_mode()
 def bench_size(
-    size: str, demo: Segmenter, image: np.ndarray, num_classes: int, precision: str, repeats: int
+    size: str, demo: Segmenter, windows: Sequence[Tensor], precision: str, mergers: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Every way, in turn, on one window; medians, and ratios to the plain way and to the best unmerged one."""
-    side = demo.inference.window_size
-    square = cv2.resize(image, (side, side))
-    plan = plan_windows(side, side, demo.inference)
-    window = cut_windows(square, plan, demo.inference)[:1]
-    logits = _labelled_logits(demo, window, num_classes)
-    model = build(size, demo, num_classes)
-    with torch.inference_mode():
-        ways = contestants(model, precision, None if size == "Ti" else Injected())
-        check_parity(ways, window)
-        samples: list[list[Steps]] = [[] for _ in ways]
-        for _ in range(repeats):
-            for way, steps in zip(ways, samples, strict=True):
-                steps.append(_time(way, window, logits, plan, demo.config.patch_size))
+    """Milliseconds a window of every contestant: median, 90th percentile, and the median of merging."""
+    model = build(size, demo)
+    trained = model is demo
+    chosen = [merger for merger in mergers if trained or not merger.startswith("algm")]
+    running = contestants(model, precision, chosen, None if trained else Injected())
+    for window in windows[:WARM_UP]:
+        check_parity(running, window, strict=precision == "fp32" and trained)
+    seconds: list[list[tuple[float, float]]] = [[] for _ in running]
+    order = random.Random(0)
+    for window in windows[WARM_UP:]:
+        for i in order.sample(range(len(running)), len(running)):
+            start = perf_counter()
+            _, merging = running[i].run(window)
+            seconds[i].append((perf_counter() - start, merging))
     return [
         {
             "size": size,
             "precision": precision,
-            "way": way.name,
-            "runtime": way.runtime,
-            "median_ms": {step: percentile_ms([s[step] for s in steps]) for step in steps[0]},
+            "merger": contestant.merger,
+            "runtime": contestant.runtime,
+            "median_ms": percentile_ms([total for total, _ in taken]),
+            "p90_ms": percentile_ms([total for total, _ in taken], 90),
+            "merging_ms": percentile_ms([merging for _, merging in taken]),
         }
-        for way, steps in zip(ways, samples, strict=True)
+        for contestant, taken in zip(running, seconds, strict=True)
     ]
 
 
-def check_parity(ways: Sequence[Way], window: Tensor) -> None:
-    """Every way that has a reference must give its logits, or where it merges, its labels.
+def check_parity(running: Sequence[Contestant], window: Tensor, *, strict: bool) -> None:
+    """Contestants with one merger must give the same logits, or where they merge, labels. All run once in any case.
+
+    Args:
+        strict: compare; elsewhere rounding or imposed lengths make them differ.
 
     Raises:
-        RuntimeError: it does not; figures would compare different work.
+        RuntimeError: they don't; figures would compare different work.
     """
-    found = {(way.name, way.runtime): way.run(window)[0].clone() for way in ways}
-    for way in ways:
-        if way.reference is None or way.reference not in found:
-            continue
-        mine, theirs = found[way.name, way.runtime], found[way.reference]
-        difference = float((mine - theirs).abs().max())
-        agreement = float((mine.argmax(1) == theirs.argmax(1)).float().mean())
-        tied = "unmerged" not in way.name and agreement >= LEAST_AGREEMENT
+    found = [(contestant, contestant.run(window)[0].clone()) for contestant in running]
+    firsts: dict[str, tuple[Contestant, Tensor]] = {}
+    for contestant, logits in found if strict else ():
+        first, expected = firsts.setdefault(contestant.merger, (contestant, logits))
+        difference = float((logits - expected).abs().max())
+        agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
+        tied = contestant.merger != "none" and agreement >= LEAST_AGREEMENT
         if difference > MOST_DIFFERENT and not tied:
             raise RuntimeError(
-                f"parity: {way.name} on {way.runtime} differs from {' on '.join(way.reference)} by {difference:.1e} "
-                f"in logits and in {1 - agreement:.2%} of labels; no figures are reported"
+                f"parity: {contestant.merger} on {contestant.runtime} differs from {first.runtime} by "
+                f"{difference:.1e} in logits and in {1 - agreement:.2%} of labels; no figures are reported"
             )
 
 
-def _time(way: Way, window: Tensor, logits: Tensor, plan: WindowPlan, patch_size: int) -> Steps:
-    _, steps = way.run(window)
-    start = perf_counter()
-    if way.plain_labels:
-        plain_way(logits, plan, patch_size).argmax(dim=0)
-    else:
-        label_map(logits, plan, patch_size)
-    labels = perf_counter() - start
-    return {**steps, "labels": labels, "total": sum(steps.values()) + labels}
+@torch.inference_mode()
+def plain_way(logits: Tensor, plan: WindowPlan, patch_size: int) -> Tensor:
+    """[K, H, W] logits of the picture, as Segmenter computes them."""
+    size = plan.window_size
+    side = logits.shape[2] * patch_size
+    pixels = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)[:, :, :size, :size]
+    if plan.num_windows == 1 and plan.original_size == (size, size):
+        return pixels[0]
+    total = torch.zeros(logits.shape[1], *plan.frame_size)
+    count = torch.zeros(plan.frame_size)
+    for window, (top, left) in zip(pixels, product(plan.tops, plan.lefts), strict=True):
+        total[:, top : top + size, left : left + size] += window
+        count[top : top + size, left : left + size] += 1
+    return F.interpolate((total / count)[None], plan.original_size, mode="bilinear", align_corners=False)[0]
 
 
-def _labelled_logits(demo: Segmenter, window: Tensor, num_classes: int) -> Tensor:
-    """[1, K, Gh, Gw]: the demo model's classes and weak noise beside them."""
-    trained = demo.window_logits(window)
+def bench_labels(demo: Segmenter, windows: Sequence[Tensor], num_classes: int) -> dict[str, float]:
+    """Milliseconds to label a window, ours and by upsampling all classes: the checkpoint's beside weak noise."""
+    side = demo.inference.window_size
+    plan = plan_windows(side, side, demo.inference)
     noise = torch.Generator().manual_seed(0)
-    shape = (1, max(0, num_classes - trained.shape[1]), *trained.shape[2:])
-    return torch.cat([trained, torch.randn(shape, generator=noise) + WEAK_MEAN], dim=1)[:, :num_classes].contiguous()
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for window in windows:
+        trained = demo.window_logits(window)
+        shape = (1, max(0, num_classes - trained.shape[1]), *trained.shape[2:])
+        weak = torch.randn(shape, generator=noise) - 3  # the checkpoint's best class lies near 5
+        logits = torch.cat([trained, weak], dim=1)[:, :num_classes].contiguous()
+        ways: dict[str, Callable[[], object]] = {
+            "ours": lambda: label_map(logits, plan, demo.config.patch_size),  # noqa: B023
+            "plain": lambda: plain_way(logits, plan, demo.config.patch_size).argmax(dim=0),  # noqa: B023
+        }
+        for name, taken in time_in_turn(ways, repeats=1).items():
+            seconds[name] += taken
+    return {name: percentile_ms(taken[1:]) for name, taken in seconds.items()}
 
 
-def time_gather(num_classes: int, repeats: int = 50) -> float:
-    """Milliseconds to copy the logits of 604 tokens back to 1024 patches; part of `network` above."""
-    merged, merge_map = torch.randn(604, num_classes), torch.arange(1024) * 604 // 1024
-    samples = time_in_turn({"gather": lambda: reconstruct(merged, merge_map)}, repeats=repeats)
-    return percentile_ms(samples["gather"])
+def bench_merging(width: int, repeats: int = 9) -> dict[int, dict[str, float]]:
+    """Milliseconds of one merge by number of tokens: the specification, to 4096, and what the CPU runs.
+
+    Raises:
+        RuntimeError: the two choose other pairs for more than near-ties explain.
+    """
+    found = {}
+    for number in LENGTHS:
+        generator = torch.Generator().manual_seed(number)  # around a common direction, as a ViT's tokens are
+        x = torch.randn(width, generator=generator) + 0.3 * torch.randn(number, width, generator=generator)
+        ways: dict[str, Callable[[], Any]] = {"cpu": lambda x=x: merge_tokens_cpu(x)}  # type: ignore[misc]
+        if number <= 4096:
+            ways["specification"] = lambda x=x: merge_tokens(x)  # type: ignore[misc]
+            differ = float((ways["cpu"]()[1] != ways["specification"]()[1]).float().mean())
+            if differ > 0.01:
+                raise RuntimeError(f"parity: {differ:.2%} of {number} tokens merge elsewhere; no figures are reported")
+        found[number] = {name: percentile_ms(taken) for name, taken in time_in_turn(ways, repeats=repeats).items()}
+    return found
 
 
 def add_command(commands: Any) -> None:
-    command = commands.add_parser("model", help="one window: ours beside everybody else's")
+    """Add `model` to the commands of `python -m mpm_ops.bench`."""
+    command = commands.add_parser("model", help="windows through the network: ours beside everybody else's")
     command.add_argument("--checkpoint", type=Path, default=DEMO, help="a Ti whose weights and classes are used")
-    command.add_argument("--image", type=Path, required=True)
-    command.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    command.add_argument("--images", type=Path, required=True, help="a folder of different pictures")
+    command.add_argument("--most", type=int, default=60, help="windows, each of them timed once")
+    command.add_argument("--mergers", nargs="+", default=list(MERGERS), help="as in load_segmenter(merger=...)")
+    command.add_argument("--sizes", nargs="+", choices=SIZES, default=["Ti"])
     command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
-    command.add_argument("--classes", type=int, default=150)
-    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--classes", type=int, default=150, help="for the labels")
     command.add_argument("--out", type=Path, help="write the figures as JSON")
-    command.add_argument("--plot", type=Path, help="draw them; needs matplotlib")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    results: list[dict[str, Any]] = []
-    image = read_images(arguments.image, 1)[0]
     demo = load_segmenter(arguments.checkpoint)
-    for size in arguments.sizes:
-        for precision in arguments.precisions:
-            rows = bench_size(size, demo, image, arguments.classes, precision, arguments.repeats)
-            results += rows
-            print_table(rows)
-    gather = time_gather(arguments.classes)
-    print(f"of the network, copying logits back to their patches: {gather} ms")
-    fields = {"classes": arguments.classes, "gather_ms": gather, "results": results}
-    report = write_report(arguments.out, fields, shapes=model_shapes(demo) | {"sizes": SIZES})
-    if arguments.plot:
-        from .plots import plot_models
-
-        plot_models(report, arguments.plot)
+    windows = read_windows(arguments.images, demo, arguments.most)
+    results: list[dict[str, Any]] = []
+    for size, precision in product(arguments.sizes, arguments.precisions):
+        rows = bench_size(size, demo, windows, precision, arguments.mergers)
+        results += rows
+        print_table(rows)
+    labels = bench_labels(demo, windows[:12], arguments.classes)
+    print(f"labels of a window, {arguments.classes} classes: ours {labels['ours']} ms, plainly {labels['plain']} ms")
+    merging = bench_merging(demo.config.d_model)
+    for number, ms in merging.items():
+        print(f"one merge of {number} tokens: {', '.join(f'{name} {value} ms' for name, value in ms.items())}")
+    fields = {"windows": len(windows) - WARM_UP, "results": results, "labels_ms": labels, "merging_ms": merging}
+    write_report(arguments.out, fields, shapes=model_shapes(demo) | {"sizes": SIZES, "classes": arguments.classes})
     return 0
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Milliseconds by step, and how many times faster than the plain way and than the best unmerged rival."""
-    plain = rows[0]["median_ms"]["total"]
-    unmerged = min(row["median_ms"]["total"] for row in rows if row["way"] == "whole, unmerged")
+    """Milliseconds, and how many times faster than the best that does not merge."""
+    unmerged = min(row["median_ms"] for row in rows if row["merger"] == "none")
     print(f"{rows[0]['size']}, {rows[0]['precision']}")
     for row in rows:
-        ms = row["median_ms"]
-        steps = "".join(f"{ms[step]:9.1f}" for step in ("network", "merge", "labels", "total"))
         print(
-            f"  {row['way']:<16} {row['runtime']:<12} ms:{steps}   {plain / ms['total']:5.2f}x the first, "
-            f"{unmerged / ms['total']:5.2f}x the best unmerged rival"
+            f"  {row['merger']:<18} {row['runtime']:<12} median {row['median_ms']:8.1f} ms, p90 {row['p90_ms']:8.1f}, "
+            f"of it merging {row['merging_ms']:6.1f}   {unmerged / row['median_ms']:5.2f}x the best unmerged"
         )
+    shares = [row["merging_ms"] / row["median_ms"] for row in rows if row["merger"].startswith("mpm")]
+    if shares:
+        print(f"  MPM's merging is {statistics.median(shares):.0%} of its time")

@@ -1,40 +1,37 @@
-"""How the network between two merges runs: a runtime is chosen by name, once, and never changes by itself."""
+"""How the network runs, by name: a runtime is chosen once and never changes by itself.
+
+To add one: write its file here, a `Runtime`, and name it in RUNTIMES, in the order in which "auto" tries them.
+"""
 
 import importlib.util
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from mpm_ops.stages import Stage, WindowBatch
+from .base import PRECISIONS, Runtime
 
 if TYPE_CHECKING:
+    from mpm_ops.merging import Merger
     from mpm_ops.segmenter import Segmenter
 
-RUNTIMES = ("torch", "openvino")
-PRECISIONS = ("fp32", "bf16", "fp16")
+__all__ = ["PRECISIONS", "RUNTIMES", "Runtime", "make_runtime"]
 
 
-class Runtime(Protocol):
-    """Runs blocks and decoder; embedding and merging are the same whatever runs between them.
+def _openvino() -> type[Runtime]:
+    if importlib.util.find_spec("openvino") is None:
+        raise ValueError("runtime: openvino needs the package openvino, which is not installed")
+    from .openvino import OpenVINORuntime
 
-    Attributes:
-        name: one of RUNTIMES.
-        precision: one of PRECISIONS.
-    """
+    return OpenVINORuntime
 
-    name: str
-    precision: str
 
-    def bucket(self, length: int) -> int:
-        """The length at which a window of `length` tokens really runs; more than it where it is padded."""
+def _torch() -> type[Runtime]:
+    from .eager import TorchRuntime
 
-    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
-        """Run the encoder blocks of one stage; lengths and maps stay as they are."""
+    return TorchRuntime
 
-    def decode(self, batch: WindowBatch) -> Tensor:
-        """Logits of every patch, float32 [B, N, K]: decoded on merged tokens, copied back last."""
+
+# Imported when asked for: not every package is everywhere.
+RUNTIMES: Mapping[str, Callable[[], type[Runtime]]] = {"openvino": _openvino, "torch": _torch}
 
 
 def make_runtime(
@@ -42,8 +39,7 @@ def make_runtime(
     name: str = "auto",
     precision: str = "auto",
     *,
-    schedules: Sequence[Sequence[int]] = (),
-    padded: bool = False,
+    mergers: Sequence["Merger"] = (),
     graph_bytes: int = 0,
 ) -> Runtime:
     """Build a runtime for a model's weights as they are now.
@@ -53,10 +49,9 @@ def make_runtime(
 
     Args:
         name: "auto", or one of RUNTIMES.
-        precision: "auto", or one of PRECISIONS. Similarity is computed in float32 all the same.
-        schedules: that will be run, beside the model's own.
-        padded: see `Segmenter.run_blocks`; only torch pads.
-        graph_bytes: what captured graphs of small groups may take on a GPU, see `GraphRuntime`; 0 captures none.
+        precision: "auto", or one of PRECISIONS.
+        mergers: that will be run, beside the model's own.
+        graph_bytes: what captured graphs may take on a GPU, see `GraphRuntime`; 0 captures none.
 
     Raises:
         ValueError: a name is unknown, or what it names can't run here.
@@ -64,33 +59,14 @@ def make_runtime(
     for field, value, known in (("runtime", name, RUNTIMES), ("precision", precision, PRECISIONS)):
         if value not in ("auto", *known):
             raise ValueError(f"{field}: expected one of auto, {', '.join(known)}, got {value!r}")
-    on_cpu = model.encoder.pos_embed.device.type == "cpu"
-    if name == "auto":
-        name = "openvino" if on_cpu and not padded and importlib.util.find_spec("openvino") else "torch"
-    if graph_bytes and (on_cpu or padded):
-        raise ValueError("graph_bytes: graphs are captured on a GPU and without padding, expected 0 here (graph_mib)")
-    if name == "torch":
-        from .eager import TorchRuntime
-        from .graphs import GraphRuntime
-
-        precision = _torch_precision(precision, on_cpu=on_cpu)
-        if graph_bytes:
-            return GraphRuntime(model, precision, budget_bytes=graph_bytes)
-        if on_cpu:
-            return TorchRuntime(model, precision, padded=padded)
-        return TorchRuntime(model, precision, padded=padded, attention="grouped" if padded else "auto")
-    if not on_cpu or padded:
-        raise ValueError(
-            "runtime: openvino runs on the CPU, window by window; expected a model on the CPU and no padding"
-        )
-    from .openvino import OpenVINORuntime, resolve_precision
-
-    return OpenVINORuntime(model, resolve_precision(precision), (model.schedule, *schedules))
+    kind = _first_that_runs(model) if name == "auto" else RUNTIMES[name]()
+    if obstacle := kind.obstacle(model):
+        raise ValueError(f"runtime: {kind.name} {obstacle}")
+    return kind.build(model, precision, mergers=(model.merger, *mergers), graph_bytes=graph_bytes)
 
 
-def _torch_precision(precision: str, *, on_cpu: bool) -> str:
-    if precision != "auto":
-        return precision
-    if on_cpu:
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # emulated elsewhere, and far slower
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+def _first_that_runs(model: "Segmenter") -> type[Runtime]:
+    for name, load in RUNTIMES.items():
+        if importlib.util.find_spec(name) and load().obstacle(model) is None:
+            return load()
+    raise ValueError(f"runtime: none of {', '.join(RUNTIMES)} can run this model here")

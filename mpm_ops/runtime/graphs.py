@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mpm_ops.kernels import has_triton
 from mpm_ops.merge_gpu import image_starts, packed_rows
+from mpm_ops.merging import Mpm
 from mpm_ops.packed import PackedTokens, bounds_of
 from mpm_ops.stages import Decoded, Stage, WindowBatch, extended
 from mpm_ops.transfers import fetch
@@ -207,11 +208,10 @@ class CudaCapture:
 
 
 class GraphRuntime(TorchRuntime):
-    """`TorchRuntime` with whole stages as graphs, see `launch_piece`. One thread runs it.
+    """`TorchRuntime` with whole stages as graphs, merges of MPM included. One thread runs it.
 
     Args:
-        model, precision, attention: see `TorchRuntime`; attention must be one that takes packed sequences. Tokens
-            merge with the model's `align`.
+        model, precision, attention: see `TorchRuntime`; attention must be one that takes packed sequences.
         budget_bytes: see `GraphPolicy`.
         capture: how functions are captured.
     """
@@ -233,9 +233,15 @@ class GraphRuntime(TorchRuntime):
         self.policy = GraphPolicy(budget_bytes)
         self._graphs: dict[Shape, StaticCall] = {}
 
-    def launch_piece(self, stage: Stage, given: Tensor | WindowBatch) -> Callable[[], WindowBatch] | Decoded | None:
+    def launch(
+        self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
+    ) -> Callable[[], WindowBatch] | Decoded:
+        launched = self._replayed(stage, given)
+        return super().launch(stage, given, before_merge=before_merge) if launched is None else launched
+
+    def _replayed(self, stage: Stage, given: Tensor | WindowBatch) -> Callable[[], WindowBatch] | Decoded | None:
         """See `Segmenter.launch`; None where there is no graph for a group like this."""
-        if stage.merges and not has_triton():
+        if not stage.decoder_counts or (stage.merger and not (isinstance(stage.merger, Mpm) and has_triton())):
             return None
         shape = self._shape(stage, given)
         graph = shape and self._graph(shape, given)
@@ -340,12 +346,12 @@ class GraphRuntime(TorchRuntime):
 
     def _stage(self, stage: Stage, tokens: PackedTokens, maps: Tensor | None) -> Results:
         """A stage that waits for nothing: logits and whether they are finite, or merged rows, maps and bounds."""
-        tokens = self._network.run_tokens(tokens, stage.blocks)
-        if stage.merges:
+        tokens, _ = self._network.run_parts(stage.parts, tokens)
+        if isinstance(stage.merger, Mpm):
             from mpm_ops.kernels.merging import merge_packed
 
             merged, merge_map, bounds = merge_packed(
-                tokens.values, tokens.cu_seqlens, tokens.max_seqlen, self._special, self._network.align
+                tokens.values, tokens.cu_seqlens, tokens.max_seqlen, self._special, stage.merger.align
             )
             longer = extended(maps, merge_map, tokens, self._special)
             assert isinstance(longer, Tensor)

@@ -16,8 +16,8 @@ from model_store.demo.pictures import IGNORE, Augmentation, Pictures, cut_out, p
 from model_store.demo.scene import CAR, ROAD
 from model_store.demo.train import learning_rate, parse_recipe, take_step, train
 from mpm_ops import InferenceConfig
-from mpm_ops.checkpoint import load_segmenter
 from mpm_ops.evaluate import DATASETS, evaluate
+from mpm_ops.models import load_segmenter
 
 STEADY = Augmentation(zoom=1.0, squeeze=1.0, turn=0.0, painted=0, pasted=0, blended=0)
 WILD = Augmentation(zoom=2.0, squeeze=1.2, turn=0.1, painted=0, pasted=0.5, blended=0.5)

@@ -1,19 +1,18 @@
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from mpm_ops import Segmenter
 from mpm_ops.bench import model as bench_model
-from mpm_ops.bench.contestants import contestants
 from mpm_ops.bench.injected import Injected
-from mpm_ops.bench.model import check_parity, print_table
-from mpm_ops.bench.plots import plot_models
+from mpm_ops.bench.model import bench_merging, bench_size, check_parity, contestants, print_table
+from mpm_ops.stages import WindowBatch
 
 Make = Callable[..., Segmenter]
-WINDOW = (1, 3, 64, 64)
+
+MERGERS = ("mpm:2,5", "algm:threshold=0.5")
 
 
 @pytest.fixture
@@ -22,34 +21,44 @@ def model(tiny_model: Make) -> Segmenter:
     return tiny_model(patch_size=8, d_model=192, n_heads=3, n_layers=6)
 
 
-def test_every_way_computes_the_same_network(model: Segmenter) -> None:
-    ways = contestants(model, "fp32", None)
-    with torch.inference_mode():
-        window = torch.randn(WINDOW)
-        check_parity(ways, window)
-        for way in ways:
-            logits, steps = way.run(window)
-            assert logits.shape == (64, 5)
-            assert steps["network"] > 0
-            assert (steps["merge"] > 0) == (way.name.startswith(("MPM", "ToMe", "ALGM")))
-    assert [way.name for way in ways if way.plain_labels] == ["upstream"]
-    assert {way.runtime for way in ways} == {"torch", "openvino", "onnxruntime"}
+def windows(number: int) -> list[torch.Tensor]:
+    return list(torch.randn(number, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 
 
-def test_no_figures_where_a_way_computes_something_else(model: Segmenter) -> None:
-    ways = contestants(model, "fp32", None)
-    ours = next(way for way in ways if (way.name, way.runtime) == ("ours, unmerged", "openvino"))
+def test_every_contestant_computes_the_same_network_and_sees_every_window_once(
+    model: Segmenter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_model, "build", lambda size, demo: demo)
+    seen: list[int] = []
+    plain = Segmenter.embed
 
-    def wrong(window: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        logits, steps = ours.run(window)
-        return logits + 0.01, steps
+    def embed(self: Segmenter, given: torch.Tensor) -> WindowBatch:
+        seen.append(id(given))
+        return plain(self, given)
 
-    broken = [replace(way, run=wrong) if way is ours else way for way in ways]
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="parity: ours, unmerged on openvino differs"):
-        check_parity(broken, torch.randn(WINDOW))
+    monkeypatch.setattr(Segmenter, "embed", embed)
+    rows = bench_size("Ti", model, windows(5), "fp32", MERGERS)
+    assert {(row["merger"], row["runtime"]) for row in rows} == {
+        ("none", "onnxruntime"),
+        *((merger, runtime) for merger in ("none", *MERGERS) for runtime in ("torch", "openvino")),
+    }
+    assert all((row["merging_ms"] > 0) == (row["merger"] != "none") for row in rows)
+    assert all(0 < row["merging_ms"] + row["median_ms"] <= 2 * row["p90_ms"] for row in rows)
+    timed = [seen.count(i) for i in set(seen)]
+    assert max(timed) == 1 + len(MERGERS), "one call of each torch contestant"
+    print_table(rows)
+    assert "1.00x the best unmerged" in capsys.readouterr().out
 
 
-def test_injected_lengths_are_what_is_computed(model: Segmenter) -> None:
+def test_no_figures_where_one_computes_something_else(model: Segmenter) -> None:
+    running = contestants(model, "fp32", [], None)
+    wrong = next(contestant for contestant in running if contestant.runtime == "openvino")
+    broken = [replace(c, run=lambda window: (wrong.run(window)[0] + 0.01, 0.0)) if c is wrong else c for c in running]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="parity: none on openvino differs from torch"):
+        check_parity(broken, windows(1)[0], strict=True)
+
+
+def test_imposed_lengths_are_what_is_computed(model: Segmenter) -> None:
     seen = []
 
     class Watched(Injected):
@@ -58,42 +67,30 @@ def test_injected_lengths_are_what_is_computed(model: Segmenter) -> None:
             seen.append(batch.tokens.lengths[0] - 1)
             assert batch.merge_maps is not None
             assert batch.merge_maps[0].unique().tolist() == list(range(seen[-1]))
-            assert len(batch.merge_maps[0]) == 64
             return batch
 
-    ways = contestants(model, "fp32", Watched(means=(40, 28), spread=3))
-    assert not any("ALGM" in way.name for way in ways)
     with torch.inference_mode():
-        for way in ways:
+        for merger, low, high in (("mpm:2,5", (37, 25), (43, 31)), ("mpm:2,5,align=16", (48, 32), (48, 32))):
             seen.clear()
-            way.run(torch.randn(WINDOW))
-            if way.name == "MPM":
-                assert 37 <= seen[0] <= 43
-                assert 25 <= seen[1] <= 31
-            if way.name == "MPM, align 16":
-                assert seen == [48, 32]
+            for contestant in contestants(model, "fp32", [merger], Watched(means=(40, 28), spread=3)):
+                contestant.run(windows(1)[0])
+            assert len(seen) == 4
+            assert all(low[i % 2] <= length <= high[i % 2] for i, length in enumerate(seen))
 
 
-def test_the_table_and_the_plot_show_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = {"network": 80.0, "merge": 0.0, "labels": 20.0, "total": 100.0}
-    rows = [
-        {"size": "Ti", "precision": "fp32", "way": way, "runtime": "torch", "median_ms": steps | {"total": total}}
-        for way, total in (("upstream", 200.0), ("whole, unmerged", 100.0), ("MPM", 50.0))
-    ]
-    print_table(rows)
-    assert "4.00x the first,  2.00x the best unmerged rival" in capsys.readouterr().out
-    environment = {"processor": "x", "cpu_capability": "y", "threads": 2}
-    plot_models({"results": rows, "classes": 5, "environment": environment}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+def test_merging_is_timed_where_it_chooses_the_specifications_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_model, "LENGTHS", (64, 130))
+    found = bench_merging(48, repeats=1)
+    assert {number: set(ms) for number, ms in found.items()} == {n: {"cpu", "specification"} for n in (64, 130)}
+    monkeypatch.setattr(bench_model, "merge_tokens_cpu", lambda x: (x, torch.zeros(len(x), dtype=torch.int64)))
+    with pytest.raises(RuntimeError, match=r"parity: .* of 64 tokens merge elsewhere"):
+        bench_merging(48, repeats=1)
 
 
-def test_the_demo_models_weights_are_used_where_they_fit(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_model, "SIZES", {"Ti": (64, 1), "S": (128, 2)})
-    demo = tiny_model()
-    same, other = (bench_model.build(size, demo, num_classes=9) for size in ("Ti", "S"))
-    own, given = same.state_dict(), demo.state_dict()
-    assert torch.equal(own["encoder.blocks.2.mlp.fc1.weight"], given["encoder.blocks.2.mlp.fc1.weight"])
-    assert torch.equal(own["decoder.cls_emb"][:, :5], given["decoder.cls_emb"])
-    assert other.config.d_model == 128
+def test_sizes_that_the_checkpoint_does_not_have_get_random_weights(tiny_model: Make) -> None:
+    demo = tiny_model(d_model=192, n_heads=3)
+    assert bench_model.build("Ti", demo) is demo
+    other = bench_model.build("S", demo)
+    assert other.config.d_model == 384
     with torch.inference_mode():
-        assert other.window_logits(torch.randn(WINDOW)).isfinite().all()
+        assert other.window_logits(windows(1)[0]).isfinite().all()

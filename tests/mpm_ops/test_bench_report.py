@@ -64,6 +64,6 @@ def test_a_report_says_what_it_depends_on(tmp_path: Path, tiny_model: Callable[.
 
 
 def test_errors_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["bench", "labels", "--checkpoint", "no.pth", "--images", "nowhere"])
+    monkeypatch.setattr("sys.argv", ["bench", "model", "--checkpoint", "no.pth", "--images", "nowhere"])
     assert bench.main() == 1
-    assert capsys.readouterr().err == "[Errno 2] No such file or directory: 'nowhere'\n"
+    assert capsys.readouterr().err == "variant.yml: expected variant.yml beside the checkpoint, found none\n"

@@ -16,7 +16,7 @@ from golden.cases import Case, write_checkpoint
 from torch import Tensor
 
 from mpm_ops import CheckpointError, InferenceConfig, load_segmenter
-from mpm_ops.checkpoint import read_variant
+from mpm_ops.models import read_variant
 
 TINY = Case(d_model=64, n_layers=1, n_cls=3, image_size=(32, 32), decoder_layers=1)
 CLASSIFIERS = ("encoder.head.", "encoder.head_dist.")

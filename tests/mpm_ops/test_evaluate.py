@@ -150,6 +150,6 @@ def test_the_command(data_root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert mpm_ops.evaluate.main() == 0
     assert [scores["schedule"] for scores in json.loads((tmp_path / "out.json").read_text())] == [[], [2, 5]]
     told = capsys.readouterr().out
-    assert "schedule off" in told
-    assert "schedule [2, 5]" in told
+    assert "none, " in told
+    assert "mpm:2,5, " in told
     assert "pedestrian" in told

@@ -28,12 +28,8 @@ def plain(model: Segmenter, precision: str) -> Runtime:
     return make_runtime(model, "auto", precision)
 
 
-def padded(model: Segmenter, precision: str) -> Runtime:
-    return make_runtime(model, "torch", precision, padded=True)
-
-
 CASES: list[tuple[dict[str, Any], str, Callable[..., Runtime]]] = [
-    ({}, precision, make) for precision in PRECISIONS for make in (plain, padded, graphs)
+    ({}, precision, make) for precision in PRECISIONS for make in (plain, graphs)
 ]
 CASES += [(fields, "bf16", plain) for fields in ({"distilled": True}, {"decoder": "linear"}, {"schedule": ()})]
 CASES += [(fields, "fp32", graphs) for fields in ({"distilled": True}, {"schedule": ()})]
@@ -77,9 +73,11 @@ def test_a_merge_is_launched_without_waiting(
         runtime = make(on_cuda(model), "bf16")
         batch = model.embed(torch.empty(3, 3, 64, 64, device="cuda"))
         for stage in model.stages[:2]:  # the second extends the maps of the first
+            assert isinstance(runtime, TorchRuntime)
             batch = runtime.run_blocks(stage, batch)
             log.clear()
-            merging = model.merging(batch)
+            assert stage.merger is not None
+            merging = stage.merger.launch(batch)
             assert log == ["mark"]
             batch = merging()
             assert log == ["mark", "wait", "read"]

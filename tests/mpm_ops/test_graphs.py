@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def shape(num_tokens: int, num_windows: int = 1) -> Shape:
-    return Shape(Stage(1, range(2), merges=True), num_windows, num_tokens, torch.float32)
+    return Shape(Stage(1, range(4)), num_windows, num_tokens, torch.float32)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 14, 15, 17, 63, 197, 606, 1025, 8191, 30000, 32 * 1025])
@@ -168,9 +168,9 @@ def test_a_broken_window_leaves_no_trace_in_the_buffers(tiny_model: Make) -> Non
     last, maps = model.stages[1], (torch.arange(16) // 2).expand(2, -1)
     good = WindowBatch(PackedTokens(torch.randn(22, 64), (12, 10)), maps)
     bad = WindowBatch(PackedTokens(torch.full((25, 64), torch.nan), (12, 13)), maps)
-    graphs.bucket = lambda lengths: (2, 30)  # type: ignore[method-assign]
+    graphs.buffer_size = lambda lengths: (2, 30)  # type: ignore[method-assign]
     expected = Decoded.of(TorchRuntime(model, attention="flash").decode(model.run_blocks(last, good)))
-    found = [graphs.launch_piece(last, batch) for batch in (good, bad, good)]
+    found = [graphs.launch(last, batch) for batch in (good, bad, good)]
     assert all(isinstance(decoded, Decoded) for decoded in found)
     first, broken, again = (decoded for decoded in found if isinstance(decoded, Decoded))
     torch.testing.assert_close(first.logits, expected.logits, rtol=0, atol=2e-5)
@@ -383,7 +383,7 @@ def test_windows_of_another_size_run_eagerly(tiny_model: Make) -> None:
 
 
 def test_graphs_are_refused_where_they_cannot_be_captured(tiny_model: Make) -> None:
-    with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU and without padding"):
+    with pytest.raises(ValueError, match=r"^graph_bytes: graphs are captured on a GPU, expected 0"):
         make_runtime(tiny_model(), "torch", graph_bytes=2**20)
 
 

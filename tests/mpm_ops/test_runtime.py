@@ -9,11 +9,15 @@ import openvino as ov
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mpm_ops import Segmenter, load_segmenter
+from mpm_ops._timm import Block
+from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
 from mpm_ops.runtime.openvino import OpenVINORuntime
+from mpm_ops.stages import Stage, WindowBatch
 from mpm_ops.windows import cut_windows, plan_windows
 
 Make = Callable[..., Segmenter]
@@ -69,7 +73,7 @@ def test_bf16_agrees_with_fp32_on_real_pictures(streets: list[np.ndarray], runti
 def test_one_openvino_runtime_serves_every_schedule(tiny_model: Make) -> None:
     schedules: list[tuple[int, ...]] = [(), (1,), (2,), (1, 2), (0, 2)]
     models = [tiny_model(schedule=schedule) for schedule in schedules]
-    shared = make_runtime(models[0], "openvino", "fp32", schedules=schedules)
+    shared = make_runtime(models[0], "openvino", "fp32", mergers=[model.merger for model in models])
     for model in models:
         model.load_state_dict(models[0].state_dict())
         expected = model.window_logits(windows())
@@ -94,6 +98,63 @@ def test_openvino_keeps_the_weights_it_was_built_with(tiny_model: Make) -> None:
     assert torch.equal(model.window_logits(windows()), before)
 
 
+@pytest.mark.parametrize("lengths", [(17, 40, 41, 255), (1, 2, 3)])
+def test_every_length_runs_in_the_same_piece(tiny_model: Make, lengths: tuple[int, ...]) -> None:
+    model = tiny_model(schedule=(1, 2))
+    torch_runtime, compiled = TorchRuntime(model), make_runtime(model, "openvino", "fp32")
+    middle = model.stages[1]
+    with torch.inference_mode():
+        batch = WindowBatch(PackedTokens(torch.randn(sum(lengths), 64), lengths))
+        expected, found = torch_runtime.run(middle, batch), compiled.run(middle, batch)
+    assert isinstance(expected, WindowBatch)
+    assert isinstance(found, WindowBatch)
+    torch.testing.assert_close(found.tokens.values, expected.tokens.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (50, 70), (16, 16)])
+def test_windows_of_any_size_run(tiny_model: Make, size: tuple[int, int]) -> None:
+    model = tiny_model(schedule=(1, 2))
+    window = torch.randn(2, 3, *size)
+    expected = model.window_logits(window)
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    torch.testing.assert_close(model.window_logits(window), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_with_layer_scale_is_computed(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    plain = model.window_logits(windows())
+    scaled = nn.Sequential(*(Block(64, 1, qkv_bias=True, init_values=0.5) for _ in range(3))).eval()
+    scaled.load_state_dict(model.encoder.blocks.state_dict(), strict=False)
+    model.encoder.blocks = scaled
+    model.runtime = TorchRuntime(model)
+    expected = model.window_logits(windows())
+    assert (expected - plain).abs().max() > 0.1
+    walked = scaled(model.encoder.embed(windows()).values.unflatten(0, (3, -1)))  # as timm computes it
+    batch = model.embed(windows())
+    whole = Stage(0, range(6))
+    torch.testing.assert_close(model.run_blocks(whole, batch).tokens.values, walked.flatten(0, 1))
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    torch.testing.assert_close(model.window_logits(windows()), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": True}, "encoder.blocks.1 has a norm of queries"),
+        ({"scale_attn_norm": True}, "encoder.blocks.1 has a norm after attention"),
+        ({"attn_layer": "diff"}, "encoder.blocks.1 has a DiffAttention"),
+    ],
+)
+def test_a_block_that_would_be_computed_wrongly_is_refused(
+    tiny_model: Make, runtime: str, options: dict[str, Any], message: str
+) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.encoder.blocks[1] = Block(64, 2, qkv_bias=True, **options)
+    with pytest.raises(ValueError, match=f"model: {message}.*; expected timm's plain Block"):
+        make_runtime(model, runtime, "fp32")
+
+
 def test_bf16_on_torch_comes_close(tiny_model: Make) -> None:
     """Logits are standardised over the classes, so a deviation of 0.2 is a tenth of their spread."""
     model = tiny_model()
@@ -111,12 +172,11 @@ def test_bf16_tokens_merge_by_float32_similarity(tiny_model: Make) -> None:
     assert model.window_logits(windows()).isfinite().all()
 
 
-def test_auto_takes_openvino_on_a_cpu_and_torch_for_padding(tiny_model: Make) -> None:
+def test_auto_takes_openvino_on_a_cpu(tiny_model: Make) -> None:
     native = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     chosen = make_runtime(tiny_model(schedule=(1, 2)))
     assert isinstance(chosen, OpenVINORuntime)
     assert (chosen.name, chosen.precision) == ("openvino", "bf16" if native else "fp32")
-    assert make_runtime(tiny_model(schedule=(1, 2)), padded=True).name == "torch"
 
 
 def test_a_checkpoint_runs_as_the_servers_run_it_where_nothing_else_is_said() -> None:
@@ -128,12 +188,10 @@ def test_a_checkpoint_runs_as_the_servers_run_it_where_nothing_else_is_said() ->
 
 
 def test_what_is_unknown_or_cannot_run_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="runtime: expected one of auto, torch, openvino, got 'tpu'"):
+    with pytest.raises(ValueError, match="runtime: expected one of auto, openvino, torch, got 'tpu'"):
         make_runtime(tiny_model(schedule=(1, 2)), "tpu")
     with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, fp16, got 'fp64'"):
         make_runtime(tiny_model(schedule=(1, 2)), "torch", "fp64")
-    with pytest.raises(ValueError, match="no padding"):
-        make_runtime(tiny_model(schedule=(1, 2)), "openvino", padded=True)
     monkeypatch.setattr(ov.Core, "get_property", lambda *_: ["FP32"])
     with pytest.raises(ValueError, match="no native bf16"):
         make_runtime(tiny_model(schedule=(1, 2)), "openvino", "bf16")

@@ -1,7 +1,6 @@
 """Stages: where the encoder is cut, and that a window never notices with whom it is grouped."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,31 +8,7 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, merge_tokens
 from mpm_ops.packed import PackedTokens
-from mpm_ops.stages import Stage, WindowBatch, WindowView, cut_stages, parse_schedule
-
-
-@pytest.mark.parametrize(
-    ("schedule", "blocks", "merges"),
-    [
-        ((), [range(12)], [False]),
-        ((0,), [range(0), range(12)], [True, False]),
-        ((0, 1), [range(0), range(1), range(1, 12)], [True, True, False]),
-        ((2, 5), [range(2), range(2, 5), range(5, 12)], [True, True, False]),
-        ([11], [range(11), range(11, 12)], [True, False]),
-    ],
-)
-def test_cuts_before_each_block_of_the_schedule(
-    schedule: Sequence[int], blocks: list[range], merges: list[bool]
-) -> None:
-    expected = [Stage(i, b, m) for i, (b, m) in enumerate(zip(blocks, merges, strict=True))]
-    assert list(cut_stages(12, schedule)) == expected
-
-
-@pytest.mark.parametrize("schedule", [(12,), (-1,), (5, 2), (2, 2), (2, 5, 99)])
-def test_refuses_schedules_the_encoder_cannot_follow(schedule: tuple[int, ...]) -> None:
-    message = f"schedule: expected strictly increasing block numbers within 0..11, got {schedule}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        cut_stages(12, schedule)
+from mpm_ops.stages import WindowBatch, WindowView, parse_schedule
 
 
 @pytest.mark.parametrize(("text", "schedule"), [("2,5", (2, 5)), ("off", ()), ("0", (0,)), ("2, 5, 9", (2, 5, 9))])

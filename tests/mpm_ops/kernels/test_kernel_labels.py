@@ -8,7 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
 
 from mpm_ops.axes import axes
-from mpm_ops.bench.labels import plain_way
+from mpm_ops.bench.model import plain_way
 from mpm_ops.kernels.labels import label_pixels
 from mpm_ops.labels import label_map, label_maps, label_tiles
 from mpm_ops.windows import InferenceConfig, WindowPlan, plan_windows

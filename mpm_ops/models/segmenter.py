@@ -1,7 +1,7 @@
 """Official Segmenter checkpoints: `checkpoint.pth` with `variant.yml` beside it."""
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from .runtime import make_runtime
-from .segmenter import Segmenter, SegmenterConfig
-from .windows import InferenceConfig
+from mpm_ops.segmenter import Segmenter, SegmenterConfig
+from mpm_ops.windows import InferenceConfig
 
 # ImageNet classifiers that official checkpoints carry along and segmentation never uses.
 _UNUSED_PREFIXES = ("encoder.head.", "encoder.head_dist.")
@@ -25,51 +24,17 @@ class CheckpointError(ValueError):
     """A checkpoint or its variant.yml can't be used; the message says what is wrong with which part."""
 
 
-def load_segmenter(
-    path: str | Path,
-    schedule: Sequence[int] = (),
-    align: int = 1,
-    *,
-    inference: Mapping[str, Any] | None = None,
-    runtime: str = "torch",
-    precision: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Segmenter:
-    """Load an official Segmenter checkpoint, with Mutual Pair Merging at the blocks of a schedule.
+def recognises(path: Path) -> bool:
+    """Whether a file has variant.yml beside it, or is called a checkpoint: the error then says what it lacks."""
+    return (path.parent / "variant.yml").is_file() or path.suffix == ".pth"
 
-    Nothing is downloaded and no code in the files is run.
 
-    Args:
-        path: `checkpoint.pth`; `variant.yml` is read from the same folder.
-        schedule: encoder blocks before which tokens merge, 0-based; () for no merging, (2, 5) as in the paper.
-        align: see `merge_tokens`.
-        inference: fields of `InferenceConfig` that override the checkpoint's.
-        runtime: what blocks and decoder run on, see `make_runtime`; "auto" is the servers' default.
-        precision: "auto", "fp32", "bf16" or "fp16"; by default "auto" for runtime "auto", as the servers have it,
-            and "fp32" otherwise.
-        device: where the model goes.
-
-    Returns:
-        A float32 Segmenter in evaluation mode.
-
-    Raises:
-        FileNotFoundError: either file is missing.
-        CheckpointError: a file is unreadable, or keys are missing, unexpected or of another shape.
-        ValueError: the schedule, align or inference do not fit the network, or the runtime can't run here.
-
-    Source: rstrudel/segmenter@20d1bfad, `segm/model/factory.py`.
-    """
-    if precision is None:
-        precision = "auto" if runtime == "auto" else "fp32"
-    path = Path(path)
+def build(path: Path, inference: Mapping[str, Any]) -> Segmenter:
+    """A float32 Segmenter in evaluation mode that does not merge; see `load_segmenter`."""
     variant = read_variant(path.parent / "variant.yml")
-    config = _segmenter_config(variant)
-    model = Segmenter(config, _inference_config(variant, inference or {}), schedule=schedule, align=align)
+    model = Segmenter(_segmenter_config(variant), _inference_config(variant, inference))
     _load_strictly(model, read_weights(path), path)
-    model.eval().to(device)
-    if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it
-        model.runtime = make_runtime(model, runtime, precision)
-    return model
+    return model.eval()
 
 
 def read_variant(path: Path) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""What every runtime is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from mpm_ops.stages import Decoded, Stage, WindowBatch
+
+if TYPE_CHECKING:
+    from mpm_ops.merging import Merger
+    from mpm_ops.segmenter import Segmenter
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class Runtime(ABC):
+    """Runs the stages of a network.
+
+    Attributes:
+        name: its key in RUNTIMES.
+        precision: one of PRECISIONS. Similarity is computed in float32 all the same.
+    """
+
+    name: ClassVar[str]
+    precision: str
+
+    @classmethod
+    @abstractmethod
+    def obstacle(cls, model: "Segmenter") -> str | None:
+        """Why it can't run this model here, or None."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, model: "Segmenter", precision: str, *, mergers: Sequence["Merger"], graph_bytes: int) -> "Runtime":
+        """See `make_runtime`; precision may be "auto".
+
+        Raises:
+            ValueError: the precision, or graphs, can't run here.
+        """
+
+    @abstractmethod
+    def run(self, stage: Stage, given: Tensor | WindowBatch) -> WindowBatch | Decoded:
+        """Run all of a stage but its merge.
+
+        Args:
+            stage: of a merger's `stages`.
+            given: windows for the first stage, see `Segmenter.embed`; what the merge before gave for others.
+        """
+
+    def bucket(self, length: int) -> int:
+        """The length that a window of this length, special tokens included, is computed as."""
+        return length
+
+    def launch(
+        self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
+    ) -> Callable[[], WindowBatch] | Decoded:
+        """Launch a stage and its merge; see `Segmenter.launch`."""
+        done = self.run(stage, given)
+        if isinstance(done, Decoded):
+            return done
+        assert stage.merger is not None
+        before_merge()
+        return stage.merger.launch(done)
