@@ -49,14 +49,22 @@ class Encoder(nn.Module):
         pad_bottom, pad_right = (-windows.shape[2] % self.patch_size, -windows.shape[3] % self.patch_size)
         if pad_bottom or pad_right:
             windows = F.pad(windows, (0, pad_right, 0, pad_bottom))
-        patches = self.patch_embed["proj"](windows)  # [B, D, Gh, Gw]
-        grid = (patches.shape[2], patches.shape[3])
+        grid = (windows.shape[2] // self.patch_size, windows.shape[3] // self.patch_size)
+        if windows.is_cuda:
+            patches = self._project(windows)
+        else:
+            patches = self.patch_embed["proj"](windows).flatten(2).transpose(1, 2)
         special = [self.cls_token] if self.num_special == 1 else [self.cls_token, self.dist_token]
-        x = torch.cat(
-            [token.expand(len(windows), -1, -1) for token in special] + [patches.flatten(2).transpose(1, 2)],
-            dim=1,
-        )
+        x = torch.cat([token.expand(len(windows), -1, -1) for token in special] + [patches], dim=1)
         return PackedTokens.from_batch(x + self.positions(grid))
+
+    def _project(self, windows: Tensor) -> Tensor:
+        """The convolution as one matrix product, [B, Gh * Gw, D]: on a GPU faster, and in float32 without TF32."""
+        proj, side = self.patch_embed["proj"], self.patch_size
+        assert isinstance(proj, nn.Conv2d)
+        windows = windows.to(proj.weight.dtype)
+        patches = windows.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """[1, special + Gh x Gw, D] position embedding of a grid of patches."""

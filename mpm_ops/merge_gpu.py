@@ -1,4 +1,4 @@
-"""Mutual Pair Merging on a GPU: all windows of a batch in six kernels and one wait."""
+"""Mutual Pair Merging on a GPU: all windows of a batch in five kernels and one wait."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,12 +10,14 @@ from .kernels import has_triton
 from .packed import PackedTokens, bounds_of
 from .transfers import fetch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def can_merge_on_gpu(x: Tensor) -> bool:
     """Whether `merge_windows_gpu` takes these tokens; gradients and float64 need `merge_tokens`."""
-    return x.is_cuda and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and has_triton()
+    if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()) or not has_triton():
+        return False
+    from .kernels.nearest import DTYPES
+
+    return x.dtype in DTYPES
 
 
 def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1) -> tuple[PackedTokens, Tensor]:
@@ -60,17 +62,23 @@ def launch_merge_gpu(
     return wait, merge_map
 
 
-def packed_rows(maps: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+def packed_rows(maps: Tensor | Sequence[Tensor], starts: Tensor) -> Tensor:
     """Join maps into sequences into one map into their packed rows, without waiting for the device.
 
     Args:
-        maps: one [N_b] int64 per sequence with values in 0..lengths[b]-1.
-        lengths: rows of each sequence.
+        maps: one [N_b] int64 per sequence with rows counted from its own start; [B, N] where all are of one length.
+        starts: [B], the first packed row of each sequence.
 
     Returns:
         [sum of N_b] int64.
     """
-    device = maps[0].device
-    counts = bounds_of(tuple(len(m) for m in maps), device).diff()
-    starts = bounds_of(tuple(lengths), device)[:-1].long()
+    starts = starts.long()
+    if isinstance(maps, Tensor):
+        return (maps + starts[:, None]).flatten()
+    counts = bounds_of(tuple(len(m) for m in maps), starts.device).diff()
     return torch.cat(list(maps)) + starts.repeat_interleave(counts, output_size=sum(len(m) for m in maps))
+
+
+def image_starts(cu_seqlens: Tensor, num_special: int) -> Tensor:
+    """[B + 1] int32, where sequences start among the image tokens of all."""
+    return cu_seqlens - num_special * torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import block_forward
+from .attention import run_blocks
 from .decoders import DecoderLinear, MaskTransformer, decodes_together
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
-from .merge_gpu import packed_rows
+from .merge_gpu import image_starts, packed_rows
 from .packed import PackedTokens
 from .runtime import Runtime
 from .runtime.eager import TorchRuntime
-from .stages import Stage, WindowBatch, cut_stages
-from .windows import InferenceConfig, cut_windows, plan_windows
+from .stages import Decoded, Stage, WindowBatch, cut_stages
+from .windows import InferenceConfig, cut_windows, normalize_windows, plan_windows
 
 DECODERS = ("mask_transformer", "linear")
 
@@ -122,8 +122,47 @@ class Segmenter(nn.Module):
     # The steps of the network, one by one, for whoever groups windows between them.
 
     def embed(self, windows: Tensor) -> WindowBatch:
-        """[B, 3, H, W] normalised windows -> their tokens."""
+        """Tokens of windows.
+
+        Args:
+            windows: float [B, 3, H, W], normalised; or uint8 RGB [B, H, W, 3], as cut from a fitted picture, which
+                give the same numbers where the frame is not resized once more (see `cut_windows`).
+        """
+        if windows.dtype == torch.uint8:
+            windows = normalize_windows(windows, self.inference.normalization)
         return WindowBatch(self.encoder.embed(windows))
+
+    def launch(
+        self,
+        stage: Stage,
+        given: Tensor | WindowBatch,
+        runtime: Runtime | None = None,
+        *,
+        before_merge: Callable[[], None] = lambda: None,
+    ) -> Callable[[], WindowBatch] | Decoded:
+        """Launch one stage from its input to its end and wait for nothing on a GPU.
+
+        Args:
+            stage: of `cut_stages`.
+            given: windows for the first stage, see `embed`; what the stage before gave for others.
+            runtime: what runs it; this model's own by default.
+            before_merge: called between blocks and merge, unless one graph holds both.
+
+        Returns:
+            Of a stage that merges, what waits for the device and gives the merged windows; of the last one, logits.
+        """
+        runtime = runtime or self.runtime
+        captured = getattr(runtime, "launch_piece", None)
+        launched = captured and captured(stage, given)
+        if launched is not None:
+            return launched
+        if isinstance(given, Tensor):
+            given = runtime.embed(given) if isinstance(runtime, TorchRuntime) else self.embed(given)
+        batch = runtime.run_blocks(stage, given)
+        if stage.merges:
+            before_merge()
+            return self.merging(batch)
+        return Decoded.of(runtime.decode(batch))
 
     def run_blocks(self, stage: Stage, batch: WindowBatch, *, padded: bool = False) -> WindowBatch:
         """Run the encoder blocks of one stage.
@@ -138,13 +177,11 @@ class Segmenter(nn.Module):
         tokens = self.run_tokens(tokens, stage.blocks, key_bias)
         if key_bias is not None:
             tokens = tokens.unpadded(batch.tokens.lengths)
-        return WindowBatch(tokens, batch.merge_maps)
+        return batch.with_tokens(tokens)
 
     def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
-        """Run some encoder blocks; see `block_forward`."""
-        for i in blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
-        return tokens
+        """Run some encoder blocks; see `mpm_ops.attention.run_blocks`."""
+        return run_blocks([self.encoder.blocks[i] for i in blocks], tokens, key_bias)
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""
@@ -157,8 +194,9 @@ class Segmenter(nn.Module):
     def decode(self, batch: WindowBatch) -> Tensor:
         """Logits of every patch, [B, N, K]: decoded on merged tokens, copied back last."""
         rows = None
-        if batch.merge_maps is not None:
-            rows = packed_rows(batch.merge_maps, [n - self.encoder.num_special for n in batch.tokens.lengths])
+        if batch.maps is not None:
+            starts = image_starts(batch.tokens.cu_seqlens, self.encoder.num_special)[: len(batch.maps)]
+            rows = packed_rows(batch.maps, starts)
         return self.decode_rows(batch.tokens, rows).unflatten(0, (len(batch.tokens.lengths), -1))
 
     def decode_rows(self, tokens: PackedTokens, rows: Tensor | None) -> Tensor:
@@ -185,13 +223,14 @@ class Segmenter(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """[B, 3, H, W] normalised windows -> [B, K, Gh, Gw] logits, one per patch."""
-        batch = self.embed(windows)
+        given: Tensor | WindowBatch = windows
         for stage in self.stages:
-            batch = self.runtime.run_blocks(stage, batch)
-            if stage.merges:
-                batch = self.merge(batch)
+            launched = self.launch(stage, given)
+            if not isinstance(launched, Decoded):
+                given = launched()
+        assert isinstance(launched, Decoded)
         grid_height = -(-windows.shape[2] // self.config.patch_size)
-        return self.runtime.decode(batch).transpose(1, 2).unflatten(2, (grid_height, -1))
+        return launched.logits.transpose(1, 2).unflatten(2, (grid_height, -1))
 
     @torch.inference_mode()
     def window_logits(self, windows: Tensor) -> Tensor:

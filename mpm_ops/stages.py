@@ -70,34 +70,61 @@ class WindowBatch:
 
     Attributes:
         tokens: packed tokens of each window, special tokens first.
-        merge_maps: one [N] int64 map per window from its patches to its image tokens, composed over
-            all merges so far; None before the first.
+        maps: int64, from the patches of each window to its image tokens, composed over all merges so far: [B, N],
+            or one [N_b] per window where they differ in size; None before the first merge.
     """
 
     tokens: PackedTokens
-    merge_maps: tuple[Tensor, ...] | None = None
+    maps: Tensor | tuple[Tensor, ...] | None = None
+
+    @property
+    def merge_maps(self) -> tuple[Tensor, ...] | None:
+        """The maps window by window."""
+        return self.maps.unbind() if isinstance(self.maps, Tensor) else self.maps
 
     @classmethod
-    def join(cls, batches: Sequence["WindowBatch"]) -> "WindowBatch":
-        """Group windows that stand at the same stage."""
-        tokens = PackedTokens.pack([sequence for batch in batches for sequence in batch.tokens.split()])
-        maps = [batch.merge_maps for batch in batches]
-        if any(m is None for m in maps):
-            assert all(m is None for m in maps), "windows stand at different stages"
+    def join(cls, windows: "Sequence[WindowBatch | WindowView]") -> "WindowBatch":
+        """Group windows that stand at the same stage; a batch that goes on as it is costs nothing."""
+        runs: list[tuple[WindowBatch, int, int]] = []  # neighbours stay together
+        for window in windows:
+            batch, start, stop = window.place
+            if runs and runs[-1][0] is batch and runs[-1][2] == start:
+                start = runs.pop()[1]
+            runs.append((batch, start, stop))
+        parts = [batch.part(start, stop) for batch, start, stop in runs]
+        if len(parts) == 1:
+            return parts[0]
+        lengths = tuple(length for part in parts for length in part.tokens.lengths)
+        tokens = PackedTokens(torch.cat([part.tokens.values for part in parts]), lengths)
+        maps = [part.maps for part in parts if part.maps is not None]
+        assert len(maps) in (0, len(parts)), "windows stand at different stages"
+        if not maps:
             return cls(tokens)
-        return cls(tokens, tuple(merge_map for m in maps if m is not None for merge_map in m))
+        matrices = [m for m in maps if isinstance(m, Tensor)]
+        if len(matrices) == len(maps) and len({m.shape[1] for m in matrices}) == 1:
+            return cls(tokens, torch.cat(matrices))
+        return cls(tokens, tuple(row for m in maps for row in m))
+
+    @property
+    def place(self) -> "tuple[WindowBatch, int, int]":
+        return self, 0, len(self.tokens.lengths)
+
+    def part(self, start: int, stop: int) -> "WindowBatch":
+        """Windows start to stop - 1, as views."""
+        lengths = self.tokens.lengths
+        if stop - start == len(lengths):
+            return self
+        first, own = sum(lengths[:start]), lengths[start:stop]
+        tokens = PackedTokens(self.tokens.values[first : first + sum(own)], own)
+        return WindowBatch(tokens, None if self.maps is None else self.maps[start:stop])
 
     def with_tokens(self, tokens: PackedTokens) -> "WindowBatch":
         """The same windows with other tokens."""
-        return WindowBatch(tokens, self.merge_maps)
+        return WindowBatch(tokens, self.maps)
 
-    def split(self) -> list["WindowBatch"]:
+    def split(self) -> "list[WindowView]":
         """The windows one by one."""
-        maps = [None] * len(self.tokens.lengths) if self.merge_maps is None else [(m,) for m in self.merge_maps]
-        return [
-            WindowBatch(PackedTokens(sequence, (len(sequence),)), merge_map)
-            for sequence, merge_map in zip(self.tokens.split(), maps, strict=True)
-        ]
+        return [WindowView(self, i) for i in range(len(self.tokens.lengths))]
 
     def merged(self, *, num_special: int, align: int) -> "WindowBatch":
         """Merge the image tokens of every window and extend its map."""
@@ -106,22 +133,82 @@ class WindowBatch:
     def merging(self, *, num_special: int, align: int) -> Callable[[], "WindowBatch"]:
         """Launch `merged`; the call that is returned gives its result, and waits for it where a GPU merges."""
         if can_merge_on_gpu(self.tokens.values):
-            return self._merging_together(num_special, align)
+            merging, merge_map = launch_merge_gpu(self.tokens, num_special=num_special, align=align)
+            longer = extended(self.maps, merge_map, self.tokens, num_special)
+            return lambda: WindowBatch(merging(), longer)
         merge = merge_tokens_cpu if can_merge_on_cpu(self.tokens.values) else merge_tokens
-        sequences, maps = [], []
+        sequences, maps, before = [], [], self.merge_maps
         for i, sequence in enumerate(self.tokens.split()):
             special, image = sequence[:num_special], sequence[num_special:]
             image, merge_map = merge(image, align=align)
             sequences.append(torch.cat([special, image]))
-            maps.append(merge_map if self.merge_maps is None else compose_maps(self.merge_maps[i], merge_map))
+            maps.append(merge_map if before is None else compose_maps(before[i], merge_map))
         merged = WindowBatch(PackedTokens.pack(sequences), tuple(maps))
         return lambda: merged
 
-    def _merging_together(self, num_special: int, align: int) -> Callable[[], "WindowBatch"]:
-        merging, merge_map = launch_merge_gpu(self.tokens, num_special=num_special, align=align)
-        maps = tuple(part[num_special:] for part in merge_map.split(self.tokens.lengths))
-        if self.merge_maps is not None:
-            image_lengths = [length - num_special for length in self.tokens.lengths]
-            composed = torch.cat(maps)[packed_rows(self.merge_maps, image_lengths)]
-            maps = composed.split([len(m) for m in self.merge_maps])
-        return lambda: WindowBatch(merging(), maps)
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the last stage gives.
+
+    Attributes:
+        logits: float32 [B, N, K], of every patch.
+        is_finite: bool [B], whether all logits of a window are.
+    """
+
+    logits: Tensor
+    is_finite: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Decoded":
+        return cls(logits, logits.isfinite().flatten(1).all(dim=1))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowView:
+    """One window of a batch; nothing is computed before it is asked for.
+
+    Attributes:
+        batch: it is part of.
+        index: its place there.
+    """
+
+    batch: WindowBatch
+    index: int
+
+    @property
+    def place(self) -> tuple[WindowBatch, int, int]:
+        return self.batch, self.index, self.index + 1
+
+    @property
+    def length(self) -> int:
+        """Tokens, special ones included."""
+        return self.batch.tokens.lengths[self.index]
+
+    @property
+    def tokens(self) -> PackedTokens:
+        return self.batch.part(self.index, self.index + 1).tokens
+
+    @property
+    def merge_maps(self) -> tuple[Tensor, ...] | None:
+        return self.batch.part(self.index, self.index + 1).merge_maps
+
+
+def extended(
+    maps: Tensor | tuple[Tensor, ...] | None, merge_map: Tensor, tokens: PackedTokens, num_special: int
+) -> Tensor | tuple[Tensor, ...]:
+    """Maps of windows after one more merge, computed on the device from where its sequences start.
+
+    Args:
+        maps: see `WindowBatch`; of the first sequences, if there are more.
+        merge_map: [T] int64, see `merge_packed`.
+        tokens: as they were before this merge.
+        num_special: special tokens of each.
+    """
+    if maps is None:
+        if tokens.is_uniform:
+            return merge_map.view(len(tokens.lengths), -1)[:, num_special:]
+        return tuple(part[num_special:] for part in merge_map.split(tokens.lengths))
+    rows = packed_rows(maps, tokens.cu_seqlens[: len(maps)] + num_special).clamp_(max=len(merge_map) - 1)
+    found = merge_map[rows]
+    return found.view_as(maps) if isinstance(maps, Tensor) else found.split([len(m) for m in maps])

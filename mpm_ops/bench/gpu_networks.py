@@ -5,8 +5,10 @@ imposed (see `Injected`), and the pairs that are found are only timed.
 """
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpm_ops.baselines import ToMe
-from mpm_ops.labels import label_map
+from mpm_ops.labels import label_maps
 from mpm_ops.runtime import Runtime
 from mpm_ops.runtime.eager import DTYPES, TorchRuntime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.segmenter import Segmenter, SegmenterConfig
-from mpm_ops.stages import cut_stages
+from mpm_ops.stages import Decoded, WindowBatch, cut_stages
 from mpm_ops.windows import InferenceConfig, plan_windows
 
 from .dense import DenseSegmenter
@@ -34,7 +36,9 @@ PAPER_MERGED = {
     "bf16": {"Ti": 1260, "S": 1100, "B": 781, "L": 456},
 }
 MOST_DIFFERENT = {"fp32": 0.02, "bf16": 0.3, "fp16": 0.1}  # mean deviation of logits over their spread; chance is 1.1
-GRAPH_BYTES = 2 << 30
+GRAPH_BYTES = 8 << 30
+BACK_TO_BACK = 10  # batches
+PERIOD = 5  # different lengths of a batch
 
 # Logits of a way, whose steps are laps.
 Way = Callable[[Laps, Injected], Tensor]
@@ -72,9 +76,11 @@ class Scale:
     def patches(self) -> int:
         return (self.side // self.patch) ** 2
 
-    def injected(self) -> Injected:
-        """The same lengths for every way."""
-        return Injected(self.means, self.spread, np.random.default_rng(0))
+    def injected(self, schedule: Sequence[int] = (2, 5)) -> Injected:
+        """The same lengths for every way; further merges leave the share of tokens that the second one does."""
+        share = self.means[1] / self.means[0]
+        means = (*self.means, *(round(self.means[1] * share**i) for i in range(1, len(schedule) - 1)))
+        return Injected(means[: len(schedule)], self.spread, np.random.default_rng(0), PERIOD)
 
 
 PAPER = Scale(
@@ -117,24 +123,26 @@ def build(scale: Scale, name: str, device: torch.device, schedule: tuple[int, ..
     return model
 
 
-def make_graphs(model: Segmenter, precision: str) -> Runtime | None:
-    """The runtime whose small groups are captured graphs; None where there is no GPU to capture them."""
+def make_graphs(model: Segmenter, precision: str) -> GraphRuntime | None:
+    """The runtime whose stages are captured graphs; None where there is no GPU to capture them."""
     if not model.encoder.pos_embed.is_cuda:
         return None
     return GraphRuntime(model, precision, budget_bytes=GRAPH_BYTES)
 
 
-def make_packed(model: Segmenter, precision: str) -> Runtime:
+def make_packed(model: Segmenter, precision: str) -> TorchRuntime:
     return TorchRuntime(model, precision, attention="auto")
 
 
 @torch.inference_mode()
 def time_network(
-    scale: Scale, name: str, precision: str, device: torch.device, *, compile_mode: str | None = None
-) -> dict[str, Any]:
-    """Every way to compute one batch.
+    scale: Scale, name: str, precision: str, device: torch.device, *, compile_mode: str | None = None,
+    schedule: tuple[int, ...] = (2, 5),
+) -> dict[str, Any]:  # fmt: skip
+    """Every way to compute one batch: milliseconds of its steps, and images a second of batches back to back.
 
     Args:
+        schedule: where the merging ways merge.
         compile_mode: of torch.compile, which "plain" is given to then, too; compiling is not part of its time.
 
     Raises:
@@ -143,31 +151,39 @@ def time_network(
     timer = Timer(device)
     windows = torch.randn(scale.batch, 3, scale.side, scale.side, device=device)
     lengths: dict[str, list[tuple[int, ...]]] = {}
-    ways = network_ways(scale, name, precision, windows, lengths)
+    ways = network_ways(scale, name, precision, windows, lengths, schedule)
+    references = {"unmerged": "plain", "MPM": "MPM grouped"}
     parity = {
-        f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision)
-        for way, reference in (("unmerged", "plain"), ("MPM", "MPM grouped"), ("MPM padded", "MPM grouped"))
+        f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision, schedule)
+        for way, reference in references.items()
     }
+    del ways["MPM grouped"]  # the reference alone
     rival: dict[str, Any] = {}
     if compile_mode:
         ways["compiled"], rival = _compiled(scale, name, precision, windows, compile_mode, ways["plain"], timer)
         if "error" in rival:
             del ways["compiled"]
-    injected = {way: scale.injected() for way in ways}
+    injected = {way: scale.injected(schedule) for way in ways}
     labelled = {
         way: _labelled(run, injected[way], scale, plain=way in ("plain", "compiled")) for way, run in ways.items()
     }
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
     config = config_of(scale, name)
-    found = {way: _summary(scale, times[way], config, lengths.get(way), peak) for way in ways}
-    result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "gemm_tflops": peak, "parity": parity}
+    found = {way: _summary(times[way], config, scale.patches, lengths.get(way), peak, schedule) for way in ways}
+    for way, row in found.items():
+        run = partial(ways[way], injected=injected[way])
+        for key, work in (("images_per_second", run), ("images_per_second_with_labels", labelled[way])):
+            row[key] = round(scale.batch / wall_seconds(work, timer), 1)
+    result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "schedule": list(schedule)}
+    result |= {"gemm_tflops": peak, "parity": parity}
     result["ways"] = found
     plain = found["plain"]
     for row in found.values():
-        row["speedup"] = round(plain["network_ms"] / row["network_ms"], 3)
-        row["speedup_with_labels"] = round(plain["with_labels_ms"] / row["with_labels_ms"], 3)
-    if scale is PAPER:
+        for key in ("speedup", "speedup_with_labels"):
+            images = key.replace("speedup", "images_per_second")
+            row[key] = round(row[images] / plain[images], 3)
+    if scale.side == PAPER.side and schedule == (2, 5):
         paper = {"unmerged": PAPER_UNMERGED, "MPM": PAPER_MERGED}
         for way, published in paper.items():
             if images := published.get(precision, {}).get(name):
@@ -180,27 +196,27 @@ def time_network(
 
 
 def network_ways(
-    scale: Scale, name: str, precision: str, windows: Tensor, lengths: dict[str, list[tuple[int, ...]]]
-) -> dict[str, Way]:
+    scale: Scale, name: str, precision: str, windows: Tensor, lengths: dict[str, list[tuple[int, ...]]],
+    schedule: tuple[int, ...] = (2, 5),
+) -> dict[str, Way]:  # fmt: skip
     """Ways by name; each notes the lengths of its stages, special tokens included.
 
-    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed, padded to the
-    longest, or attended window by window.
+    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed;
+    "MPM grouped" attends window by window. For graphs see `time_served`.
     """
-    model, unmerged = build(scale, name, windows.device), build(scale, name, windows.device, ())
-    dense = TorchRuntime(unmerged, precision, attention="grouped")
-    packed = make_packed(model, precision)
-    padded = TorchRuntime(model, precision, padded=True, attention="grouped")
-    grouped = TorchRuntime(model, precision, attention="grouped")
-    return {
-        "plain": ours(unmerged, dense, windows, 1, lengths.setdefault("plain", [])),
-        "unmerged": ours(unmerged, make_packed(unmerged, precision), windows, 1, lengths.setdefault("unmerged", [])),
-        "MPM": ours(model, packed, windows, 1, lengths.setdefault("MPM", [])),
-        "MPM aligned": ours(model, packed, windows, scale.align, lengths.setdefault("MPM aligned", [])),
-        "MPM padded": ours(model, padded, windows, 1, lengths.setdefault("MPM padded", [])),
-        "MPM grouped": ours(model, grouped, windows, 1, lengths.setdefault("MPM grouped", [])),
-        "ToMe": tome(unmerged, precision, windows, scale.networks[name][3]),
+    model, unmerged = build(scale, name, windows.device, schedule), build(scale, name, windows.device, ())
+    runs: dict[str, tuple[Segmenter, Runtime, int]] = {
+        "plain": (unmerged, TorchRuntime(unmerged, precision, attention="grouped"), 1),
+        "unmerged": (unmerged, make_packed(unmerged, precision), 1),
+        "MPM": (model, make_packed(model, precision), 1),
+        "MPM aligned": (model, make_packed(model, precision), scale.align),
+        "MPM grouped": (model, TorchRuntime(model, precision, attention="grouped"), 1),
     }
+    ways = {
+        way: ours(network, runtime, windows, align, lengths.setdefault(way, []))
+        for way, (network, runtime, align) in runs.items()
+    }
+    return ways | {"ToMe": tome(unmerged, precision, windows, scale.networks[name][3])}
 
 
 def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
@@ -208,7 +224,7 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
 
     def run(laps: Laps, injected: Injected) -> Tensor:
         lengths.clear()
-        batch = model.embed(windows)
+        batch = runtime.embed(windows) if isinstance(runtime, TorchRuntime) else model.embed(windows)
         laps.lap("embed")
         for stage in model.stages:
             lengths.append(batch.tokens.lengths)
@@ -224,6 +240,113 @@ def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, length
         return logits
 
     return run
+
+
+@torch.inference_mode()
+def served(model: Segmenter, runtime: Runtime, windows: Tensor, injected: Injected) -> Callable[[], Tensor]:
+    """A batch as it is served, stage by stage, with a wait for the lengths after each merge.
+
+    Every stage computes all it does, and then starts from a batch whose lengths are imposed: prepared once, operator
+    by operator, so that imposing them takes no time here.
+    """
+    prepared: list[Tensor | WindowBatch] = [windows]
+    packed = make_packed(model, runtime.precision)
+    for stage in model.stages:
+        if stage.merges:
+            given = prepared[-1]
+            before = packed.run_blocks(stage, packed.embed(given) if isinstance(given, Tensor) else given)
+            imposed = injected.apply(before, before, stage.index, 1)
+            assert imposed.merge_maps is not None
+            prepared.append(WindowBatch(imposed.tokens, torch.stack(imposed.merge_maps)))
+
+    def run() -> Tensor:
+        for stage, given in zip(model.stages, prepared, strict=True):
+            launched = model.launch(stage, given, runtime)
+            if not isinstance(launched, Decoded):
+                launched()
+        assert isinstance(launched, Decoded)
+        return launched.logits
+
+    return run
+
+
+def captured(model: Segmenter, graphs: GraphRuntime, windows: Tensor, injected: Injected) -> Callable[[], Tensor]:
+    """`served` by graphs that are there already.
+
+    Raises:
+        RuntimeError: a stage was not captured; operators would be compared with themselves.
+    """
+    run = served(model, graphs, windows, injected)
+    for _ in range(PATIENCE + 1):
+        run()
+    if graphs.policy.counts["replay"] < len(model.stages):
+        raise RuntimeError(f"parity: not all stages were captured: {dict(graphs.policy.counts)}")
+    return run
+
+
+@torch.inference_mode()
+def time_served(scale: Scale, name: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """Batches as they are served, by operators and by graphs: wall and device milliseconds, and images per second.
+
+    Raises:
+        RuntimeError: graphs give other logits, or were not captured.
+    """
+    timer = Timer(device)
+    windows = torch.randn(scale.batch, 3, scale.side, scale.side, device=device)
+    runs: dict[str, Callable[[], Tensor]] = {}
+    parity = {}
+    for way, schedule in (("unmerged", ()), ("MPM", (2, 5))):
+        network = build(scale, name, device, schedule)
+        runs[way] = served(network, make_packed(network, precision), windows, scale.injected())
+        graphs = make_graphs(network, precision)
+        if graphs is None:
+            continue
+        runs[f"{way}, graphs"] = captured(network, graphs, windows, scale.injected())
+        parity[way] = check_logits(runs[f"{way}, graphs"](), runs[way](), precision)
+    times = in_turn({way: _lapped(run) for way, run in runs.items()}, timer, repeats=scale.repeats)
+    walls = {way: _wall_ms(run, timer, scale.repeats) for way, run in runs.items()}
+    rows = {
+        way: {
+            "wall_ms": round(walls[way], 4),
+            "events_ms": round(times[way]["served"], 4),
+            "busy_ms": _busy_ms(run, device),
+            "images_per_second": round(1000 * scale.batch / walls[way], 1),
+        }
+        for way, run in runs.items()
+    }
+    return {"precision": precision, "batch": scale.batch, "ways": rows, "parity": parity}
+
+
+def _lapped(run: Callable[[], Tensor]) -> Callable[[Laps], object]:
+    def work(laps: Laps) -> None:
+        run()
+        laps.lap("served")
+
+    return work
+
+
+def _wall_ms(run: Callable[[], Tensor], timer: Timer, repeats: int) -> float:
+    """Milliseconds of one batch on the clock, median."""
+    samples = []
+    for _ in range(repeats):
+        timer.synchronize()
+        start = perf_counter()
+        run()
+        timer.synchronize()
+        samples.append(1000 * (perf_counter() - start))
+    return statistics.median(samples)
+
+
+def _busy_ms(run: Callable[[], Tensor], device: torch.device) -> float | None:
+    """Milliseconds that the device's kernels and copies take, one batch; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return round(sum(e.time_range.elapsed_us() for e in profile.events() if e.device_type == cuda) / 1000, 4)
 
 
 def tome(model: Segmenter, precision: str, windows: Tensor, r: int) -> Way:
@@ -277,7 +400,7 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
     grid = scale.side // scale.patch
 
     def run(laps: Laps) -> list[Any]:
-        logits = way(laps, injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
+        logits = way(laps, injected=injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
         if plain:
             size = (scale.side, scale.side)
             found: list[Any] = [
@@ -285,20 +408,39 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
                 for one in logits
             ]
         else:
-            found = [label_map(one[None], plan, scale.patch).labels for one in logits]
+            found = list(label_maps([one[None] for one in logits], plan, scale.patch))
         laps.lap("labels")
         return found
 
     return run
 
 
-def check_same(way: Way, reference: Way, scale: Scale, timer: Timer, precision: str) -> float:
+def wall_seconds(work: Callable[[Laps], object], timer: Timer, *, batches: int = BACK_TO_BACK) -> float:
+    """Of one batch among some that follow each other, the host's part included."""
+    for _ in range(2):
+        work(Laps(timer))
+    timer.synchronize()
+    start = perf_counter()
+    for _ in range(batches):
+        work(Laps(timer))
+    timer.synchronize()
+    return (perf_counter() - start) / batches
+
+
+def check_same(
+    way: Way, reference: Way, scale: Scale, timer: Timer, precision: str, schedule: Sequence[int] = (2, 5)
+) -> float:
     """Mean deviation of two ways' logits over their spread.
 
     Raises:
         RuntimeError: it is too large; figures would compare different work.
     """
-    found, wanted = way(Laps(timer), scale.injected()), reference(Laps(timer), scale.injected())
+    found, wanted = (run(Laps(timer), scale.injected(schedule)) for run in (way, reference))
+    return check_logits(found, wanted, precision)
+
+
+def check_logits(found: Tensor, wanted: Tensor, precision: str) -> float:
+    """See `check_same`."""
     deviation = float((found - wanted).abs().mean() / wanted.std())
     if not deviation <= MOST_DIFFERENT[precision]:
         raise RuntimeError(f"parity: logits deviate by {deviation:.1e} of their spread; no figures are reported")
@@ -317,30 +459,17 @@ def time_groups(scale: Scale, name: str, precision: str, device: torch.device) -
     rows = []
     for number in scale.groups:
         windows = torch.randn(number, 3, scale.side, scale.side, device=device)
-        ways: dict[str, Way] = {}
+        runs: dict[str, Callable[[], Tensor]] = {}
+        parity = {}
         for way, network in (("unmerged", unmerged), ("MPM", model)):
-            graphs = make_graphs(network, precision)
-            ways[way] = ours(network, make_packed(network, precision), windows, 1, [])
-            if graphs is None:
-                continue
-            ways[f"{way}, graphs"] = ours(network, graphs, windows, 1, [])
-            for _ in range(PATIENCE):  # the same lengths until all is captured, or nothing captured would be checked
-                ways[f"{way}, graphs"](Laps(timer), scale.injected())
-        parity = {
-            way: check_same(ways[f"{way}, graphs"], ways[way], scale, timer, precision)
-            for way in ("MPM", "unmerged")
-            if f"{way}, graphs" in ways
-        }
-        injected = {way: scale.injected() for way in ways}
-        works = {way: _once(run, injected[way]) for way, run in ways.items()}
-        times = in_turn(works, timer, repeats=4 * scale.repeats, warm_ups=8)
-        ms = {way: round(network_ms(laps), 4) for way, laps in times.items()}
+            runs[way] = served(network, make_packed(network, precision), windows, scale.injected())
+            if graphs := make_graphs(network, precision):
+                runs[f"{way}, graphs"] = captured(network, graphs, windows, scale.injected())
+                parity[way] = check_logits(runs[f"{way}, graphs"](), runs[way](), precision)
+        times = in_turn({way: _lapped(run) for way, run in runs.items()}, timer, repeats=4 * scale.repeats, warm_ups=8)
+        ms = {way: round(laps["served"], 4) for way, laps in times.items()}
         rows.append({"windows": number, "median_ms": ms, "parity": parity})
     return {"precision": precision, "groups": rows}
-
-
-def _once(way: Way, injected: Injected) -> Callable[[Laps], object]:
-    return lambda laps: way(laps, injected)
 
 
 def network_ms(laps: Mapping[str, float]) -> float:
@@ -349,36 +478,36 @@ def network_ms(laps: Mapping[str, float]) -> float:
 
 
 def _summary(
-    scale: Scale,
     laps: dict[str, float],
     config: SegmenterConfig,
+    patches: int,
     lengths: Sequence[tuple[int, ...]] | None,
     peak: float,
+    schedule: tuple[int, ...],
 ) -> dict[str, Any]:
     network = network_ms(laps)
-    with_labels = network + laps["labels"]
     row: dict[str, Any] = {
         "network_ms": round(network, 4),
-        "with_labels_ms": round(with_labels, 4),
-        "images_per_second": round(1000 * scale.batch / network, 1),
-        "images_per_second_with_labels": round(1000 * scale.batch / with_labels, 1),
+        "with_labels_ms": round(network + laps["labels"], 4),
         "median_ms": laps,
     }
     if lengths:
-        tflops = flops(config, scale.patches, lengths) / network / 1e9
+        tflops = flops(config, patches, lengths, schedule) / network / 1e9
         row |= {"mean_lengths": [round(sum(n) / len(n), 1) for n in lengths]}
         row |= {"tflops": float(f"{tflops:.4g}"), "of_gemm": round(tflops / peak, 3)}
     return row
 
 
-def flops(config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]]) -> float:
+def flops(
+    config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]], schedule: Sequence[int] = (2, 5)
+) -> float:
     """Operations of embedding, blocks and decoder at these lengths of each stage; two for a multiplication and a sum.
 
     Args:
         lengths: per stage, tokens of every window, special ones included.
     """
     width, classes = config.d_model, config.n_cls
-    stages = cut_stages(config.n_layers, (2, 5)[: len(lengths) - 1])
+    stages = cut_stages(config.n_layers, schedule[: len(lengths) - 1])
     total = len(lengths[0]) * 2.0 * num_patches * width * 3 * config.patch_size**2
     for stage, of_windows in zip(stages, lengths, strict=True):
         total += len(stage.blocks) * sum(_block_flops(length, width) for length in of_windows)

@@ -32,7 +32,7 @@ class TorchRuntime:
     ) -> None:
         self.precision = precision
         self._padded = padded
-        self._network = model
+        self._model = self._network = model
         if precision != "fp32":
             self._network = copy.deepcopy(model).to(DTYPES[precision])
         elif attention:  # modules of its own around the same weights: other runtimes keep their attention
@@ -40,6 +40,13 @@ class TorchRuntime:
             self._network = copy.deepcopy(model, shared)
         if attention:
             use_attention(self._network, attention)
+
+    def bucket(self, length: int) -> int:
+        return length  # windows are packed
+
+    def embed(self, windows: Tensor) -> WindowBatch:
+        """See `Segmenter.embed`; on a GPU in this precision."""
+        return (self._network if windows.is_cuda else self._model).embed(windows)
 
     def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
         return self._network.run_blocks(stage, self._in_precision(stage, batch), padded=self._padded)

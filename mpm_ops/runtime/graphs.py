@@ -1,8 +1,9 @@
-"""Stages as captured graphs: small groups, whose operators take longer to launch than to run, are launched at once.
+"""Whole stages as captured graphs: a group costs a few copies, one launch, and one read of its new lengths.
 
-A graph works on buffers of its own, of one size. A group's tokens are copied in; what is left of the buffer is one
-more sequence, which nobody reads and which no other attends to. So results are those of packed execution, up to the
-kernel that the matrix product picks for the number of rows.
+Launching hundreds of operators one by one takes the host longer than even full groups take a large GPU. A graph works
+on buffers of its own, of one size, from a small set. A group's tokens are copied in; windows that are missing have
+special tokens only, and what is left of the buffer is one more sequence, which nobody reads and which no other attends
+to. So results are those of packed execution, up to the kernel that the matrix product picks for the number of rows.
 """
 
 import contextlib
@@ -10,14 +11,17 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from mpm_ops.merge_gpu import packed_rows
-from mpm_ops.packed import PackedTokens
-from mpm_ops.stages import Stage, WindowBatch
+from mpm_ops.kernels import has_triton
+from mpm_ops.merge_gpu import image_starts, packed_rows
+from mpm_ops.packed import PackedTokens, bounds_of
+from mpm_ops.stages import Decoded, Stage, WindowBatch, extended
+from mpm_ops.transfers import fetch
 
 from .eager import TorchRuntime
 
@@ -25,16 +29,16 @@ if TYPE_CHECKING:
     from mpm_ops.segmenter import Segmenter
 
 PATIENCE = 3  # how often a shape is asked for before it is captured
-_MOST_FAILURES = 8  # captures that fail before no more are tried: it is not the shape, then
 _CAPTURE_ERRORS = range(900, 909)  # CUDA's, of a capture: it is lost, the device is not
-Captured = tuple[Callable[[], object], Tensor]  # how to run a graph again, and where its result lies then
+Results = tuple[Tensor, ...]
+Captured = tuple[Callable[[], object], Results]  # how to run a graph again, and where its results lie then
 
 
 class Capture(Protocol):
     """Captures functions into memory that all their graphs share: they run one after the other."""
 
-    def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        """Capture a function of no arguments; its result lies in the same place after every run."""
+    def __call__(self, function: Callable[[], Results]) -> Captured:
+        """Capture a function of no arguments; its results lie in the same places after every run."""
 
     def pool_bytes(self) -> int:
         """What the shared memory takes of the device."""
@@ -48,16 +52,37 @@ class Shape:
     """What a graph is captured for.
 
     Attributes:
-        work: "blocks", or "decode" of merged or "decode unmerged" tokens.
-        blocks: of the encoder; empty for decoding.
-        num_windows: of the group.
-        num_tokens: of the buffer, more than the group's.
+        stage: that it runs.
+        num_windows: that its buffers hold.
+        num_tokens: of its buffer.
+        dtype: of windows or tokens that come in.
     """
 
-    work: str
-    blocks: range
+    stage: Stage
     num_windows: int
     num_tokens: int
+    dtype: torch.dtype
+
+
+def bucket_windows(num_windows: int) -> int:
+    """Windows that buffers for a group hold: four sizes for each doubling, from 4 on."""
+    return _round_up(num_windows, parts=4)
+
+
+def bucket_tokens(num_tokens: int, *, longest: int) -> int:
+    """Tokens of the buffer for a group: 32 sizes for each doubling, so that at most 3 % more are computed.
+
+    Args:
+        num_tokens: that it must hold.
+        longest: no more than this may be added, half of it at most is.
+    """
+    return _round_up(num_tokens, parts=32, most=longest // 2)
+
+
+def _round_up(number: int, *, parts: int, most: int | None = None) -> int:
+    step = max(1, 2 ** (number.bit_length() - 1) // parts)
+    step = step if most is None else max(1, min(step, most))
+    return -(-number // step) * step
 
 
 class GraphPolicy:
@@ -65,32 +90,22 @@ class GraphPolicy:
 
     Args:
         budget_bytes: what graphs and their buffers may take.
-        most_tokens: larger groups keep the device busy without a graph.
-        longest: tokens of a window before merging.
         patience: how often a shape is asked for before it is captured.
     """
 
-    def __init__(self, budget_bytes: int, *, most_tokens: int, longest: int, patience: int = PATIENCE) -> None:
+    def __init__(self, budget_bytes: int, *, patience: int = PATIENCE) -> None:
         self._budget_bytes = budget_bytes
-        self._most_tokens = most_tokens
-        self._longest = longest
         self._patience = patience
         self._asked: Counter[Shape] = Counter()
         self._bytes: OrderedDict[Shape, int] = OrderedDict()  # of what is captured, least recently used first
         self.counts: Counter[str] = Counter()
-
-    def bucket(self, num_tokens: int) -> int:
-        """Tokens of the buffer for a group: two more at least, and 16 sizes for each doubling."""
-        least = num_tokens + 2  # the last sequence holds special tokens too
-        step = max(1, min(2 ** (least.bit_length() - 1) // 16, self._longest // 2))
-        return -(-least // step) * step
 
     def choose(self, shape: Shape) -> str:
         """What to do with a group now: "replay", "capture" or "eager"; counted in `counts`."""
         if shape in self._bytes:
             self._bytes.move_to_end(shape)
             choice = "replay"
-        elif shape.num_tokens > self._most_tokens or self.counts["failed"] >= _MOST_FAILURES:
+        elif self.counts["failed"]:
             choice = "eager"
         else:
             self._asked[shape] += 1
@@ -98,13 +113,9 @@ class GraphPolicy:
         self.counts[choice] += 1
         return choice
 
-    def failed(self, shape: Shape) -> None:
-        """Capturing failed: run groups of this shape without a graph from now on."""
+    def failed(self) -> None:
+        """Capture nothing more: a lost capture may leave torch's allocator in a state that fails the next."""
         self.counts["failed"] += 1
-        self._give_up(shape)
-
-    def _give_up(self, shape: Shape) -> None:
-        self._asked[shape] = -(10**6)
 
     def captured(self, shape: Shape, num_bytes: int) -> list[Shape]:
         """Take note of a graph's size; returns the shapes whose graphs must go, this one itself if it is too large."""
@@ -115,7 +126,7 @@ class GraphPolicy:
             victim = shape if num_bytes > self._budget_bytes else next(iter(self._bytes))
             del self._bytes[victim]
             if victim == shape:
-                self._give_up(victim)  # too large once, too large always
+                self._asked[victim] = -(10**6)  # too large once, too large always
             gone.append(victim)
         self.counts["evicted"] += len(gone)
         return gone
@@ -130,20 +141,20 @@ class StaticCall:
         capture: runs it and says how to run it again.
     """
 
-    def __init__(self, function: Callable[..., Tensor], buffers: tuple[Tensor, ...], capture: Capture) -> None:
+    def __init__(self, function: Callable[..., Results], buffers: tuple[Tensor, ...], capture: Capture) -> None:
         self._buffers = buffers
-        self._replay, self._result = capture(lambda: function(*buffers))
+        self._replay, self._results = capture(lambda: function(*buffers))
 
-    def __call__(self, *values: Tensor) -> Tensor:
-        """Run on these values, each copied to the start of its buffer. The next call overwrites the result."""
+    def __call__(self, *values: Tensor) -> Results:
+        """Run on these values, each copied to the start of its buffer. The next call overwrites the results."""
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer[: len(value)].copy_(value)
         self._replay()
-        return self._result
+        return self._results
 
     def num_bytes(self, pool_growth: int) -> int:
-        """What it takes, where the pool that its result lies in grew by so much for it."""
-        return sum(buffer.nbytes for buffer in self._buffers) + max(self._result.nbytes, pool_growth)
+        """What it takes, where the pool that its results lie in grew by so much for it."""
+        return sum(b.nbytes for b in self._buffers) + max(sum(r.nbytes for r in self._results), pool_growth)
 
 
 class CudaCapture:
@@ -159,7 +170,7 @@ class CudaCapture:
         self._abandoned: list[torch.cuda.CUDAGraph] = []
         self.renew()
 
-    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+    def __call__(self, function: Callable[[], Results]) -> Captured:
         side, current = self._side, torch.cuda.current_stream(self._device)
         side.wait_stream(current)
         try:
@@ -173,13 +184,13 @@ class CudaCapture:
         try:
             # Uploads and labels go on in other threads meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                result = function()
+                results = function()
         except Exception:
             self._abandon(graph)
             raise
         finally:
             torch.cuda.set_stream(current)  # torch leaves the other one where a capture fails to begin or to end
-        return graph.replay, result
+        return graph.replay, results
 
     def pool_bytes(self) -> int:
         return sum(segment["total_size"] for segment in self._pool.snapshot())
@@ -196,12 +207,12 @@ class CudaCapture:
 
 
 class GraphRuntime(TorchRuntime):
-    """`TorchRuntime` with graphs for small groups; others run operator by operator. One thread runs it.
+    """`TorchRuntime` with whole stages as graphs, see `launch_piece`. One thread runs it.
 
     Args:
-        model, precision, attention: see `TorchRuntime`; attention must be one that takes packed sequences.
+        model, precision, attention: see `TorchRuntime`; attention must be one that takes packed sequences. Tokens
+            merge with the model's `align`.
         budget_bytes: see `GraphPolicy`.
-        most_tokens: see `GraphPolicy`.
         capture: how functions are captured.
     """
 
@@ -212,84 +223,97 @@ class GraphRuntime(TorchRuntime):
         *,
         attention: str | None = "auto",
         budget_bytes: int,
-        most_tokens: int = 8192,
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, precision, attention=attention)
-        grid = -(-model.inference.window_size // model.config.patch_size)
+        self._side = model.inference.window_size
         self._special = model.encoder.num_special
-        self._longest = grid**2 + self._special
+        self._longest = (-(-self._side // model.config.patch_size)) ** 2 + self._special
         self._capture = capture or CudaCapture(model.encoder.pos_embed.device)
-        self.policy = GraphPolicy(budget_bytes, most_tokens=most_tokens, longest=self._longest)
+        self.policy = GraphPolicy(budget_bytes)
         self._graphs: dict[Shape, StaticCall] = {}
 
-    def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
-        batch = self._in_precision(stage, batch)
-        tokens = batch.tokens
+    def launch_piece(self, stage: Stage, given: Tensor | WindowBatch) -> Callable[[], WindowBatch] | Decoded | None:
+        """See `Segmenter.launch`; None where there is no graph for a group like this."""
+        if stage.merges and not has_triton():
+            return None
+        shape = self._shape(stage, given)
+        graph = shape and self._graph(shape, given)
+        if not shape or not graph:
+            return None
+        results = graph(*self._inputs(shape, given))
+        number = len(given) if isinstance(given, Tensor) else len(given.tokens.lengths)
+        if not stage.merges:
+            logits, is_finite = results
+            return Decoded(logits[:number].clone(), is_finite[:number].clone())
+        merged, maps, bounds = results
+        arriving, merged, maps = fetch(bounds[: number + 1]), merged.clone(), maps[:number].clone()
 
-        def blocks(values: Tensor, bounds: Tensor) -> Tensor:
-            return self._network.run_tokens(PackedTokens(values, lengths, bounds), stage.blocks).values
+        def wait() -> WindowBatch:
+            starts = arriving().tolist()
+            lengths = tuple(stop - start for start, stop in pairwise(starts))
+            return WindowBatch(PackedTokens(merged[: starts[-1]], lengths), maps)
 
-        shape, lengths = self._shape("blocks", stage.blocks, tokens)
-        graph = self._graph(shape, blocks, tokens)
-        if graph is None:
-            return super().run_blocks(stage, batch)
-        values = graph(tokens.values, tokens.cu_seqlens)[: len(tokens.values)].clone()
-        return batch.with_tokens(tokens.with_values(values))
+        return wait
 
-    def decode(self, batch: WindowBatch) -> Tensor:
-        tokens, num_windows = batch.tokens, len(batch.tokens.lengths)
-        rows: tuple[Tensor, ...] = ()
-        if batch.merge_maps is not None:
-            rows = (packed_rows(batch.merge_maps, [length - self._special for length in tokens.lengths]),)
+    def buffer_size(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Windows and tokens that a group of these lengths, special tokens included, is computed as."""
+        num_windows = bucket_windows(len(lengths))
+        missing = num_windows - len(lengths)
+        filler = self._special + 1  # a patch for whatever points nowhere
+        return num_windows, bucket_tokens(sum(lengths) + missing * self._special + filler, longest=self._longest)
 
-        def decode(values: Tensor, bounds: Tensor, *rows: Tensor) -> Tensor:
-            return self._network.decode_rows(PackedTokens(values, lengths, bounds), rows[0] if rows else None).float()
+    def _shape(self, stage: Stage, given: Tensor | WindowBatch) -> Shape | None:
+        """The shape for a group; None for windows of another size than the checkpoint's."""
+        if isinstance(given, Tensor):
+            sides = given.shape[1:3] if given.dtype == torch.uint8 else given.shape[2:]
+            number = bucket_windows(len(given))
+            fits = tuple(sides) == (self._side, self._side)
+            return Shape(stage, number, number * self._longest, given.dtype) if fits else None
+        lengths, num_patches = given.tokens.lengths, self._longest - self._special
+        if not isinstance(given.maps, Tensor) or given.maps.shape[1] != num_patches or max(lengths) > self._longest:
+            return None
+        return Shape(stage, *self.buffer_size(lengths), given.tokens.values.dtype)
 
-        shape, lengths = self._shape("decode" if rows else "decode unmerged", range(0), tokens)
-        graph = self._graph(shape, decode, tokens, *rows)
-        if graph is None:
-            return super().decode(batch)
-        num_rows = len(rows[0]) if rows else len(tokens.values) - num_windows * self._special
-        return graph(tokens.values, tokens.cu_seqlens, *rows)[:num_rows].clone().unflatten(0, (num_windows, -1))
+    def _inputs(self, shape: Shape, given: Tensor | WindowBatch) -> tuple[Tensor, ...]:
+        if isinstance(given, Tensor):
+            return (given,)
+        assert isinstance(given.maps, Tensor)
+        tokens = given.tokens
+        missing = shape.num_windows - len(tokens.lengths)
+        lengths = (*tokens.lengths, *[self._special] * missing)
+        bounds = bounds_of((*lengths, shape.num_tokens - sum(lengths)), tokens.values.device)
+        return tokens.values, bounds, given.maps
 
-    def _shape(self, work: str, blocks: range, tokens: PackedTokens) -> tuple[Shape, tuple[int, ...]]:
-        shape = Shape(work, blocks, len(tokens.lengths), self.policy.bucket(len(tokens.values)))
-        return shape, tuple(_some_lengths(shape, self._longest, self._special))
-
-    def _graph(
-        self, shape: Shape, function: Callable[..., Tensor], tokens: PackedTokens, *rows: Tensor
-    ) -> StaticCall | None:
+    def _graph(self, shape: Shape, given: Tensor | WindowBatch) -> StaticCall | None:
         """The graph for a shape, captured now if it is time; None where there is none."""
-        num_patches = shape.num_windows * (self._longest - self._special)
-        if max(tokens.lengths) > self._longest or any(len(row) != num_patches for row in rows):
-            return None  # windows of another size than the checkpoint's
         choice = self.policy.choose(shape)
         if choice == "replay":
             return self._graphs[shape]
         if choice == "eager":
             return None
         try:
-            return self._captured(shape, function, tokens, rows)
+            return self._captured(shape, given)
         except Exception as error:
             if _is_fatal(error):
                 raise
-            self.policy.failed(shape)
-            _log.warning("%s runs without a graph, capturing failed: %s; %s", shape, error, dict(self.policy.counts))
+            self.policy.failed()
+            _log.warning("no more graphs: capturing %s failed: %s; %s", shape, error, dict(self.policy.counts))
             return None  # without a graph it may still fit, or may be allowed
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _captured(
-        self, shape: Shape, function: Callable[..., Tensor], tokens: PackedTokens, rows: Sequence[Tensor]
-    ) -> StaticCall:
+    def _captured(self, shape: Shape, given: Tensor | WindowBatch) -> StaticCall:
         """A new graph; not in inference mode, whose buffers nobody could write to outside of it."""
         before = self._capture.pool_bytes()
-        values = tokens.values.new_zeros(shape.num_tokens, tokens.values.shape[1])
-        values[: len(tokens.values)] = tokens.values
-        end = torch.tensor([shape.num_tokens], dtype=torch.int32, device=values.device)
-        buffers = (values, torch.cat([tokens.cu_seqlens, end]), *(row.clone() for row in rows))
-        graph = StaticCall(function, buffers, self._capture)
+        values = self._inputs(shape, given)
+        sizes = (shape.num_windows,) if isinstance(given, Tensor) else (
+            shape.num_tokens, shape.num_windows + 2, shape.num_windows,
+        )  # fmt: skip
+        buffers = tuple(v.new_zeros(size, *v.shape[1:]) for v, size in zip(values, sizes, strict=True))
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer[: len(value)].copy_(value)
+        graph = StaticCall(self._function(shape), buffers, self._capture)
         num_bytes = graph.num_bytes(self._capture.pool_bytes() - before)
         self._graphs[shape] = graph
         gone = self.policy.captured(shape, num_bytes)
@@ -301,6 +325,40 @@ class GraphRuntime(TorchRuntime):
             "captured %s, %.1f MiB; %d evicted; %s", shape, num_bytes / 2**20, len(gone), dict(self.policy.counts)
         )
         return graph  # even one that must go runs this group
+
+    def _function(self, shape: Shape) -> Callable[..., Results]:
+        """What is captured: of windows, or of tokens, bounds and maps."""
+        lengths = tuple(_some_lengths(shape, self._longest, self._special))
+
+        def first(windows: Tensor) -> Results:
+            return self._stage(shape.stage, self._in_precision(shape.stage, self.embed(windows)).tokens, None)
+
+        def later(values: Tensor, bounds: Tensor, maps: Tensor) -> Results:
+            return self._stage(shape.stage, PackedTokens(values, lengths, bounds), maps)
+
+        return later if shape.stage.index else first
+
+    def _stage(self, stage: Stage, tokens: PackedTokens, maps: Tensor | None) -> Results:
+        """A stage that waits for nothing: logits and whether they are finite, or merged rows, maps and bounds."""
+        tokens = self._network.run_tokens(tokens, stage.blocks)
+        if stage.merges:
+            from mpm_ops.kernels.merging import merge_packed
+
+            merged, merge_map, bounds = merge_packed(
+                tokens.values, tokens.cu_seqlens, tokens.max_seqlen, self._special, self._network.align
+            )
+            longer = extended(maps, merge_map, tokens, self._special)
+            assert isinstance(longer, Tensor)
+            return merged, longer, bounds
+        num_windows, rows = len(tokens.lengths), None
+        if maps is not None:
+            num_patches = len(tokens.values) - num_windows * self._special
+            num_windows = len(maps)
+            starts = image_starts(tokens.cu_seqlens, self._special)[:num_windows]
+            rows = packed_rows(maps, starts).clamp_(max=num_patches - 1)  # those of missing windows may be anything
+        logits = self._network.decode_rows(tokens, rows).float().unflatten(0, (num_windows, -1))
+        decoded = Decoded.of(logits)
+        return decoded.logits, decoded.is_finite
 
 
 def _some_lengths(shape: Shape, longest: int, num_special: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpm_ops import Segmenter, attention, labels
 from mpm_ops.packed import bounds_of
-from mpm_ops.runtime.graphs import Captured
+from mpm_ops.runtime.graphs import Captured, Results
 
 MERGED = 12  # tokens that a merge leaves of any window
 
@@ -152,13 +152,13 @@ class Rerun:
         self.renewed = 0
         self._pool = 0
 
-    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+    def __call__(self, function: Callable[[], Results]) -> Captured:
         self.attempts += 1
         if self.fault is not None:
             raise self.fault
-        result = function()
+        results = function()
         self._pool += self.growth
-        return lambda: result.copy_(function()), result
+        return lambda: [r.copy_(new) for r, new in zip(results, function(), strict=True)], results
 
     def pool_bytes(self) -> int:
         return self._pool

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from debian_tools import MissingToolError, find_tool, library_path
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 
 CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"
 SECONDS_TO_START = 150

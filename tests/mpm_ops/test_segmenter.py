@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, TooManyWindowsError
+from mpm_ops.windows import cut_windows, plan_windows
 
 GOOD = {"image_size": (64, 64), "patch_size": 16, "d_model": 64, "n_heads": 1, "n_layers": 2, "n_cls": 3}
 
@@ -153,3 +154,22 @@ def test_refuses_an_endless_picture_before_touching_its_pixels(
     monkeypatch.setattr("mpm_ops.segmenter.cut_windows", lambda *_: pytest.fail("windows were cut"))
     with pytest.raises(TooManyWindowsError, match=r"^a 65535x1 picture needs 256 windows"):
         tiny_model().segment(np.zeros((1, 65535, 3), np.uint8))
+
+
+@pytest.mark.parametrize("normalization", ["vit", "deit"])
+def test_bytes_are_embedded_as_normalised_windows_are(
+    normalization: str, tiny_model: Callable[..., Segmenter]
+) -> None:
+    inference = InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=64, normalization=normalization)
+    model = tiny_model(inference=inference)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    windows = cut_windows(image, plan_windows(64, 64, inference), inference)
+    found, expected = model.embed(torch.from_numpy(image)[None]), model.embed(windows)
+    assert torch.equal(found.tokens.values, expected.tokens.values)
+
+
+def test_one_product_embeds_patches_as_the_convolution_does(tiny_model: Callable[..., Segmenter]) -> None:
+    encoder = tiny_model().encoder
+    windows = torch.randn(2, 3, 64, 32)
+    expected = encoder.patch_embed["proj"](windows).flatten(2).mT
+    torch.testing.assert_close(encoder._project(windows), expected)

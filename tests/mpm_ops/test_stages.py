@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, merge_tokens
 from mpm_ops.packed import PackedTokens
-from mpm_ops.stages import Stage, WindowBatch, cut_stages, parse_schedule
+from mpm_ops.stages import Stage, WindowBatch, WindowView, cut_stages, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def clutter(num_windows: int, side: int, *, seed: int) -> Tensor:
 
 def run_in_groups(model: Segmenter, windows: Tensor, groups: list[list[int]]) -> tuple[list[list[Tensor]], Tensor]:
     """Run the same groups in every stage; tokens of each window after each stage, and logits of each."""
-    waiting: dict[int, WindowBatch] = {}
+    waiting: dict[int, WindowView] = {}
     for group in groups:
         waiting |= dict(zip(group, model.embed(windows[group]).split(), strict=True))
     trace = [[waiting[i].tokens.values for i in range(len(windows))]]
