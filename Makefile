@@ -1,6 +1,6 @@
 # env: the environment    serve, serve-triton: demo server in the foreground    test: all that CI tests
 # loadtest: half a minute of load on a running server, as a page    soak: half an hour, for memory and masks
-# monitor: Prometheus and plots beside a running server    dashboards: Grafana's JSON from code
+# monitor: Prometheus beside a running server    dashboards: Grafana's JSON and the operator's rules from code
 # images: of both servers and the load test    image: of SERVER alone    VARIANT=cuda: for GPUs
 # test-all: slow proofs too    check: lint and types    bench: speed, as JSON    clean: start over
 PYTHON ?= python3
@@ -60,7 +60,7 @@ serve-triton: $(TRITON) $(SAMPLES)
 		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
 
 monitor: $(ENV)
-	exec $(BIN)/python -m handlers.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+	exec $(BIN)/python -m k8s.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
 
 # The masks of a sample have to be those that the library makes of the checkpoint that serves.
 LOADTEST := -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host http://$(HOST):$(PORT) \
@@ -74,7 +74,7 @@ soak: $(ENV)
 	$(BIN)/locust $(LOADTEST) --shape soak --server-pid auto --slo errors=0 --report build/loadtest/soak.html
 
 dashboards: $(ENV)
-	$(BIN)/python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards
+	$(BIN)/python -m k8s.generate
 
 $(SAMPLES): $(ENV)
 	$(BIN)/python -m model_store.demo.samples --out $@

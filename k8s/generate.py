@@ -1,4 +1,4 @@
-"""Write the manifests that are made from other files.
+"""Write the files that are made from others: the operator's rules and Grafana's dashboards.
 
 python -m k8s.generate
 """
@@ -7,8 +7,12 @@ from pathlib import Path
 
 import yaml
 
+from .monitoring.boards import BOARDS
+from .monitoring.grafana import RUNBOOK, RUNBOOK_UID, render, render_runbook
+
 _FOLDER = Path(__file__).resolve().parent
 PROMETHEUS_RULE = _FOLDER / "components" / "monitoring" / "prometheusrule.yaml"
+DASHBOARDS = _FOLDER / "monitoring" / "dashboards"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -35,8 +39,16 @@ def prometheus_rule() -> str:
     return "# Made from k8s/monitoring/rules.yml by `python -m k8s.generate`.\n" + text
 
 
+def dashboards() -> dict[str, str]:
+    """Grafana's JSON of every board, by its uid."""
+    return {board.uid: render(board) for board in BOARDS} | {RUNBOOK_UID: render_runbook(RUNBOOK.read_text())}
+
+
 def main() -> None:
     PROMETHEUS_RULE.write_text(prometheus_rule())
+    DASHBOARDS.mkdir(exist_ok=True)
+    for uid, text in dashboards().items():
+        (DASHBOARDS / f"{uid}.json").write_text(text)
 
 
 if __name__ == "__main__":

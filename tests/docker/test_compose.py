@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from debian_tools import MissingToolError, find_tool
 from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
-from handlers.monitoring.binaries import MissingToolError, find_tool
 from loadtest.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from debian_tools import MissingToolError, find_tool, library_path
 
 from handlers.launch.processes import free_port
-from handlers.monitoring.binaries import MissingToolError, find_tool, library_path
 
 CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"
 SECONDS_TO_START = 150

@@ -12,17 +12,17 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from debian_tools import MissingToolError, find_tool
 from kubernetes_validate import utils
 from prometheus_client import CollectorRegistry
 from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_overlay, render_with
 
-from handlers.monitoring.binaries import MissingToolError, find_tool
-from handlers.monitoring.boards import BOARDS
-from handlers.monitoring.grafana import RUNBOOK_UID
 from handlers.observe.metrics import Metrics
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
 from k8s.manifests import Manifest, Manifests, pod_of, server_of
+from k8s.monitoring.boards import BOARDS
+from k8s.monitoring.grafana import RUNBOOK_UID
 
 KUBERNETES = ("1.32", "1.37")  # the oldest that we take care of, and the newest whose schemas are at hand
 CUSTOM = (

@@ -1,4 +1,4 @@
-"""What the dashboards show: panels and their queries, from which Grafana's boards and our own pictures are made.
+"""What the dashboards show: panels and their queries, from which Grafana's boards are made.
 
 `$namespace`, `$model` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
 """

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import requests
 import yaml
+from debian_tools import MissingToolError, find_tool
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -29,12 +30,12 @@ from handlers.api.formats.views import encode_picture
 from handlers.launch.processes import free_port
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
-from handlers.monitoring.binaries import MissingToolError, find_tool
-from handlers.monitoring.boards import BOARDS, Board, concrete
-from handlers.monitoring.grafana import RUNBOOK, RUNBOOK_UID, render, render_runbook
-from handlers.monitoring.pictures import draw_board
-from handlers.monitoring.prometheus import RULES, Prometheus
 from handlers.triton_client import segment_http
+from k8s.generate import dashboards
+from k8s.monitoring.__main__ import graph_url
+from k8s.monitoring.boards import BOARDS, Board, concrete
+from k8s.monitoring.grafana import RUNBOOK, render_runbook
+from k8s.monitoring.prometheus import RULES, Prometheus
 
 pytest_plugins = ("tiny_server",)
 
@@ -54,12 +55,18 @@ def promtool() -> Path:
 
 
 @pytest.fixture(scope="module")
-def prometheus(metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def program() -> Path:
+    """Prometheus's."""
     try:
-        started = Prometheus([f"127.0.0.1:{metrics_port}"], tmp_path_factory.mktemp("prometheus"))
+        return find_tool("prometheus")
     except MissingToolError as error:
         pytest.skip(str(error))
-    with started:
+
+
+@pytest.fixture(scope="module")
+def prometheus(program: Path, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    with Prometheus([f"127.0.0.1:{metrics_port}"], folder, program=program) as started:
         yield started
 
 
@@ -177,11 +184,16 @@ def test_counts_hold_together(metrics_port: int) -> None:
     assert found["mpm_agreement_ratio_count"] >= 0.1 * (found["mpm_images_total"] - 10)
 
 
-def test_pictures_of_all_boards(prometheus: Prometheus, watched: tuple[float, float], tmp_path: Path) -> None:
-    start, end = watched
-    board = BOARDS[2]  # the one with heat maps
-    assert draw_board(board, prometheus, tmp_path / "board.png", start=start, end=end) == len(board.panels)
-    assert (tmp_path / "board.png").stat().st_size > 20_000
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("board", BOARDS, ids=[board.uid for board in BOARDS])
+def test_a_board_is_a_page_of_prometheus(board: Board, prometheus: Prometheus) -> None:
+    url = graph_url(prometheus.url, board.uid)
+    with urllib.request.urlopen(url, timeout=10) as response:
+        assert response.status == 200
+    fields = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
+    asked = [values[0] for name, values in fields.items() if name.endswith(".expr")]
+    assert len(asked) == sum(len(panel.queries) for panel in board.panels)
+    assert all(prometheus.get("query", query=expr)["resultType"] == "vector" for expr in asked)
 
 
 @pytest.mark.usefixtures("watched")
@@ -242,6 +254,7 @@ def test_gpus_are_those_of_the_pods_that_serve(
     server: TorchServe,
     metrics_port: int,
     photo: Callable[..., np.ndarray],
+    program: Path,
     tmp_path: Path,
 ) -> None:
     gpus = {
@@ -254,12 +267,9 @@ def test_gpus_are_those_of_the_pods_that_serve(
             }
         ],
     }
-    try:
-        started = Prometheus([f"127.0.0.1:{metrics_port}"], tmp_path, labels=GPU_POD, others=[gpus])
-    except MissingToolError as error:
-        pytest.skip(str(error))
     picture = encode_picture(photo(0), "image/jpeg")
-    with started as prometheus:
+    watched = Prometheus([f"127.0.0.1:{metrics_port}"], tmp_path, program=program, labels=GPU_POD, others=[gpus])
+    with watched as prometheus:
         deadline = time.monotonic() + 30  # Prometheus takes five seconds to look at its targets for the first time
         while not (len(prometheus.query("DCGM_FI_DEV_GPU_UTIL")) == 3 and prometheus.query("mpm_model_info")):
             assert time.monotonic() < deadline, "nothing was scraped"
@@ -304,22 +314,49 @@ def test_a_killed_worker_comes_back_with_its_metrics_on_the_same_port(
     assert 1 <= after["mpm_images_total"] <= 2, "counted from zero, without the warm-up: only our own requests"
 
 
-def test_an_alert_reaches_the_alertmanager(tmp_path: Path) -> None:
+@pytest.fixture
+def alertmanager() -> Iterator[tuple[str, set[str]]]:
+    """Where an Alertmanager's API takes alerts, and the names of those that came."""
+    names: set[str] = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            alerts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/api/v2/alerts":
+                names.update(alert["labels"]["alertname"] for alert in alerts)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """A test's output is no log."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as receiver:
+        thread = threading.Thread(target=receiver.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{receiver.server_port}", names
+        receiver.shutdown()
+        thread.join()
+
+
+def test_an_alert_reaches_the_alertmanager(program: Path, alertmanager: tuple[str, set[str]], tmp_path: Path) -> None:
     rules = tmp_path / "rules.yml"
     rules.write_text(re.sub(r"for: \w+", "for: 1s", RULES.read_text()))
-    try:
-        started = Prometheus([f"127.0.0.1:{free_port()}"], tmp_path / "prometheus", rules=rules)  # nobody there
-    except MissingToolError as error:
-        pytest.skip(str(error))
-    with started as prometheus:
+    address, names = alertmanager
+    nobody = f"127.0.0.1:{free_port()}"
+    with Prometheus([nobody], tmp_path / "prometheus", program=program, rules=rules, alertmanager=address):
         deadline = time.monotonic() + 40
-        expected = {"SegmenterNotStarting", "SegmenterMetricsMissing"}
-        while (names := {alert["labels"]["alertname"] for alert in prometheus.alerts()}) != expected:
+        while names != {"SegmenterNotStarting", "SegmenterMetricsMissing"}:
             assert time.monotonic() < deadline, f"only {names} arrived"
             time.sleep(0.5)
 
 
-RENDERED = {board.uid: render(board) for board in BOARDS} | {RUNBOOK_UID: render_runbook(RUNBOOK.read_text())}
+def test_a_missing_prometheus_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^prometheus: not installed; install your distribution's package"):
+        Prometheus([], tmp_path)
+
+
+RENDERED = dashboards()
 
 
 @pytest.mark.parametrize("uid", RENDERED)

@@ -1,9 +1,5 @@
-"""Write the dashboards as JSON for Grafana.
+"""The dashboards as JSON for Grafana; `python -m k8s.generate` writes them."""
 
-python -m handlers.monitoring.grafana --out k8s/monitoring/dashboards
-"""
-
-import argparse
 import itertools
 import json
 import re
@@ -17,7 +13,7 @@ from grafana_foundation_sdk.models.text import TextMode
 
 from .boards import BOARDS, Board, Panel
 
-RUNBOOK = Path(__file__).resolve().parents[2] / "k8s" / "monitoring" / "runbook.md"
+RUNBOOK = Path(__file__).resolve().parent / "runbook.md"
 RUNBOOK_UID = "mpm-runbook"
 
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -92,17 +88,3 @@ def _panel(panel: Panel) -> heatmap.Panel | timeseries.Panel:
             target = target.exemplar(True)
         builder = builder.with_target(target.format(PromQueryFormat.HEATMAP) if panel.heatmap else target)
     return builder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m handlers.monitoring.grafana", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for one JSON file per dashboard")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    for board in BOARDS:
-        (out / f"{board.uid}.json").write_text(render(board))
-    (out / f"{RUNBOOK_UID}.json").write_text(render_runbook(RUNBOOK.read_text()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Programs that are not Python's: those on the machine, or Debian's packages unpacked into a cache."""
+"""Programs that tests need and pip can't install: those on the machine, or Debian's packages unpacked into a cache."""
 
 import os
 import shutil
@@ -9,17 +9,11 @@ from pathlib import Path
 _PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
-    "prometheus-alertmanager": "prometheus-alertmanager",
     "haproxy": "haproxy",
 }
 # Beyond what every Debian has; see `library_path`.
 _LIBRARIES = {"haproxy": ("liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1")}
-_ALSO_KNOWN_AS = {"prometheus-alertmanager": "alertmanager"}
-# Debian's Alertmanager opens its template under an absolute path. In a copy that isn't installed, the same number of
-# bytes say where it is from the folder of the package, which is why it has to be started there.
-_INSTALLED_ASSETS = b"/usr/share/prometheus/alertmanager"
-_UNPACKED_ASSETS = b"usr/share//prometheus/alertmanager"
-_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "debian"
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "debian"
 
 
 class MissingToolError(RuntimeError):
@@ -27,7 +21,7 @@ class MissingToolError(RuntimeError):
 
 
 def find_tool(name: str, *, cache: Path = _CACHE) -> Path:
-    """Path of "prometheus", "promtool", "prometheus-alertmanager" or "haproxy", to be started above its `usr`.
+    """Path of "prometheus", "promtool" or "haproxy".
 
     What is not on the PATH is downloaded with apt, which checks its signature, and unpacked, not installed; neither
     needs rights.
@@ -35,7 +29,7 @@ def find_tool(name: str, *, cache: Path = _CACHE) -> Path:
     Raises:
         MissingToolError: it isn't there and apt can't get it.
     """
-    installed = shutil.which(name) or shutil.which(_ALSO_KNOWN_AS.get(name, name))
+    installed = shutil.which(name)
     if installed:
         return Path(installed)
     package = _PACKAGES[name]
@@ -72,15 +66,8 @@ def _unpack(package: str, folder: Path) -> None:
         except subprocess.CalledProcessError as error:
             last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise MissingToolError(f"{package} is not installed, and {error.cmd[0]} failed: {last}") from None
-        _relocate(scratch / "unpacked")
         if not folder.is_dir():  # another process may have been faster
             (scratch / "unpacked").rename(folder)
-
-
-def _relocate(package: Path) -> None:
-    program = package / "usr" / "bin" / "prometheus-alertmanager"
-    if program.is_file():
-        program.write_bytes(program.read_bytes().replace(_INSTALLED_ASSETS, _UNPACKED_ASSETS))
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -1,1 +1,0 @@
-"""Seeing a server work: dashboards as code, and Prometheus on one machine."""
