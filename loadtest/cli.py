@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +13,7 @@ Command = Callable[[Sequence[str] | None], int]
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
-def commands() -> Mapping[str, click.Command]:
+def commands() -> dict[str, click.Command]:
     """Every command by its name; `invoke` runs one."""
     from . import capacity, compare, masks, page, search
 

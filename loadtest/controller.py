@@ -61,7 +61,7 @@ class Worker:
     def _on_test_start(self, environment: Environment, **_: Any) -> None:
         if isinstance(environment.runner, MasterRunner):
             return
-        kinds = {task.__name__ for user in environment.user_classes for task in user.tasks}
+        kinds = {task.__name__ for user in environment.user_classes for task in user.tasks}  # type: ignore[union-attr]
         options = environment.parsed_options
         try:
             settings = LoadSettings.read(options, environment.host, kinds)
@@ -133,7 +133,7 @@ class Worker:
         )
         if settings.is_open and not unsent:  # an entry of its own, which the total leaves out
             stats.entries[f"{record.kind}, from sending", settings.protocol].log(
-                1000 * (record.seconds - record.late), num_bytes
+                round(1000 * (record.seconds - record.late)), num_bytes
             )
 
 

@@ -92,7 +92,7 @@ def _wire(environment: Environment, runner: Runner, web_ui: WebUI | None, **_: o
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    environment.available_shape_classes = {shape.__name__: shape() for shape in SHAPES.values()}  # type: ignore[misc]
+    environment.available_shape_classes = {shape.__name__: shape() for shape in SHAPES.values()}
     for shape in environment.available_shape_classes.values():
         shape.runner = runner
     if options.shape or options.headless or options.autostart:  # a shape counts time from the first request

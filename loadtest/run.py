@@ -208,9 +208,20 @@ class Share:
             seconds, outcome = time.monotonic() - due, f"client: {type(error).__name__}"
         finally:
             self._inflight.pop(number, None)
-        tokens = (answer.tokens if answer else None) or (None, None)
-        at, late, replica = due - self._start, sent - due, answer.replica if answer else None
-        record = Record(number, at, late, seconds, outcome, item.kind, item.name, *tokens, agreement, replica)
+        tokens_in, tokens_out = (answer.tokens if answer else None) or (None, None)
+        record = Record(
+            number=number,
+            at=due - self._start,
+            late=sent - due,
+            seconds=seconds,
+            outcome=outcome,
+            kind=item.kind,
+            name=item.name,
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            agreement=agreement,
+            replica=answer.replica if answer else None,
+        )
         self._keep(record, len(answer.body) if answer else 0)
 
     def take(self) -> tuple[list[Record], list[Pulse]]:
