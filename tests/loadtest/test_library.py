@@ -71,6 +71,18 @@ def test_the_schedule_comes_from_the_metrics(run_locust: Run) -> None:
     assert "loadtest masks: variant.yml: expected" in ended.output  # it is known, so the checkpoint is looked for
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"library_sample": 0}, "library-sample: expected an integer >= 1, got 0"),
+        ({"library_masks": "somewhere"}, "library-masks: expected without --checkpoint"),
+    ],
+)
+def test_options(run_locust: Run, more: dict[str, object], message: str) -> None:
+    ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", **more)
+    assert (ended.status, message in ended.output) == (2, True), ended.output
+
+
 def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # stored lying on its side
@@ -153,15 +165,3 @@ class TestRealServer:
         ended = run(checkpoint=other / "checkpoint.pth")
         assert ended.status == 2
         assert "when idle: not the library's mask" in ended.output
-
-    @pytest.mark.parametrize(
-        ("more", "message"),
-        [
-            ({"library_sample": 0}, "library-sample: expected an integer >= 1, got 0"),
-            ({"library_masks": "somewhere"}, "library-masks: expected without --checkpoint"),
-        ],
-    )
-    def test_options(self, run: Callable[..., Ended], more: dict[str, object], message: str) -> None:
-        ended = run(**more)
-        assert ended.status == 2
-        assert message in ended.output
