@@ -70,7 +70,7 @@ def test_no_proxy_is_asked(fake: FakeServer, pictures: Path, monkeypatch: pytest
 
 def test_who_does_not_answer(fake: FakeServer, pictures: Path) -> None:
     picture = (pictures / "0.png").read_bytes()
-    fake.delay = 5.0
+    fake.delay = 60.0
     with connect(f"{fake.url}/predictions/fake") as client, pytest.raises(TimeoutError):
         client.segment(picture, timeout_seconds=0.2)
     with connect("http://127.0.0.1:1/predictions/fake") as client:
