@@ -9,6 +9,7 @@ exit status.
 import json
 import logging
 import math
+import signal
 import sys
 import time
 import urllib.parse
@@ -169,6 +170,8 @@ class Controller:
         events.spawning_complete.add_listener(self._on_spawned)
         events.worker_report.add_listener(self._on_report)
         events.quitting.add_listener(self._on_quitting)
+        if self.options.headless:  # locust takes the signal only after a run with a shape
+            gevent.signal_handler(signal.SIGTERM, self._on_terminate)
 
     @property
     def elapsed(self) -> float:
@@ -270,6 +273,11 @@ class Controller:
         if self._active and not self._ending:
             self._ending = True
             gevent.spawn(self._runner.quit if self.options.headless else self._runner.stop)
+
+    def _on_terminate(self) -> None:
+        if self.settings is None:
+            sys.exit(NO_RUN)
+        self._end()
 
     def _close_workers(self) -> None:
         if isinstance(self._runner, MasterRunner):

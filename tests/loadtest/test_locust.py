@@ -52,13 +52,13 @@ class TestOpenLoop:
         assert ended.status == 1
 
     def test_processes_share_the_same_arrivals_and_pictures(self, run_locust: Run) -> None:
-        options: dict[str, object] = {"rate": 40, "run_time": 4, "arrivals": "poisson", "accept": "png=70%,json=30%"}
+        options: dict[str, object] = {"rate": 40, "run_time": 2, "arrivals": "poisson", "accept": "png=70%,json=30%"}
         alone, shared = run_locust(**options), run_locust("--processes=2", **options)
         assert shared.status == 0
         assert [each["kind"] for each in shared.trace] == [each["kind"] for each in alone.trace]
         assert [each["picture"] for each in shared.trace] == [each["picture"] for each in alone.trace]
         assert [each["at"] for each in shared.trace] == pytest.approx([each["at"] for each in alone.trace], abs=0.01)
-        assert len(shared.summary["series"]["client"]["lag_ms"]) >= 3
+        assert len(shared.summary["series"]["client"]["lag_ms"]) >= 2
 
     def test_a_run_whose_promises_are_broken_ends_early(self, run_locust: Run) -> None:
         run_locust.fake.delay = 0.4
@@ -98,13 +98,13 @@ class TestAnswers:
 
     @pytest.mark.parametrize("protocol", ["triton", "triton-grpc"])
     def test_triton(self, run_locust: Run, protocol: str) -> None:
-        run_locust.fake.delay = 0.5
+        run_locust.fake.delay = 0.3
         with serve_grpc(run_locust.fake) as address:
             host = address if protocol == "triton-grpc" else run_locust.fake.url
             ended = run_locust(*ALL_KINDS, rate=40, run_time=1, protocol=protocol, host=host)
         assert (ended.status, ended.outcomes) == (0, {OK: 40})
         assert {row["name"] for row in ended.summary["kinds"]} == {"png", "json", "raw", "bad"}
-        assert ended.summary["elapsed_seconds"] < 40 * 0.5  # many at once: no request blocks the others
+        assert ended.summary["elapsed_seconds"] < 40 * 0.3  # many at once: no request blocks the others
 
     def test_a_mask_that_changes_under_load_is_found(self, run_locust: Run) -> None:
         def mask(labels: np.ndarray, number: int) -> np.ndarray:
@@ -189,16 +189,13 @@ class TestLocustAsItIs:
         doubts = json.loads((run_locust.folder / "report.json").read_text())["doubts"]
         assert "1 of 2 workers were lost" in doubts
 
-    @pytest.mark.parametrize(("shape", "rates"), [("steps", [5, 40]), ("spike", [10, 60])])
-    def test_shapes_change_the_rate(self, run_locust: Run, shape: str, rates: list[int]) -> None:
-        base = 10 if shape == "spike" else 20
-        ended = run_locust(rate=base, run_time=4, shape=shape, steps="0.25,2", peak=6)
+    def test_shapes_change_the_rate(self, run_locust: Run) -> None:
+        ended = run_locust(rate=20, run_time=2, shape="steps", steps="0.25,2")
         at = [each["at"] for each in ended.trace]
-        counts = [
-            sum(start <= each < start + 0.8 for each in at) for start in ((0, 2) if shape == "steps" else (0, 1.2))
-        ]
-        assert counts == pytest.approx([0.8 * rate for rate in rates], abs=1.5)
+        counts = [sum(start <= each < start + 0.8 for each in at) for start in (0, 1)]
+        assert counts == pytest.approx([0.8 * 5, 0.8 * 40], abs=1.5)
 
+    @pytest.mark.slow
     def test_shapes_change_the_users(self, run_locust: Run) -> None:
         run_locust.fake.delay = 0.2
         ended = run_locust(users=10, spawn_rate=100, run_time=6, shape="steps", steps="0.1,1")
