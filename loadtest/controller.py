@@ -62,7 +62,8 @@ class Worker:
     def _on_test_start(self, environment: Environment, **_: Any) -> None:
         if isinstance(environment.runner, MasterRunner):
             return
-        kinds = {task.__name__ for user in environment.user_classes for task in user.tasks}  # type: ignore[union-attr]
+        tasks = [task for user in environment.user_classes for task in user.tasks]
+        kinds = {kind for task in tasks for kind in task.locust_tag_set}  # type: ignore[union-attr]
         options = environment.parsed_options
         try:
             settings = LoadSettings.read(options, environment.host, kinds)
@@ -170,6 +171,7 @@ class Controller:
         events.spawning_complete.add_listener(self._on_spawned)
         events.worker_report.add_listener(self._on_report)
         events.quitting.add_listener(self._on_quitting)
+        assert self.options is not None
         if self.options.headless:  # locust takes the signal only after a run with a shape
             gevent.signal_handler(signal.SIGTERM, self._on_terminate)
 

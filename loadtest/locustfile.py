@@ -38,8 +38,8 @@ events.init_command_line_parser.add_listener(add_arguments)
 class SegmentUser(User):
     """Sends pictures and checks the masks.
 
-    The tasks are the kinds of requests, so that tags choose among them. A seeded mix decides the kind of each request
-    (`--accept`, `--raw`, `--bad`), so that any number of workers send the same.
+    The tags of the tasks are the kinds of requests, so that `--tags` chooses among them. A seeded mix decides the kind
+    of each request (`--accept`, `--raw`, `--bad`), so that any number of workers send the same.
     """
 
     wait_time = constant(0)
@@ -52,7 +52,7 @@ class SegmentUser(User):
 
     @tag("json")
     @task
-    def json(self) -> None:  # type: ignore[override]
+    def description(self) -> None:  # `json` is a method of every user, for the page
         """Ask for a description as JSON."""
         self._send()
 

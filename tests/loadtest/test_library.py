@@ -151,6 +151,7 @@ class TestRealServer:
         assert ended.summary["library"]["least"] > 0.99
         assert "as the library" in render(ended.summary)
 
+    @pytest.mark.slow
     def test_another_schedule(self, run: Callable[..., Ended]) -> None:
         ended = run(schedule="off")
         assert ended.status == 2

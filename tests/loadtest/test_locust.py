@@ -221,7 +221,7 @@ class TestLocustAsItIs:
                 assert json.loads(read(f"{page}/swarm", form))["success"]
                 while len(run_locust.fake.seen) < NUM_REFERENCES + 30 and time.monotonic() < deadline:
                     time.sleep(0.1)
-                read(f"{page}/stop")
+                read(f"{page}/stop", {})
                 stats = {
                     (each["name"], each["method"]): each
                     for each in json.loads(read(f"{page}/stats/requests"))["stats"]
@@ -240,7 +240,7 @@ def read_csv(file: Path) -> dict[str, dict[str, str]]:
 
 
 def read(url: str, form: dict[str, object] | None = None) -> str:
-    data = urllib.parse.urlencode(form).encode() if form else None
+    data = None if form is None else urllib.parse.urlencode(form).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, data, timeout=30) as response:
         text: str = response.read().decode()
