@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, TooManyWindowsError
+from mpm_ops.windows import cut_windows, plan_windows
 
 GOOD = {"image_size": (64, 64), "patch_size": 16, "d_model": 64, "n_heads": 1, "n_layers": 2, "n_cls": 3}
 
