@@ -50,13 +50,13 @@ $(TRITON): $(ENV)
 serve: $(ENV) $(SAMPLES)
 	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
 		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(STORE)
-	exec $(BIN)/python -m handlers.torchserve_launcher --model-store $(STORE) \
+	exec $(BIN)/python -m handlers.launch.torchserve --model-store $(STORE) \
 		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
 
 serve-triton: $(TRITON) $(SAMPLES)
 	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
 		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(REPOSITORY)
-	exec $(BIN)/python -m handlers.triton_launcher --model-repository $(REPOSITORY) --host $(HOST) \
+	exec $(BIN)/python -m handlers.launch.triton --model-repository $(REPOSITORY) --host $(HOST) \
 		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
 
 monitor: $(ENV)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from handlers.config import ServingConfig
-from handlers.loading import load_engine, warm_up_picture
+from handlers.engine.loading import load_engine, warm_up_picture
 
 engine = load_engine(Path(sys.argv[1]), ServingConfig(), name="warm")
 engine.warm_up([warm_up_picture()])

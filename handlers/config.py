@@ -1,14 +1,20 @@
-"""Configuration of a served model."""
+"""Configuration of a served model; imports nothing of the model."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mpm_ops.runtime import PRECISIONS, RUNTIMES
+# Those of `mpm_ops.runtime`, whose import takes seconds and 200 MB: launchers and checks read configurations too.
+RUNTIMES = ("torch", "openvino")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 CONFIG_KEY = "mpm"  # our section in the configuration files of servers
 
+_GONE = {
+    "padded": "windows are grouped by length, and padded only where the runtime needs it",
+    "jpeg_draft": "pictures are always decoded at their whole size",
+}
 _GRAPH_BYTES = 4 * 2**30  # on a GPU, unless told otherwise
 _MAX_PORT = 65_535
 _MAX_INT = 2**31 - 1  # of Java, and so of a length in TorchServe
@@ -25,12 +31,11 @@ class ServingConfig:
         precision: "auto", or one of `mpm_ops.runtime.PRECISIONS`.
         device: "auto" for a GPU where there is one, or torch's name of a device, such as cpu or cuda:1.
         graph_mib: memory for captured graphs on a GPU, see `mpm_ops.runtime.graphs`; 0 captures none, and "auto" takes
-            4096 on a GPU, unless `padded` or `deterministic` leaves shapes or bits no choice.
+            4096 on a GPU, unless `deterministic` leaves bits no choice.
         inference: fields of `mpm_ops.InferenceConfig` that override the checkpoint's.
         max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
         allowed_schedules: schedules that a request may ask for, beside `schedule`.
-        padded: pad ragged groups to their longest window instead of packing them, for runtimes that need one shape.
         deterministic: compute every window alone, so that no mate can move the last bits of its answer.
         max_batch_tokens: tokens computed together.
         max_group_windows: windows computed together.
@@ -42,8 +47,6 @@ class ServingConfig:
             requests that would exceed it are refused. Together with TorchServe's own it fits into 4 GiB.
         deadline_seconds: requests that take longer are answered with an error.
         stall_seconds: a group that takes longer means that the device hangs, and ends the process.
-        jpeg_draft: decode a JPEG that is at least twice as large as the network needs at a fraction of its size. Saves
-            time and moves labels: 0.5 % of them on soft pictures, several per cent on sharp ones reduced a lot.
         codec_threads: threads that decode pictures, and as many that encode replies.
         torch_threads: threads of the network's operators; 0 leaves torch's default, but no more than the container's
             quota of processor time allows.
@@ -63,7 +66,6 @@ class ServingConfig:
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
     allowed_schedules: tuple[tuple[int, ...], ...] = ((),)
-    padded: bool = False
     deterministic: bool = False
     max_batch_tokens: int = 16_384
     max_group_windows: int = 8
@@ -73,7 +75,6 @@ class ServingConfig:
     max_inflight_mib: int = 384
     deadline_seconds: float = 60
     stall_seconds: float = 100
-    jpeg_draft: bool = False
     codec_threads: int = 2
     torch_threads: int = 0
     metrics_port: int = 0
@@ -110,11 +111,10 @@ class ServingConfig:
                 raise ValueError(f"{name}: expected one of auto, {', '.join(known)}, got {getattr(self, name)!r}")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or one such as cuda:1, got {self.device!r}")
-        for name in ("padded", "deterministic", "jpeg_draft"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        if self.graph_mib not in ("auto", 0) and (self.padded or self.deterministic):
-            raise ValueError(f"graph_mib: expected 0 with padded or deterministic, got {self.graph_mib}")
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic: expected true or false, got {self.deterministic!r}")
+        if self.graph_mib not in ("auto", 0) and self.deterministic:
+            raise ValueError(f"graph_mib: expected 0 with deterministic, got {self.graph_mib}")
         _check_schedule("schedule", self.schedule)
         if not isinstance(self.allowed_schedules, tuple):
             raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")
@@ -127,7 +127,7 @@ class ServingConfig:
         """What captured graphs may take on a device such as "cuda"."""
         if isinstance(self.graph_mib, int):
             return self.graph_mib * 2**20
-        return _GRAPH_BYTES if device_type == "cuda" and not (self.padded or self.deterministic) else 0
+        return _GRAPH_BYTES if device_type == "cuda" and not self.deterministic else 0
 
     @property
     def max_body_bytes(self) -> int:
@@ -148,6 +148,9 @@ class ServingConfig:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"expected a mapping of fields, got {values!r}")
+        for key in values:
+            if key in _GONE:
+                raise ValueError(f"{key}: no longer a field: {_GONE[key]}; remove it and build the model again")
         known = {f.name for f in fields(cls)}
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:

@@ -325,8 +325,8 @@ def probes(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: startupProbe: expected 300 s or more for a server to start"
         for probe in ("startupProbe", "livenessProbe"):
             command = container.get(probe, {}).get("exec", {}).get("command", [])
-            if "handlers.health" not in command:
-                yield f"{where}: {probe}: expected handlers.health, since front ends call a dead model healthy"
+            if "handlers.launch.health" not in command:
+                yield f"{where}: {probe}: expected handlers.launch.health, since front ends call a dead model healthy"
                 continue
             own = [float(word.partition("=")[2]) for word in command if word.startswith("--timeout=")]
             if not own or own[0] >= container[probe].get("timeoutSeconds", 1):
@@ -453,14 +453,22 @@ def is_single_series(expression: Any) -> bool:
     return False
 
 
+def _most_replicas(manifests: Manifests) -> dict[str, int]:
+    """How many pods each server may have, by its name."""
+    scaled = {name: high for name, _, high in _scaled(manifests)}
+    servers = {server["metadata"]["name"]: server["spec"] for server in manifests.servers}
+    return {name: scaled.get(name, spec.get("replicas", 1)) for name, spec in servers.items()}
+
+
 def _quota(manifests: Manifests) -> Iterator[str]:
-    most = {name: high for name, _, high in _scaled(manifests)}
+    replicas = _most_replicas(manifests)
     needed: dict[str, Decimal] = {}
     for server in manifests.servers:
-        replicas = most.get(server["metadata"]["name"], server["spec"].get("replicas", 1))
         for resource, amount in server_of(server).get("resources", {}).get("requests", {}).items():
             if resource.startswith("nvidia.com/"):
-                needed[resource] = needed.get(resource, Decimal()) + replicas * quantity(amount)
+                needed[resource] = needed.get(resource, Decimal()) + replicas[server["metadata"]["name"]] * quantity(
+                    amount
+                )
     for quota in manifests.of("ResourceQuota"):
         for resource, amount in needed.items():
             allowed = quota["spec"]["hard"].get(f"requests.{resource}")
@@ -537,6 +545,7 @@ def volumes(manifests: Manifests) -> Iterator[str]:
 
 def models(manifests: Manifests) -> Iterator[str]:
     """The model is built as `model_store` takes it, and the engine refuses before the front end's own queue fills."""
+    several = sum(_most_replicas(manifests).values()) > 1
     for server in manifests.servers:
         where = name_of(server)
         try:
@@ -558,6 +567,8 @@ def models(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: metrics: expected metrics_host 0.0.0.0 and --metrics-port {offered.get('metrics')}"
         if _wants_gpu(server) and not config.device.startswith("cuda"):
             yield f"{where}: device: expected cuda where a GPU is asked for, got {config.device}"
+        if several and config.precision == "auto":
+            yield f"{where}: precision: expected a name, because masks of auto differ from chip to chip, got auto"
         if not config.torch_threads and not _knows_its_cores(server):
             yield f"{where}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
         least = min(FILL_TOKENS, _window_tokens(config))
@@ -619,7 +630,7 @@ def _knows_its_cores(server: Manifest) -> bool:
 
 
 def _is_triton(workload: Manifest) -> bool:
-    return any("handlers.triton_launcher" in c.get("command", []) for c in pod_of(workload)["containers"])
+    return any("handlers.launch.triton" in c.get("command", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:

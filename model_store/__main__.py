@@ -38,7 +38,7 @@ def remove_others(store: Path, name: str) -> None:
 
 
 def _build(arguments: argparse.Namespace, serving: dict[str, Any]) -> Path:
-    own = {"torchserve": ("batching", "max_delay_ms"), "triton": ("model_version",)}
+    own = {"torchserve": ("max_delay_ms",), "triton": ("model_version",)}
     for target, names in own.items():
         for name in names:
             if target != arguments.target and getattr(arguments, name) is not None:
@@ -52,7 +52,6 @@ def _build(arguments: argparse.Namespace, serving: dict[str, Any]) -> Path:
     return build_archive(
         arguments.checkpoint,
         **common,
-        batching=arguments.batching or "continuous",
         batch_size=batch_size,
         max_delay_ms=5 if arguments.max_delay_ms is None else arguments.max_delay_ms,
     )
@@ -68,7 +67,6 @@ def main() -> int:
     build.add_argument("--schedule", help="blocks before which tokens merge (2,5), or off")
     build.add_argument("--align", type=int, help="token counts after a merge are multiples of this (1)")
     build.add_argument("--batch-size", type=int, help="requests in flight at most (TorchServe 128, Triton 32)")
-    build.add_argument("--batching", choices=["continuous", "synchronous"], help="of TorchServe (continuous)")
     build.add_argument("--max-delay-ms", type=int, help="of TorchServe: how long to wait for requests (5)")
     build.add_argument("--model-version", type=int, help="of Triton: others stay beside it (1)")
     build.add_argument("--metrics-port", type=int, help="where Prometheus finds the model's metrics (nowhere)")

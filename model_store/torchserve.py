@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
-from handlers.launching import MODEL_NAME
+from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
@@ -22,16 +22,15 @@ from mpm_ops.classes import load_classes
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
 _HANDLER = '''"""Serves the Segmenter in this archive."""
 
-from handlers.torchserve_handler import {handler}
+from handlers.servers.torchserve import SegmenterHandler
 
 
-class Handler({handler}):
+class Handler(SegmenterHandler):
     pass
 '''
 _RESPONSE_SECONDS = 120  # at least, for TorchServe's worker to answer; it is killed after that
 _RESPONSE_MARGIN_SECONDS = 20
 _MAX_RESPONSE_SECONDS = 10**6  # a deadline may be infinite, Java's integers aren't
-_HANDLERS = {"synchronous": "SegmenterHandler", "continuous": "ContinuousHandler"}
 
 
 def build_archive(
@@ -40,7 +39,6 @@ def build_archive(
     name: str,
     out: Path,
     serving: Mapping[str, Any],
-    batching: str = "continuous",
     batch_size: int = 128,
     max_delay_ms: int = 5,
 ) -> Path:
@@ -51,8 +49,7 @@ def build_archive(
         name: under which the model is served.
         out: the model store; made if missing.
         serving: fields of `handlers.config.ServingConfig`.
-        batching: "continuous", requests join while others compute, or "synchronous", batch after batch.
-        batch_size: requests that TorchServe hands over at once; with continuous batching, in flight at most.
+        batch_size: requests in flight at most; they join while others compute.
         max_delay_ms: how long it waits for them.
 
     Returns:
@@ -73,9 +70,9 @@ def build_archive(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:  # /tmp may be memory
         scratch = Path(scratch_name)
-        (scratch / "handler.py").write_text(_HANDLER.format(handler=_HANDLERS[batching]))
+        (scratch / "handler.py").write_text(_HANDLER)
         (scratch / "model-config.yaml").write_text(
-            yaml.safe_dump(_model_config(serving, config, batching, batch_size, max_delay_ms))
+            yaml.safe_dump(_model_config(serving, config, batch_size, max_delay_ms))
         )
         torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
         extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
@@ -92,13 +89,13 @@ def build_archive(
 
 
 def _model_config(
-    serving: Mapping[str, Any], config: ServingConfig, batching: str, batch_size: int, max_delay_ms: int
+    serving: Mapping[str, Any], config: ServingConfig, batch_size: int, max_delay_ms: int
 ) -> dict[str, Any]:
     longest = min(max(config.deadline_seconds, config.stall_seconds), _MAX_RESPONSE_SECONDS)
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
-        "continuousBatching": batching == "continuous",
+        "continuousBatching": True,
         "batchSize": batch_size,
         "maxBatchDelay": max_delay_ms,
         "responseTimeout": max(_RESPONSE_SECONDS, math.ceil(longest) + _RESPONSE_MARGIN_SECONDS),

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 import yaml
 
+from handlers.api.formats import FORMATS, MASKS
 from handlers.config import ServingConfig
-from handlers.launching import MODEL_NAME
-from handlers.loading import warm_up_picture
+from handlers.engine.loading import warm_up_picture
+from handlers.launch.processes import MODEL_NAME
 from mpm_ops import load_segmenter
 from mpm_ops.checkpoint import read_weights
 from mpm_ops.classes import load_classes
 
 _MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
 
-from handlers.triton_model import TritonPythonModel
+from handlers.servers.triton import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
@@ -32,9 +33,7 @@ max_batch_size: {max_batch_size}
 version_policy {{ latest {{ num_versions: 2 }} }}
 input [ {{ name: "IMAGE" data_type: TYPE_STRING dims: [ 1 ] }} ]
 output [
-  {{ name: "MASK" data_type: {mask_type} dims: [ -1, -1 ] }},
-  {{ name: "MASK_PNG" data_type: TYPE_STRING dims: [ 1 ] }},
-  {{ name: "RESULT_JSON" data_type: TYPE_STRING dims: [ 1 ] }}
+{outputs}
 ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 dynamic_batching {{
@@ -110,7 +109,7 @@ def build_model(
             _CONFIG.format(
                 name=name,
                 max_batch_size=min(_MAX_BATCH_SIZE, max_inflight),
-                mask_type="TYPE_UINT8" if model.config.n_cls <= 256 else "TYPE_UINT16",
+                outputs=_outputs(model.config.n_cls),
                 queue_timeout_us=_QUEUE_TIMEOUT_US,
                 max_queue_size=max_queue_size,
                 max_inflight=max_inflight,
@@ -118,3 +117,13 @@ def build_model(
         )
         shutil.rmtree(folder / str(version), ignore_errors=True)
         return Path(shutil.move(scratch, folder / str(version)))
+
+
+def _outputs(num_classes: int) -> str:
+    """Triton's outputs: class ids where a format has an array of them, encoded bytes elsewhere."""
+    ids = f"data_type: {'TYPE_UINT8' if num_classes <= 256 else 'TYPE_UINT16'} dims: [ -1, -1 ]"
+    kinds = {FORMATS[name].output: FORMATS[name].array is not None for name in MASKS}
+    return ",\n".join(
+        f'  {{ name: "{output}" {ids if is_array else "data_type: TYPE_STRING dims: [ 1 ]"} }}'
+        for output, is_array in sorted(kinds.items())
+    )

@@ -1,9 +1,11 @@
 """The parts of timm we build on, imported so that they load beside a CPU build of torch.
 
-torchvision's wheel registers fake kernels for two operators that only its compiled library defines.
-Where that library cannot load, the import of torchvision (and so of timm) fails for lack of their
-schemas; defining them is enough, because nothing here ever calls them.
+torchvision's wheel registers fake kernels for two operators that only its compiled library defines. Beside a build of
+torch that the library was not compiled for, importing torchvision (and so timm) fails for lack of their schemas.
+Defining them is enough, because nothing here calls them; defining them twice would end the process.
 """
+
+import sys
 
 import torch
 
@@ -11,12 +13,18 @@ _MISSING_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_library = torch.library.Library("torchvision", "FRAGMENT")  # schemas live as long as this object
+_library: torch.library.Library | None = None  # its schemas live as long as it does
 
-if not torch.cuda.is_available():
+try:
+    import torchvision  # noqa: F401
+except RuntimeError as error:
+    if "torchvision::" not in str(error):
+        raise
+    for _name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[_name]  # half imported
+    _library = torch.library.Library("torchvision", "FRAGMENT")
     for _schema in _MISSING_SCHEMAS:
-        _name = _schema.partition("(")[0]
-        if not torch._C._jit_get_schemas_for_operator(f"torchvision::{_name}"):
+        if not torch._C._jit_get_schemas_for_operator(f"torchvision::{_schema.partition('(')[0]}"):
             _library.define(_schema)
 
 from timm.layers import Attention  # noqa: E402

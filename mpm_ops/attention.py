@@ -6,32 +6,69 @@ everywhere, one call per length; the others take all sequences in one call on a 
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._timm import Attention, Block
+from .kernels import has_triton
 from .packed import PackedTokens
 
 
 def block_forward(block: Block, tokens: PackedTokens, key_bias: Tensor | None = None) -> PackedTokens:
-    """Run one pre-norm transformer block on packed tokens.
+    """Run one pre-norm transformer block on packed tokens; see `run_blocks`."""
+    return run_blocks((block,), tokens, key_bias)
+
+
+def run_blocks(
+    blocks: Iterable[Block],
+    tokens: PackedTokens,
+    key_bias: Tensor | None = None,
+    last_norm: nn.LayerNorm | None = None,
+) -> PackedTokens:
+    """Run pre-norm transformer blocks on packed tokens.
 
     Args:
-        block: a timm `Block`.
+        blocks: timm blocks.
         tokens: [T, D] packed tokens.
         key_bias: [T], added to every attention logit of a key, or None. log(n) makes a token count
             as n equal ones.
+        last_norm: what normalises the result, if anything.
 
     Returns:
         Packed tokens of the same lengths.
     """
-    x = tokens.values
-    x = x + block.drop_path1(block.ls1(attend(block.attn, tokens.with_values(block.norm1(x)), key_bias)))
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return tokens.with_values(x)
+    x, rest = tokens.values, None  # what the next norm adds first
+    for block in blocks:
+        x, normed = _add_norm(x, rest, block.norm1)
+        rest = block.drop_path1(block.ls1(attend(block.attn, tokens.with_values(normed), key_bias)))
+        x, normed = _add_norm(x, rest, block.norm2)
+        rest = block.drop_path2(block.ls2(block.mlp(normed)))
+    if last_norm is not None:
+        return tokens.with_values(_add_norm(x, rest, last_norm)[1])
+    return tokens.with_values(x if rest is None else x + rest)
+
+
+def _add_norm(x: Tensor, rest: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm: one kernel on a GPU where nobody asks for gradients."""
+    if _fuses(x, norm):
+        from .kernels import norms
+
+        if rest is None:
+            return x, norms.norm(x.contiguous(), norm.weight, norm.bias, norm.eps)
+        return norms.add_norm(x.contiguous(), rest.contiguous(), norm.weight, norm.bias, norm.eps)
+    x = x if rest is None else x + rest
+    return x, norm(x)
+
+
+def _fuses(x: Tensor, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not has_triton():
+        return False
+    whole_rows = isinstance(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[1:] and norm.bias is not None
+    return whole_rows and norm.weight.dtype == x.dtype and x.dtype != torch.float64
 
 
 def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None) -> Tensor:
@@ -44,6 +81,11 @@ def attend(attn: Attention, tokens: PackedTokens, key_bias: Tensor | None = None
     if backend == "grouped":
         dropout = attn.attn_drop.p if attn.training else 0.0
         mixed = _grouped(qkv, tokens, key_bias, attn.scale, dropout)
+    elif backend == "triton":
+        from .kernels.attention import attend_ragged
+
+        bias = None if key_bias is None else key_bias.float()
+        mixed = attend_ragged(qkv, tokens.cu_seqlens, tokens.max_seqlen, bias, attn.scale)
     else:
         mixed = attend_packed(_PACKED[backend], qkv, tokens, key_bias, attn.scale)
     return attn.proj_drop(attn.proj(mixed))
@@ -54,9 +96,9 @@ def use_attention(module: nn.Module, name: str = "auto") -> str:
 
     Args:
         module: holds timm blocks, in the precision and on the device that they will run in.
-        name: "auto", or one of ATTENTIONS. "auto" takes flash-attn where it is installed, else torch's own
-            kernel over ragged sequences, for half precision on a GPU; the memory-efficient kernel for float32
-            there; and "grouped" on a CPU.
+        name: "auto", or one of ATTENTIONS. "auto" takes the first of them that can run: on a GPU, for
+            half precision, ours where triton is installed, then flash-attn, then torch's own kernel over ragged
+            sequences; the memory-efficient kernel for float32 there; and "grouped" on a CPU.
 
     Returns:
         The backend's name.
@@ -90,6 +132,8 @@ def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn"
+    if name == "triton" and not has_triton():
+        return "needs the package triton"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "needs a GPU of compute capability 8.0 or more"
     return None if half else "needs float16 or bfloat16"
@@ -149,11 +193,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(  # type: ignore[return-value]  # a pair only where asked for
-        q, k, v, cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest, scale=scale
-    )
+    # What torch.nn.attention.varlen calls, less a kernel that zeroes the random state of a dropout.
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, False, False, scale=scale
+    )[0]
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
@@ -165,6 +208,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, sc
 
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 _PACKED: dict[str, Packed] = {"flash": _flash, "varlen": _varlen, "efficient": _efficient}
-ATTENTIONS = (*_PACKED, "grouped")  # in the order of preference
+# In the order of preference; on an H200 ours takes 0.60 to 0.79 of the time of varlen, which is FlashAttention 2.
+ATTENTIONS = ("triton", "flash", "varlen", "efficient", "grouped")
 _BIAS_COLUMNS = 8  # two of them in use: kernels want head widths that are multiples of eight
 _log = logging.getLogger(__name__)

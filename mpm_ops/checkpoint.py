@@ -32,7 +32,7 @@ def load_segmenter(
     *,
     inference: Mapping[str, Any] | None = None,
     runtime: str = "torch",
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Segmenter:
     """Load an official Segmenter checkpoint, with Mutual Pair Merging at the blocks of a schedule.
@@ -44,7 +44,9 @@ def load_segmenter(
         schedule: encoder blocks before which tokens merge, 0-based; () for no merging, (2, 5) as in the paper.
         align: see `merge_tokens`.
         inference: fields of `InferenceConfig` that override the checkpoint's.
-        runtime, precision: what blocks and decoder run on, see `make_runtime`.
+        runtime: what blocks and decoder run on, see `make_runtime`; "auto" is the servers' default.
+        precision: "auto", "fp32", "bf16" or "fp16"; by default "auto" for runtime "auto", as the servers have it,
+            and "fp32" otherwise.
         device: where the model goes.
 
     Returns:
@@ -57,6 +59,8 @@ def load_segmenter(
 
     Source: rstrudel/segmenter@20d1bfad, `segm/model/factory.py`.
     """
+    if precision is None:
+        precision = "auto" if runtime == "auto" else "fp32"
     path = Path(path)
     variant = read_variant(path.parent / "variant.yml")
     config = _segmenter_config(variant)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import block_forward
+from .attention import run_blocks
 from .encoder import HEAD_DIM, LAYER_NORM_EPS, make_blocks
 from .packed import PackedTokens, places
 
@@ -69,9 +69,7 @@ class MaskTransformer(nn.Module):
         key_bias = None
         if log_sizes is not None:
             key_bias = layout.append(log_sizes, log_sizes.new_zeros(self.n_cls)).values
-        for block in self.blocks:
-            x = block_forward(block, x, key_bias)
-        x = x.with_values(self.decoder_norm(x.values))
+        x = run_blocks(self.blocks, x, key_bias, self.decoder_norm)
         return self.mask_norm(layout.score(x.values, self.proj_patch, self.proj_classes))
 
 

@@ -5,6 +5,7 @@ of pixels are compared; on a GPU one kernel compares all in registers. Where the
 probability is asked for too, the logits of a tile of pixels are two small matrix products.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .axes import Axis, axes
 from .kernels import has_triton
+from .transfers import fetch
 from .windows import WindowPlan
 
 TILE = 128  # pixels; a tile's logits for 150 classes take 10 MB
@@ -52,8 +54,7 @@ def label_map(logits: Tensor, plan: WindowPlan, patch_size: int, *, confidence: 
     windows = logits.float().unflatten(0, (len(plan.tops), len(plan.lefts)))
     labels = np.empty(plan.original_size, np.uint8 if num_classes <= 256 else np.uint16)
     if can_label_on_gpu(logits) and not confidence:
-        tokens = windows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [tokens down, tokens across, K]
-        return LabelMap(_label_on_gpu(tokens, plan, (grid_height, grid_width), patch_size), None)
+        return LabelMap(label_maps([logits], plan, patch_size)[0], None)
     if confidence or logits.device.type != "cpu":
         tokens = windows.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)  # [K, tokens down, tokens across]
         return label_tiles(tokens, rows, columns, labels, confidence=confidence)
@@ -65,16 +66,35 @@ def label_map(logits: Tensor, plan: WindowPlan, patch_size: int, *, confidence: 
     return LabelMap(labels, None)
 
 
+@torch.inference_mode()
+def label_maps(logits: Sequence[Tensor], plan: WindowPlan, patch_size: int) -> list[np.ndarray]:
+    """`label_map` for pictures of one plan; on a GPU in one launch and one copy, for which only this thread waits.
+
+    Args:
+        logits: of each picture, [num_windows, K, Gh, Gw], best as [num_windows, Gh, Gw, K] in memory.
+        plan: where the windows of each picture lie.
+        patch_size: pixels of a window per token.
+
+    Returns:
+        The labels of each picture, [H, W], the same bytes as `label_map` gives.
+
+    Raises:
+        ValueError: logits do not fit the plan.
+    """
+    if not can_label_on_gpu(logits[0]):
+        return [label_map(picture, plan, patch_size).labels for picture in logits]
+    from .kernels.labels import label_pixels
+
+    by_token = [picture.float().movedim(1, -1).unflatten(0, (len(plan.tops), len(plan.lefts))) for picture in logits]
+    together = torch.stack(by_token) if len(by_token) > 1 else by_token[0][None].contiguous()
+    grid = (together.shape[3], together.shape[4])
+    labels = fetch(label_pixels(together, *_axes_on(plan, grid, patch_size, together.device)))().numpy()
+    return list(labels if labels.dtype == np.uint8 else labels.view(np.uint16))
+
+
 def can_label_on_gpu(logits: Tensor) -> bool:
     """Whether the kernel labels these."""
     return logits.is_cuda and has_triton()
-
-
-def _label_on_gpu(tokens: Tensor, plan: WindowPlan, grid: tuple[int, int], patch_size: int) -> np.ndarray:
-    from .kernels.labels import label_pixels
-
-    found = label_pixels(tokens.contiguous(), *_axes_on(plan, grid, patch_size, tokens.device)).cpu().numpy()
-    return found if found.dtype == np.uint8 else found.view(np.uint16)
 
 
 @lru_cache(maxsize=128)  # some 100 kB each

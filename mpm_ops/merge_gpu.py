@@ -1,4 +1,4 @@
-"""Mutual Pair Merging on a GPU: all windows of a batch in six kernels and one wait."""
+"""Mutual Pair Merging on a GPU: all windows of a batch in five kernels and one wait."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,12 +10,14 @@ from .kernels import has_triton
 from .packed import PackedTokens, bounds_of
 from .transfers import fetch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def can_merge_on_gpu(x: Tensor) -> bool:
     """Whether `merge_windows_gpu` takes these tokens; gradients and float64 need `merge_tokens`."""
-    return x.is_cuda and x.dtype in DTYPES and not (x.requires_grad and torch.is_grad_enabled()) and has_triton()
+    if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()) or not has_triton():
+        return False
+    from .kernels.nearest import DTYPES
+
+    return x.dtype in DTYPES
 
 
 def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1) -> tuple[PackedTokens, Tensor]:

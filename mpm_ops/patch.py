@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._timm import VisionTransformer
+from ._timm import Attention, Block, VisionTransformer
+from .attention import block_forward, use_attention
 from .merge import compose_maps, merge_tokens
 from .merge_gpu import can_merge_on_gpu, merge_windows_gpu
 from .packed import PackedTokens
@@ -109,6 +110,11 @@ class _Walk:
     def step(self, block: nn.Module) -> None:
         if self.depth in self.blocks.schedule:
             self._merge()
+        if can_pack(block, self.sequences[0]):
+            _choose_attention(block, self.sequences[0].device)
+            self.sequences = list(block_forward(block, PackedTokens.pack(self.sequences)).split())
+            self.depth += 1
+            return
         # Images of equal length run together; order by length, run, and put back in place.
         order = sorted(range(len(self.sequences)), key=lambda i: len(self.sequences[i]))
         for _, same in groupby(order, key=lambda i: len(self.sequences[i])):
@@ -146,3 +152,24 @@ class _Walk:
             self.sequences[i] = torch.cat([sequence[:special], image])
             maps.append(merge_map if self.maps is None else compose_maps(self.maps[i], merge_map))
         self.maps = maps
+
+
+def can_pack(block: nn.Module, x: Tensor) -> bool:
+    """Whether a block runs ragged images in one call: on a GPU, without gradients, with plain attention."""
+    return x.is_cuda and not torch.is_grad_enabled() and is_plain(block)
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Whether `block_forward` computes what the block does; timm's other parts may be set in both."""
+    if type(block) is not Block or type(block.attn) is not Attention or block.training:
+        return False
+    extras = (getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))
+    return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
+
+
+def _choose_attention(block: Block, device: torch.device) -> None:
+    """Once for each device and type of number that the block is moved to."""
+    chosen_for = (device, block.attn.qkv.weight.dtype)
+    if getattr(block, "attention_chosen_for", None) != chosen_for:
+        use_attention(block, "auto")
+        block.attention_chosen_for = chosen_for

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import block_forward
+from .attention import run_blocks
 from .decoders import DecoderLinear, MaskTransformer, decodes_together
 from .encoder import HEAD_DIM, Encoder
 from .labels import label_map
@@ -18,7 +18,7 @@ from .packed import PackedTokens
 from .runtime import Runtime
 from .runtime.eager import TorchRuntime
 from .stages import Decoded, Stage, WindowBatch, cut_stages
-from .windows import NORMALIZATIONS, InferenceConfig, cut_windows, plan_windows
+from .windows import InferenceConfig, cut_windows, normalize_windows, plan_windows
 
 DECODERS = ("mask_transformer", "linear")
 
@@ -102,7 +102,6 @@ class Segmenter(nn.Module):
                 n_cls=config.n_cls, d_encoder=config.d_model, n_layers=config.decoder_layers
             )
         self._runtime: Runtime | None = None
-        self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def runtime(self) -> Runtime:
@@ -129,16 +128,9 @@ class Segmenter(nn.Module):
             windows: float [B, 3, H, W], normalised; or uint8 RGB [B, H, W, 3], as cut from a fitted picture, which
                 give the same numbers where the frame is not resized once more (see `cut_windows`).
         """
-        return WindowBatch(self.encoder.embed(self._normalised(windows) if windows.dtype == torch.uint8 else windows))
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], as `cut_windows` normalises."""
-        name, device = str(self.inference.normalization), pixels.device
-        if (name, device) not in self._statistics:
-            mean, std = (torch.tensor(stat, dtype=torch.float32)[:, None, None] for stat in NORMALIZATIONS[name])
-            self._statistics[name, device] = (mean.to(device), std.to(device))
-        mean, std = self._statistics[name, device]
-        return (pixels.permute(0, 3, 1, 2) - mean).div_(std)
+        if windows.dtype == torch.uint8:
+            windows = normalize_windows(windows, self.inference.normalization)
+        return WindowBatch(self.encoder.embed(windows))
 
     def launch(
         self,
@@ -188,10 +180,8 @@ class Segmenter(nn.Module):
         return batch.with_tokens(tokens)
 
     def run_tokens(self, tokens: PackedTokens, blocks: range, key_bias: Tensor | None = None) -> PackedTokens:
-        """Run some encoder blocks; see `block_forward`."""
-        for i in blocks:
-            tokens = block_forward(self.encoder.blocks[i], tokens, key_bias)
-        return tokens
+        """Run some encoder blocks; see `mpm_ops.attention.run_blocks`."""
+        return run_blocks([self.encoder.blocks[i] for i in blocks], tokens, key_bias)
 
     def merge(self, batch: WindowBatch) -> WindowBatch:
         """Merge the image tokens of every window; special tokens are never touched."""

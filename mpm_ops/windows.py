@@ -1,7 +1,7 @@
 """From a picture to the network's square windows: Segmenter's official resize rule and sliding window."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import cv2
@@ -116,19 +116,27 @@ def fit_picture(image: np.ndarray, plan: WindowPlan) -> np.ndarray:
     return cv2.resize(image, plan.fitted_size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig) -> Tensor:
+def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig, *, as_bytes: bool = False) -> Tensor:
     """Resize, normalise and cut a picture.
 
     Args:
         image: uint8 RGB [H, W, 3], of the size that was planned, or a reduction of that picture.
+        as_bytes: leave normalising to `normalize_windows`, where that gives the same.
 
     Returns:
-        float32 [num_windows, 3, window_size, window_size].
+        float32 [num_windows, 3, window_size, window_size]; or, as bytes, uint8
+        [num_windows, window_size, window_size, 3]. Windows of a frame that was resized after normalising, which
+        pictures much longer than `max_ratio` have, are float32 in any case.
     """
-    fitted = fit_picture(image, plan)
-    planes, tables, size = cv2.split(fitted), _normalized_values(inference.normalization), plan.window_size
-    windows = np.empty((plan.num_windows, 3, size, size), np.float32)
+    fitted, size = fit_picture(image, plan), plan.window_size
     origins = list(product(plan.tops, plan.lefts))
+    if plan.frame_size == plan.fitted_size and as_bytes:
+        pixels = np.empty((plan.num_windows, size, size, 3), np.uint8)
+        for window, (top, left) in zip(pixels, origins, strict=True):
+            window[:] = fitted[top : top + size, left : left + size]
+        return torch.from_numpy(pixels)
+    planes, tables = cv2.split(fitted), _normalized_values(inference.normalization)
+    windows = np.empty((plan.num_windows, 3, size, size), np.float32)
     if plan.frame_size == plan.fitted_size:
         for window, (top, left) in zip(windows, origins, strict=True):
             for plane, table, normalized in zip(planes, tables, window, strict=True):
@@ -139,6 +147,35 @@ def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig)
     for window, (top, left) in zip(windows, origins, strict=True):
         window[:] = frame[:, top : top + size, left : left + size]
     return torch.from_numpy(windows)
+
+
+def normalize_windows(windows: Tensor, normalization: str) -> Tensor:
+    """What `cut_windows` gives, from its bytes, on the device that they are on: the same numbers.
+
+    Args:
+        windows: uint8 [B, H, W, 3]; float32 [B, 3, H, W] is returned as it is.
+        normalization: a key of NORMALIZATIONS.
+
+    Returns:
+        float32 [B, 3, H, W], channels last in memory.
+
+    Raises:
+        ValueError: windows are neither.
+    """
+    if windows.is_floating_point():
+        return windows
+    if windows.dtype != torch.uint8 or windows.ndim != 4 or windows.shape[3] != 3:
+        raise ValueError(f"windows: expected uint8 [B, H, W, 3], got {windows.dtype} {list(windows.shape)}")
+    mean, std = _statistics_on(normalization, windows.device)
+    return ((windows.float() - mean) / std).movedim(3, 1)
+
+
+@lru_cache(maxsize=16)
+def _statistics_on(normalization: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 [3] mean and standard deviation of the channels."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(stat, dtype=torch.float32) for stat in NORMALIZATIONS[normalization])
+        return mean.to(device), std.to(device)
 
 
 @cache

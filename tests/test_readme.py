@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from handlers.config import ServingConfig
-from handlers.metrics import Metrics
+from handlers.observe.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = [ROOT / name for name in ("README.md", "handlers/README.md", "mpm_ops/README.md")]
@@ -121,9 +121,9 @@ def test_commands_take_their_options(line: str, monkeypatch: pytest.MonkeyPatch)
     ("line", "expected"),
     [
         ("handlers.nothing --port 1", "No module named 'handlers.nothing'"),
-        ("handlers.grouping --port 1", "No module named 'handlers.grouping.__main__'"),
-        ("handlers.health", None),
-        ("handlers.health --wait 3 http://127.0.0.1", "unrecognized arguments: --wait"),
+        ("handlers.engine.grouping --port 1", "No module named 'handlers.engine.grouping.__main__'"),
+        ("handlers.launch.health", None),
+        ("handlers.launch.health --wait 3 http://127.0.0.1", "unrecognized arguments: --wait"),
         ("handlers.bench everything", "invalid choice: 'everything'"),
         ("handlers.bench codec --checkpoint x", "the following arguments are required: --images"),
         ("mpm_ops.bench merge --lengths many  # comment", "invalid int value: 'many'"),

@@ -18,7 +18,10 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from torch import Tensor
 
-from handlers import codec
+from handlers.api.decode import decode_image
+from handlers.api.formats.json import describe_classes
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench import model_shapes, percentile_ms, read_images, time_in_turn, write_report
 from mpm_ops.classes import Classes, default_colors
@@ -71,7 +74,7 @@ def bench_codec(model: Segmenter, pictures: Mapping[str, np.ndarray], repeats: i
     classes = Classes(tuple(map(str, range(model.config.n_cls))), default_colors(model.config.n_cls))
     results = []
     for name, image in pictures.items():
-        data = codec.encode_picture(image, "image/jpeg")
+        data = encode_picture(image, "image/jpeg")
         plan = plan_windows(image.shape[0], image.shape[1], model.inference)
         labels = model.segment(image)
         for step, plain, ours in _ways(data, plan, model.inference, labels, classes):
@@ -90,15 +93,14 @@ def _ways(
     image = decode_with_pillow(data)
     limits = {"max_bytes": len(data), "max_pixels": labels.size}
     return [
-        ("decode", lambda: decode_with_pillow(data), lambda: codec.decode_image(data, **limits)),
+        ("decode", lambda: decode_with_pillow(data), lambda: decode_image(data, **limits)),
         ("cut", lambda: cut_whole(image, plan, inference), lambda: cut_windows(image, plan, inference)),
-        ("png", lambda: png_with_pillow(labels, classes), lambda: codec.encode_mask_png(labels, classes)),
+        ("png", lambda: png_with_pillow(labels, classes), lambda: encode_mask_png(labels, classes)),
         (
             "json",
             lambda: regions_one_by_one(labels),
             lambda: [
-                (entry["id"], entry["area"], entry["rle"]["counts"])
-                for entry in codec.describe_classes(labels, classes)
+                (entry["id"], entry["area"], entry["rle"]["counts"]) for entry in describe_classes(labels, classes)
             ],
         ),
     ]

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from handlers import codec
+from handlers.api.decode import decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
+from handlers.api.options import RequestOptions
 from handlers.config import ServingConfig
-from handlers.engine import Engine
-from handlers.options import RequestOptions
+from handlers.engine.engine import Engine
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench import model_shapes, percentile_ms, read_images, write_report
 from mpm_ops.classes import Classes, load_classes
@@ -43,7 +45,7 @@ def bench_end_to_end(
         RuntimeError: the engine does not give the masks of the steps; figures would compare different work.
     """
     model.runtime = make_runtime(model, config.runtime, config.precision)
-    pictures = [codec.encode_picture(image, "image/jpeg") for image in images]
+    pictures = [encode_picture(image, "image/jpeg") for image in images]
     num_windows = [plan_windows(image.shape[0], image.shape[1], model.inference).num_windows for image in images]
     steps: list[dict[str, float]] = []
     alone: list[float] = []
@@ -82,7 +84,7 @@ def bench_end_to_end(
 def _step_by_step(model: Segmenter, classes: Classes, picture: bytes) -> tuple[bytes, dict[str, float]]:
     """The mask, and the seconds of each step; cutting windows counts as decoding."""
     start = time.monotonic()
-    image = codec.decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
+    image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
     plan = plan_windows(image.shape[0], image.shape[1], model.inference)
     windows = cut_windows(image, plan, model.inference)
     decoded = time.monotonic()
@@ -90,7 +92,7 @@ def _step_by_step(model: Segmenter, classes: Classes, picture: bytes) -> tuple[b
     computed = time.monotonic()
     labels = label_map(logits, plan, model.config.patch_size).labels
     labelled = time.monotonic()
-    mask = codec.encode_mask_png(labels, classes)
+    mask = encode_mask_png(labels, classes)
     seconds = {
         "decode": decoded - start,
         "network": computed - decoded,

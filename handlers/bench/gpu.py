@@ -24,9 +24,12 @@ import numpy as np
 from mpm_ops.bench import gpu, read_images
 from mpm_ops.bench.model import DEMO
 
+from . import engines
+
 WINDOWS = 32  # of a group
 INFLIGHT = 4 * WINDOWS  # pictures
 GRAPH_MIB = 2048
+PROCESSES = (1, 2, 4, 8)
 
 
 def time_engine(
@@ -39,10 +42,12 @@ def time_engine(
     Raises:
         ServingError: a picture was not answered.
     """
-    from handlers import codec  # these need packages that a machine for kernels alone may lack
+    # These need packages that a machine for kernels alone may lack.
+    from handlers.api.formats.npy import encode_npy
+    from handlers.api.formats.views import encode_picture
+    from handlers.api.options import RequestOptions
     from handlers.config import ServingConfig
-    from handlers.loading import load_engine
-    from handlers.options import RequestOptions
+    from handlers.engine.loading import load_engine
 
     config = ServingConfig(
         device=device,
@@ -55,8 +60,8 @@ def time_engine(
         graph_mib=graph_mib,
     )
     sources = {
-        "jpeg": [codec.encode_picture(image, "image/jpeg") for image in images],
-        "frame": [codec.encode_npy(image) for image in images],
+        "jpeg": [encode_picture(image, "image/jpeg") for image in images],
+        "frame": [encode_npy(image) for image in images],
     }
     rows: dict[str, dict[str, Any]] = {}
     with closing(load_engine(folder, config)) as engine:
@@ -122,6 +127,33 @@ def _alone(engine: Any, data: Sequence[bytes], options: Any, number: int = 10) -
     return seconds
 
 
+def _engines(
+    arguments: argparse.Namespace, images: Sequence[np.ndarray], size: str, mps: bool, on_gpu: bool
+) -> dict[str, Any]:
+    from handlers.api.formats.npy import encode_npy
+    from handlers.api.formats.views import encode_picture
+
+    sources = {
+        "jpeg": [encode_picture(image, "image/jpeg") for image in images],
+        "frame": [encode_npy(image) for image in images],
+    }
+    load = engines.Load(
+        folder=arguments.checkpoint.parent,
+        size=size,
+        device=arguments.device,
+        sources=sources,
+        windows=WINDOWS,
+        inflight=INFLIGHT,
+        graph_mib=GRAPH_MIB if on_gpu else 0,
+    )
+    first = size == (arguments.sizes or ("Ti",))[0]  # around the network all sizes cost the same
+    networks = engines.NETWORKS if first else engines.NETWORKS[:1]
+    found = engines.time_engines(
+        load, processes=arguments.processes, networks=networks, seconds=arguments.loop, mps=mps
+    )
+    return found | {"lines": [engines.line(row) for row in found["engines"]]}
+
+
 def soft_pictures(number: int, side: int) -> list[np.ndarray]:
     """Soft noise: JPEGs of it are about as large as those of photos."""
     random = np.random.default_rng(0)
@@ -136,13 +168,25 @@ def main() -> int:
     gpu.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="of the engine's model (the demo model)")
     parser.add_argument("--images", type=Path, help="a picture or a folder of pictures (soft noise, 512 x 512)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=PROCESSES,
+        help="engines on one GPU, of the section engines (1 2 4 8)",
+    )
     parser.add_argument("--loop", type=float, default=2, help="seconds of each loop of the engine (2)")
     arguments = parser.parse_args()
     images = read_images(arguments.images)[:16] if arguments.images else soft_pictures(16, 512)
     engine = partial(time_engine, arguments.checkpoint.parent, images, arguments.device, arguments.loop)
     more: list[gpu.Section] = [("engine", "", engine)]
-    if arguments.device != "cpu":
+    on_gpu = arguments.device != "cpu"
+    if on_gpu:
         more.append(("engine", "graphs", partial(engine, graph_mib=GRAPH_MIB)))
+    for size in arguments.sizes or ("Ti",):
+        for mps in (False, True) if on_gpu and engines.has_mps() else (False,):
+            name = size + (", MPS" if mps else "")
+            more.append(("engines", name, partial(_engines, arguments, images, size, mps, on_gpu)))
     return gpu.run_command(arguments, more)
 
 

@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from handlers.codec import FORMATS, decode_image, encode_mask_png
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.api.decode import FORMATS, decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import load_segmenter
@@ -78,7 +79,7 @@ def bench_servers(
 def _check_parity(
     checkpoint: Path, schedule: Sequence[int], pictures: Sequence[bytes], urls: Mapping[str, str]
 ) -> None:
-    model = load_segmenter(checkpoint, schedule, runtime="auto", precision="auto")  # as it is served
+    model = load_segmenter(checkpoint, schedule, runtime="auto")  # as it is served
     classes = load_classes(checkpoint.parent, model.config.n_cls)
     for picture in pictures[:4]:
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 
 from .binaries import find_tool
 

@@ -191,9 +191,9 @@ class Served:
         if built.returncode:
             raise RunError(f"{configuration.name}: {built.stderr.strip()}")
         if triton:
-            command = ["handlers.triton_launcher", *_flags({"model-repository": out, "grpc-port": grpc_port})]
+            command = ["handlers.launch.triton", *_flags({"model-repository": out, "grpc-port": grpc_port})]
         else:
-            command = ["handlers.torchserve_launcher", *_flags({"model-store": out})]
+            command = ["handlers.launch.torchserve", *_flags({"model-store": out})]
         log = folder / f"server-{number}.log"
         with log.open("wb") as output:
             self._processes.append(

@@ -8,6 +8,7 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpm_ops.baselines import ToMe
-from mpm_ops.labels import label_map
+from mpm_ops.labels import label_maps
 from mpm_ops.runtime import Runtime
 from mpm_ops.runtime.eager import DTYPES, TorchRuntime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
@@ -36,6 +37,8 @@ PAPER_MERGED = {
 }
 MOST_DIFFERENT = {"fp32": 0.02, "bf16": 0.3, "fp16": 0.1}  # mean deviation of logits over their spread; chance is 1.1
 GRAPH_BYTES = 8 << 30
+BACK_TO_BACK = 10  # batches
+PERIOD = 5  # different lengths of a batch
 
 # Logits of a way, whose steps are laps.
 Way = Callable[[Laps, Injected], Tensor]
@@ -73,9 +76,11 @@ class Scale:
     def patches(self) -> int:
         return (self.side // self.patch) ** 2
 
-    def injected(self) -> Injected:
-        """The same lengths for every way."""
-        return Injected(self.means, self.spread, np.random.default_rng(0))
+    def injected(self, schedule: Sequence[int] = (2, 5)) -> Injected:
+        """The same lengths for every way; further merges leave the share of tokens that the second one does."""
+        share = self.means[1] / self.means[0]
+        means = (*self.means, *(round(self.means[1] * share**i) for i in range(1, len(schedule) - 1)))
+        return Injected(means[: len(schedule)], self.spread, np.random.default_rng(0), PERIOD)
 
 
 PAPER = Scale(
@@ -131,11 +136,13 @@ def make_packed(model: Segmenter, precision: str) -> TorchRuntime:
 
 @torch.inference_mode()
 def time_network(
-    scale: Scale, name: str, precision: str, device: torch.device, *, compile_mode: str | None = None
-) -> dict[str, Any]:
-    """Every way to compute one batch.
+    scale: Scale, name: str, precision: str, device: torch.device, *, compile_mode: str | None = None,
+    schedule: tuple[int, ...] = (2, 5),
+) -> dict[str, Any]:  # fmt: skip
+    """Every way to compute one batch: milliseconds of its steps, and images a second of batches back to back.
 
     Args:
+        schedule: where the merging ways merge.
         compile_mode: of torch.compile, which "plain" is given to then, too; compiling is not part of its time.
 
     Raises:
@@ -144,31 +151,39 @@ def time_network(
     timer = Timer(device)
     windows = torch.randn(scale.batch, 3, scale.side, scale.side, device=device)
     lengths: dict[str, list[tuple[int, ...]]] = {}
-    ways = network_ways(scale, name, precision, windows, lengths)
+    ways = network_ways(scale, name, precision, windows, lengths, schedule)
+    references = {"unmerged": "plain", "MPM": "MPM grouped"}
     parity = {
-        f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision)
-        for way, reference in (("unmerged", "plain"), ("MPM", "MPM grouped"), ("MPM padded", "MPM grouped"))
+        f"{way} and {reference}": check_same(ways[way], ways[reference], scale, timer, precision, schedule)
+        for way, reference in references.items()
     }
+    del ways["MPM grouped"]  # the reference alone
     rival: dict[str, Any] = {}
     if compile_mode:
         ways["compiled"], rival = _compiled(scale, name, precision, windows, compile_mode, ways["plain"], timer)
         if "error" in rival:
             del ways["compiled"]
-    injected = {way: scale.injected() for way in ways}
+    injected = {way: scale.injected(schedule) for way in ways}
     labelled = {
         way: _labelled(run, injected[way], scale, plain=way in ("plain", "compiled")) for way, run in ways.items()
     }
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
     config = config_of(scale, name)
-    found = {way: _summary(scale, times[way], config, lengths.get(way), peak) for way in ways}
-    result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "gemm_tflops": peak, "parity": parity}
+    found = {way: _summary(times[way], config, scale.patches, lengths.get(way), peak, schedule) for way in ways}
+    for way, row in found.items():
+        run = partial(ways[way], injected=injected[way])
+        for key, work in (("images_per_second", run), ("images_per_second_with_labels", labelled[way])):
+            row[key] = round(scale.batch / wall_seconds(work, timer), 1)
+    result: dict[str, Any] = {"precision": precision, "batch": scale.batch, "schedule": list(schedule)}
+    result |= {"gemm_tflops": peak, "parity": parity}
     result["ways"] = found
     plain = found["plain"]
     for row in found.values():
-        row["speedup"] = round(plain["network_ms"] / row["network_ms"], 3)
-        row["speedup_with_labels"] = round(plain["with_labels_ms"] / row["with_labels_ms"], 3)
-    if scale is PAPER:
+        for key in ("speedup", "speedup_with_labels"):
+            images = key.replace("speedup", "images_per_second")
+            row[key] = round(row[images] / plain[images], 3)
+    if scale.side == PAPER.side and schedule == (2, 5):
         paper = {"unmerged": PAPER_UNMERGED, "MPM": PAPER_MERGED}
         for way, published in paper.items():
             if images := published.get(precision, {}).get(name):
@@ -181,27 +196,27 @@ def time_network(
 
 
 def network_ways(
-    scale: Scale, name: str, precision: str, windows: Tensor, lengths: dict[str, list[tuple[int, ...]]]
-) -> dict[str, Way]:
+    scale: Scale, name: str, precision: str, windows: Tensor, lengths: dict[str, list[tuple[int, ...]]],
+    schedule: tuple[int, ...] = (2, 5),
+) -> dict[str, Way]:  # fmt: skip
     """Ways by name; each notes the lengths of its stages, special tokens included.
 
-    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed, padded to the
-    longest, or attended window by window.
+    "plain" is a batch as everybody computes it: one dense attention per block; the others are packed;
+    "MPM grouped" attends window by window. For graphs see `time_served`.
     """
-    model, unmerged = build(scale, name, windows.device), build(scale, name, windows.device, ())
-    dense = TorchRuntime(unmerged, precision, attention="grouped")
-    packed = make_packed(model, precision)
-    padded = TorchRuntime(model, precision, padded=True, attention="grouped")
-    grouped = TorchRuntime(model, precision, attention="grouped")
-    return {
-        "plain": ours(unmerged, dense, windows, 1, lengths.setdefault("plain", [])),
-        "unmerged": ours(unmerged, make_packed(unmerged, precision), windows, 1, lengths.setdefault("unmerged", [])),
-        "MPM": ours(model, packed, windows, 1, lengths.setdefault("MPM", [])),
-        "MPM aligned": ours(model, packed, windows, scale.align, lengths.setdefault("MPM aligned", [])),
-        "MPM padded": ours(model, padded, windows, 1, lengths.setdefault("MPM padded", [])),
-        "MPM grouped": ours(model, grouped, windows, 1, lengths.setdefault("MPM grouped", [])),
-        "ToMe": tome(unmerged, precision, windows, scale.networks[name][3]),
+    model, unmerged = build(scale, name, windows.device, schedule), build(scale, name, windows.device, ())
+    runs: dict[str, tuple[Segmenter, Runtime, int]] = {
+        "plain": (unmerged, TorchRuntime(unmerged, precision, attention="grouped"), 1),
+        "unmerged": (unmerged, make_packed(unmerged, precision), 1),
+        "MPM": (model, make_packed(model, precision), 1),
+        "MPM aligned": (model, make_packed(model, precision), scale.align),
+        "MPM grouped": (model, TorchRuntime(model, precision, attention="grouped"), 1),
     }
+    ways = {
+        way: ours(network, runtime, windows, align, lengths.setdefault(way, []))
+        for way, (network, runtime, align) in runs.items()
+    }
+    return ways | {"ToMe": tome(unmerged, precision, windows, scale.networks[name][3])}
 
 
 def ours(model: Segmenter, runtime: Runtime, windows: Tensor, align: int, lengths: list[tuple[int, ...]]) -> Way:
@@ -385,7 +400,7 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
     grid = scale.side // scale.patch
 
     def run(laps: Laps) -> list[Any]:
-        logits = way(laps, injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
+        logits = way(laps, injected=injected).transpose(1, 2).unflatten(2, (grid, grid))  # [B, K, Gh, Gw]
         if plain:
             size = (scale.side, scale.side)
             found: list[Any] = [
@@ -393,20 +408,34 @@ def _labelled(way: Way, injected: Injected, scale: Scale, *, plain: bool) -> Cal
                 for one in logits
             ]
         else:
-            found = [label_map(one[None], plan, scale.patch).labels for one in logits]
+            found = list(label_maps([one[None] for one in logits], plan, scale.patch))
         laps.lap("labels")
         return found
 
     return run
 
 
-def check_same(way: Way, reference: Way, scale: Scale, timer: Timer, precision: str) -> float:
+def wall_seconds(work: Callable[[Laps], object], timer: Timer, *, batches: int = BACK_TO_BACK) -> float:
+    """Of one batch among some that follow each other, the host's part included."""
+    for _ in range(2):
+        work(Laps(timer))
+    timer.synchronize()
+    start = perf_counter()
+    for _ in range(batches):
+        work(Laps(timer))
+    timer.synchronize()
+    return (perf_counter() - start) / batches
+
+
+def check_same(
+    way: Way, reference: Way, scale: Scale, timer: Timer, precision: str, schedule: Sequence[int] = (2, 5)
+) -> float:
     """Mean deviation of two ways' logits over their spread.
 
     Raises:
         RuntimeError: it is too large; figures would compare different work.
     """
-    found, wanted = way(Laps(timer), scale.injected()), reference(Laps(timer), scale.injected())
+    found, wanted = (run(Laps(timer), scale.injected(schedule)) for run in (way, reference))
     return check_logits(found, wanted, precision)
 
 
@@ -449,36 +478,36 @@ def network_ms(laps: Mapping[str, float]) -> float:
 
 
 def _summary(
-    scale: Scale,
     laps: dict[str, float],
     config: SegmenterConfig,
+    patches: int,
     lengths: Sequence[tuple[int, ...]] | None,
     peak: float,
+    schedule: tuple[int, ...],
 ) -> dict[str, Any]:
     network = network_ms(laps)
-    with_labels = network + laps["labels"]
     row: dict[str, Any] = {
         "network_ms": round(network, 4),
-        "with_labels_ms": round(with_labels, 4),
-        "images_per_second": round(1000 * scale.batch / network, 1),
-        "images_per_second_with_labels": round(1000 * scale.batch / with_labels, 1),
+        "with_labels_ms": round(network + laps["labels"], 4),
         "median_ms": laps,
     }
     if lengths:
-        tflops = flops(config, scale.patches, lengths) / network / 1e9
+        tflops = flops(config, patches, lengths, schedule) / network / 1e9
         row |= {"mean_lengths": [round(sum(n) / len(n), 1) for n in lengths]}
         row |= {"tflops": float(f"{tflops:.4g}"), "of_gemm": round(tflops / peak, 3)}
     return row
 
 
-def flops(config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]]) -> float:
+def flops(
+    config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]], schedule: Sequence[int] = (2, 5)
+) -> float:
     """Operations of embedding, blocks and decoder at these lengths of each stage; two for a multiplication and a sum.
 
     Args:
         lengths: per stage, tokens of every window, special ones included.
     """
     width, classes = config.d_model, config.n_cls
-    stages = cut_stages(config.n_layers, (2, 5)[: len(lengths) - 1])
+    stages = cut_stages(config.n_layers, schedule[: len(lengths) - 1])
     total = len(lengths[0]) * 2.0 * num_patches * width * 3 * config.patch_size**2
     for stage, of_windows in zip(stages, lengths, strict=True):
         total += len(stage.blocks) * sum(_block_flops(length, width) for length in of_windows)

@@ -10,6 +10,7 @@ from .nearest import NOTHING, check_packed, nearest
 _NOTHING = tl.constexpr(NOTHING)
 BLOCK = 64  # tokens of a program that compares pairs; twice that spills registers
 CHUNK = 1024  # tokens of a step of the running count
+_SEQUENCES = tl.constexpr(128)  # whose lengths are added up at once
 
 
 @triton.jit
@@ -64,13 +65,20 @@ def _positions(p_partner, p_cu, p_position, p_lengths, num_special, chunk: tl.co
 
 @triton.jit
 def _average(
-    p_x, p_cu, p_partner, p_position, p_cu_merged, p_merged, p_map, num_special, width,
+    p_x, p_cu, p_partner, p_position, p_lengths, p_cu_merged, p_merged, p_map, num_special, width,
     block: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
-    """Means of pairs and copies of all else, each where it belongs, and the map."""
+    """Means of pairs and copies of all else, each where it belongs, the map, and the new bounds."""
     start = tl.load(p_cu + tl.program_id(1)).to(tl.int64)
     length = (tl.load(p_cu + tl.program_id(1) + 1) - start).to(tl.int32)
-    out = tl.load(p_cu_merged + tl.program_id(1)).to(tl.int64)
+    out = tl.zeros([], tl.int32)
+    for first in range(0, tl.program_id(1), _SEQUENCES):
+        before = first + tl.arange(0, _SEQUENCES)
+        out += tl.sum(tl.load(p_lengths + before, mask=before < tl.program_id(1), other=0), axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(p_cu_merged + tl.program_id(1), out)
+        tl.store(p_cu_merged + tl.program_id(1) + 1, out + tl.load(p_lengths + tl.program_id(1)))
+    out = out.to(tl.int64)
     row = tl.program_id(0) * block + tl.arange(0, block)
     i = row - num_special
     image = (row < length) & (i >= 0)
@@ -94,7 +102,7 @@ def _average(
 
 @torch.library.custom_op("mpm::merge_packed", mutates_args=())
 def merge_packed(
-    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int, products: str = "split"
+    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do to every sequence what `merge_tokens` does to one, and choose the same pairs.
 
@@ -107,7 +115,6 @@ def merge_packed(
         max_seqlen: an upper bound of the sequences' lengths, special tokens included.
         num_special: tokens at the start of each sequence that are copied.
         align: see `merge_tokens`; special tokens are not counted.
-        products: see `nearest`.
 
     Returns:
         merged [T, D], of which rows below the last bound are written;
@@ -126,11 +133,11 @@ def merge_packed(
     num_sequences = len(cu_seqlens) - 1
     merged = torch.empty_like(values)
     merge_map = torch.empty(num_tokens, dtype=torch.int64, device=values.device)
-    cu_merged = torch.zeros_like(cu_seqlens)
     if num_tokens == 0:
-        return merged, merge_map, cu_merged
+        return merged, merge_map, torch.zeros_like(cu_seqlens)
 
-    best = nearest(values, cu_seqlens, max_seqlen, num_special, products)
+    cu_merged = torch.empty_like(cu_seqlens)
+    best = nearest(values, cu_seqlens, max_seqlen, num_special)
     partner = torch.empty(num_tokens, dtype=torch.int32, device=values.device)
     position = torch.empty_like(partner)
     lengths = torch.empty_like(cu_seqlens[1:])
@@ -140,11 +147,10 @@ def merge_packed(
             best, cu_seqlens, partner, num_special, align, is_aligned=align > 1, block=BLOCK
         )
         _positions[(num_sequences,)](partner, cu_seqlens, position, lengths, num_special, chunk=CHUNK)
-        torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_merged[1:])
         block_width = triton.next_power_of_2(width)
         block = max(1, 4096 // block_width)
         _average[(triton.cdiv(max_seqlen, block), num_sequences)](
-            values, cu_seqlens, partner, position, cu_merged, merged, merge_map, num_special, width,
+            values, cu_seqlens, partner, position, lengths, cu_merged, merged, merge_map, num_special, width,
             block=block, block_width=block_width,
         )  # fmt: skip
     return merged, merge_map, cu_merged
@@ -152,7 +158,7 @@ def merge_packed(
 
 @merge_packed.register_fake
 def _(
-    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int, products: str = "split"
+    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(values),

@@ -15,21 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRODUCTS = ("split", "ieee")
 TILE = 128  # tokens
-WARPS = 8
-DEPTH = 64  # rows are padded to a multiple
+DEPTH = 32  # columns multiplied at once; rows are padded to a multiple
 NOTHING = -(2**63)
+_NOTHING = tl.constexpr(NOTHING)
 _SCALE = 1024.0  # keeps the lower float16 of a unit row's values out of the subnormals
+_UNSCALE = tl.constexpr(1 / (_SCALE * _SCALE))
 _OTHER_BYTES = 16 << 10  # of shared memory, for reductions
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # of every group; triton would compile again where it divides by 16
 def _units(
-    p_x, p_cu, p_high, p_low, p_usable, num_tokens, width, padded_width, scale,
-    split: tl.constexpr, block: tl.constexpr, block_width: tl.constexpr,
+    p_x, p_high, p_low, p_hidden, p_best, num_tokens, width, padded_width,
+    scale: tl.constexpr, block: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
-    """Rows of length `scale`, as the sum of two float16 or as one float32."""
+    """Rows of length `scale` as the sum of two float16, -inf for those that are not finite, and nothing found yet."""
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     d = tl.arange(0, block_width)
     inside = (i < num_tokens)[:, None] & (d < width)[None, :]
@@ -40,13 +40,11 @@ def _units(
     unit = x / norm[:, None] * scale
     o_out = i[:, None] * padded_width + d[None, :]
     written = (i < num_tokens)[:, None] & (d < padded_width)[None, :]
-    if split:
-        high = unit.to(tl.float16)
-        tl.store(p_high + o_out, high, mask=written)
-        tl.store(p_low + o_out, (unit - high.to(tl.float32)).to(tl.float16), mask=written)
-    else:
-        tl.store(p_high + o_out, unit, mask=written)
-    tl.store(p_usable + i, (broken == 0).to(tl.int8), mask=i < num_tokens)
+    high = unit.to(tl.float16)
+    tl.store(p_high + o_out, high, mask=written)
+    tl.store(p_low + o_out, (unit - high.to(tl.float32)).to(tl.float16), mask=written)
+    tl.store(p_hidden + i, tl.where(broken, float("-inf"), 0.0), mask=i < num_tokens)
+    tl.store(p_best + i, tl.full([block], _NOTHING, tl.int64), mask=i < num_tokens)
 
 
 @triton.jit
@@ -59,8 +57,7 @@ def _ranked(cosine, index):
 
 @triton.jit
 def _nearest_tiles(
-    p_high, p_low, p_usable, p_cu, p_best, num_special, padded_width, inverse_square,
-    split: tl.constexpr, tile: tl.constexpr, depth: tl.constexpr,
+    p_high, p_low, p_hidden, p_cu, p_best, num_special, padded_width, tile: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
     """One tile of one image's cosines: bring the maxima of its rows and columns up to date."""
     number = tl.program_id(0)
@@ -78,34 +75,35 @@ def _nearest_tiles(
         o_column = (start + column)[None, :] * padded_width + d[:, None]
         row_inside, column_inside = (row < length)[:, None], (column < length)[None, :]
         cosine = tl.zeros([tile, tile], tl.float32)
-        rest = tl.zeros([tile, tile], tl.float32)
         for k in range(0, padded_width, depth):
             rows = tl.load(p_high + o_row + k, mask=row_inside, other=0.0)
             columns = tl.load(p_high + o_column + k, mask=column_inside, other=0.0)
-            cosine = tl.dot(rows, columns, cosine, input_precision="ieee")
-            if split:
-                low_rows = tl.load(p_low + o_row + k, mask=row_inside, other=0.0)
-                low_columns = tl.load(p_low + o_column + k, mask=column_inside, other=0.0)
-                rest = tl.dot(rows, low_columns, rest)
-                rest = tl.dot(low_rows, columns, rest)
-        if split:
-            cosine = (cosine + rest) * inverse_square
-        row_usable = tl.load(p_usable + start + row, mask=row < length, other=0)
-        column_usable = tl.load(p_usable + start + column, mask=column < length, other=0)
-        allowed = (row_usable[:, None] & column_usable[None, :]) != 0
-        allowed &= row[:, None] < column[None, :]
-        cosine = tl.where(allowed, cosine, float("-inf"))
+            low_rows = tl.load(p_low + o_row + k, mask=row_inside, other=0.0)
+            low_columns = tl.load(p_low + o_column + k, mask=column_inside, other=0.0)
+            cosine = tl.dot(rows, low_columns, cosine)
+            cosine = tl.dot(low_rows, columns, cosine)
+            cosine = tl.dot(rows, columns, cosine)
+        cosine *= _UNSCALE
+        if i_row == i_column:
+            cosine = tl.where(row[:, None] < column[None, :], cosine, float("-inf"))
 
-        best, at = tl.max(cosine, axis=1, return_indices=True)
-        p_row = p_best + start + row
-        tl.atomic_max(p_row, _ranked(best, i_column * tile + at), mask=best > float("-inf"), sem="relaxed")
-        best, at = tl.max(cosine, axis=0, return_indices=True)
-        p_column = p_best + start + column
-        tl.atomic_max(p_column, _ranked(best, i_row * tile + at), mask=best > float("-inf"), sem="relaxed")
+        # A maximum and then the lowest index that has it: two plain reductions beat one of pairs.
+        row_hidden = tl.load(p_hidden + start + row, mask=row < length, other=float("-inf"))
+        column_hidden = tl.load(p_hidden + start + column, mask=column < length, other=float("-inf"))
+        seen = cosine + column_hidden[None, :]
+        best = tl.max(seen, axis=1)
+        at = tl.min(tl.where(seen == best[:, None], column[None, :], 0x7FFFFFFF), axis=1)
+        found = best + row_hidden > float("-inf")
+        tl.atomic_max(p_best + start + row, _ranked(best, at), mask=found, sem="relaxed")
+        seen = cosine + row_hidden[:, None]
+        best = tl.max(seen, axis=0)
+        at = tl.min(tl.where(seen == best[None, :], row[:, None], 0x7FFFFFFF), axis=0)
+        found = best + column_hidden > float("-inf")
+        tl.atomic_max(p_best + start + column, _ranked(best, at), mask=found, sem="relaxed")
 
 
 @torch.library.custom_op("mpm::nearest", mutates_args=())
-def nearest(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, products: str = "split") -> Tensor:
+def nearest(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int) -> Tensor:
     """Find the most similar other image token of every image token.
 
     Nothing here waits for the device.
@@ -115,7 +113,6 @@ def nearest(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: in
         cu_seqlens: [B + 1] int32 on the same device, where each sequence starts.
         max_seqlen: an upper bound of the sequences' lengths, special tokens included.
         num_special: tokens at the start of each sequence that take no part.
-        products: "split" for tensor cores, "ieee" for float32 arithmetic throughout.
 
     Returns:
         [T] int64, what `nearest_of` and `cosine_of` read; NOTHING for special tokens and those without a partner.
@@ -124,37 +121,32 @@ def nearest(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: in
         ValueError: an argument has another type, shape or device.
     """
     check_packed(values, cu_seqlens, max_seqlen, num_special)
-    if products not in PRODUCTS:
-        raise ValueError(f"products: expected one of {', '.join(PRODUCTS)}, got {products!r}")
     num_tokens, width = values.shape
-    best = torch.full((num_tokens,), NOTHING, dtype=torch.int64, device=values.device)
-    longest = max_seqlen - num_special
-    if num_tokens == 0 or longest < 2:
+    best = torch.empty(num_tokens, dtype=torch.int64, device=values.device)
+    if num_tokens == 0:
         return best
-    split = products == "split"
     padded_width = triton.cdiv(width, DEPTH) * DEPTH
-    high = torch.empty(num_tokens, padded_width, dtype=torch.float16 if split else torch.float32, device=values.device)
-    low = torch.empty_like(high) if split else high
-    usable = torch.empty(num_tokens, dtype=torch.int8, device=values.device)
+    high = torch.empty(num_tokens, padded_width, dtype=torch.float16, device=values.device)
+    low = torch.empty_like(high)
+    hidden = torch.empty(num_tokens, dtype=torch.float32, device=values.device)
     block_width = triton.next_power_of_2(padded_width)
     block = max(1, 4096 // block_width)
-    scale = _SCALE if split else 1.0
+    warps, num_stages = _tiling(values.device)
+    tiles = triton.cdiv(max(max_seqlen - num_special, 1), TILE)
     with torch.cuda.device_of(values):  # kernels start on the current device, whatever their tensors are on
         _units[(triton.cdiv(num_tokens, block),)](
-            values, cu_seqlens, high, low, usable, num_tokens, width, padded_width, scale,
-            split=split, block=block, block_width=block_width,
+            values, high, low, hidden, best, num_tokens, width, padded_width,
+            scale=_SCALE, block=block, block_width=block_width,
         )  # fmt: skip
-        tiles = triton.cdiv(longest, TILE)
-        depth, stages = _tiling(values)
         _nearest_tiles[(tiles * (tiles + 1) // 2, len(cu_seqlens) - 1)](
-            high, low, usable, cu_seqlens, best, num_special, padded_width, 1 / (scale * scale),
-            split=split, tile=TILE, depth=depth if split else 32, num_warps=WARPS, num_stages=stages,
+            high, low, hidden, cu_seqlens, best, num_special, padded_width,
+            tile=TILE, depth=DEPTH, num_warps=warps, num_stages=num_stages,
         )  # fmt: skip
     return best
 
 
 @nearest.register_fake
-def _(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, products: str = "split") -> Tensor:
+def _(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int) -> Tensor:
     return values.new_empty(len(values), dtype=torch.int64)
 
 
@@ -189,19 +181,18 @@ def check_packed(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_specia
 
 
 def tiling(capability: int, shared_bytes: int) -> tuple[int, int]:
-    """Columns multiplied at once, and loads in flight that fit into a multiprocessor's shared memory.
+    """Warps of a tile, and loads in flight that fit into a multiprocessor's shared memory.
 
     Args:
         capability: of the device, 90 for 9.0.
         shared_bytes: that one program may have.
     """
-    depth = 64 if capability in (90, 100) else 32  # operands of other chips pass through registers
-    stage_bytes = 4 * TILE * depth * 2
-    return depth, max(1, min(3, (shared_bytes - _OTHER_BYTES) // stage_bytes))
+    warps = 4 if capability < 100 else 8  # four spill registers there
+    return warps, max(1, min(3, (shared_bytes - _OTHER_BYTES) // (4 * TILE * DEPTH * 2)))
 
 
-def _tiling(values: Tensor) -> tuple[int, int]:
-    if not values.is_cuda:
-        return DEPTH, 1
-    properties: Any = torch.cuda.get_device_properties(values.device)
+def _tiling(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 4, 1
+    properties: Any = torch.cuda.get_device_properties(device)
     return tiling(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)

@@ -27,6 +27,9 @@ class Runtime(Protocol):
     name: str
     precision: str
 
+    def bucket(self, length: int) -> int:
+        """The length at which a window of `length` tokens really runs; more than it where it is padded."""
+
     def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
         """Run the encoder blocks of one stage; lengths and maps stay as they are."""
 

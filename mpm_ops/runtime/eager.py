@@ -41,6 +41,9 @@ class TorchRuntime:
         if attention:
             use_attention(self._network, attention)
 
+    def bucket(self, length: int) -> int:
+        return length  # windows are packed
+
     def embed(self, windows: Tensor) -> WindowBatch:
         """See `Segmenter.embed`; on a GPU in this precision."""
         return (self._network if windows.is_cuda else self._model).embed(windows)

@@ -256,7 +256,7 @@ class GraphRuntime(TorchRuntime):
 
         return wait
 
-    def bucket(self, lengths: Sequence[int]) -> tuple[int, int]:
+    def buffer_size(self, lengths: Sequence[int]) -> tuple[int, int]:
         """Windows and tokens that a group of these lengths, special tokens included, is computed as."""
         num_windows = bucket_windows(len(lengths))
         missing = num_windows - len(lengths)
@@ -273,7 +273,7 @@ class GraphRuntime(TorchRuntime):
         lengths, num_patches = given.tokens.lengths, self._longest - self._special
         if not isinstance(given.maps, Tensor) or given.maps.shape[1] != num_patches or max(lengths) > self._longest:
             return None
-        return Shape(stage, *self.bucket(lengths), given.tokens.values.dtype)
+        return Shape(stage, *self.buffer_size(lengths), given.tokens.values.dtype)
 
     def _inputs(self, shape: Shape, given: Tensor | WindowBatch) -> tuple[Tensor, ...]:
         if isinstance(given, Tensor):
@@ -331,7 +331,7 @@ class GraphRuntime(TorchRuntime):
         lengths = tuple(_some_lengths(shape, self._longest, self._special))
 
         def first(windows: Tensor) -> Results:
-            return self._stage(shape.stage, self._network.embed(windows).tokens, None)
+            return self._stage(shape.stage, self._in_precision(shape.stage, self.embed(windows)).tokens, None)
 
         def later(values: Tensor, bounds: Tensor, maps: Tensor) -> Results:
             return self._stage(shape.stage, PackedTokens(values, lengths, bounds), maps)

@@ -59,6 +59,9 @@ class OpenVINORuntime:
         }
         self._decoder = compile_graph(decoder_graph(model), precision)
 
+    def bucket(self, length: int) -> int:
+        return length  # windows run one by one
+
     def run_blocks(self, stage: Stage, batch: WindowBatch) -> WindowBatch:
         values = torch.empty_like(batch.tokens.values)
         for tokens, out in zip(batch.tokens.split(), values.split(batch.tokens.lengths), strict=True):

@@ -14,8 +14,10 @@ import pytest
 import yaml
 from dockerfile import DOCKERFILE, FOLDER, INSTRUCTIONS, METRICS_PORT, ROOT, STAGES, TARGETS, command_of, last
 
-from handlers import health, torchserve_launcher, triton_launcher
 from handlers.config import ServingConfig
+from handlers.launch import health
+from handlers.launch import torchserve as torchserve_launcher
+from handlers.launch import triton as triton_launcher
 
 
 def is_ignored(path: str) -> bool:
@@ -173,7 +175,7 @@ class TestCommands:
             text=True,
         )
         words = done.stdout.split()
-        assert words[:3] == ["python", "-m", "handlers.health"]
+        assert words[:3] == ["python", "-m", "handlers.launch.health"]
         assert last(target, "ENV") == "MODEL=segmenter"
         monkeypatch.setattr(sys, "argv", words[2:])
         assert health.main() == 0

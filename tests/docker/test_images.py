@@ -18,7 +18,9 @@ import psutil
 import pytest
 from image_building import CannotBuildError, build_image, install_programs
 
-from handlers.codec import decode_image, encode_mask_png, encode_picture
+from handlers.api.decode import decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.classes import Classes, load_classes
 
@@ -338,7 +340,7 @@ class TestLoadTest:
 
 class TestEnds:
     def test_health_check_fails_when_the_model_hangs(self, image: str, server: Server) -> None:
-        command = ("python", "-m", "handlers.health", server.url, "--timeout", "3")
+        command = ("python", "-m", "handlers.launch.health", server.url, "--timeout", "3")
         with Container(image) as container:
             container.wait_ready()
             assert container.execute(*command).returncode == 0
@@ -354,7 +356,7 @@ class TestEnds:
 
     def test_health_check_fails_when_the_model_is_dead(self, image: str, server: Server) -> None:
         """TorchServe brings it back within seconds; Triton never does, so that somebody has to notice."""
-        command = ("python", "-m", "handlers.health", server.url, "--timeout", "3")
+        command = ("python", "-m", "handlers.launch.health", server.url, "--timeout", "3")
         with Container(image) as container:
             container.wait_ready()
             (model,) = container.models()

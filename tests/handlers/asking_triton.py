@@ -5,7 +5,7 @@ import json
 import psutil
 import requests
 
-from handlers.triton_launcher import Triton
+from handlers.launch.triton import Triton
 
 TIMEOUT = 60
 RAW = {"Inference-Header-Content-Length": "0", "Accept-Encoding": "identity", "Connection": "close"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 
 SECONDS_TO_START = 150
 
@@ -49,12 +49,12 @@ class Launched:
 
 
 @contextmanager
-def launched(module: str, folder: Path, log: Path, *options: object) -> Iterator[Launched]:
-    """Start `handlers.MODULE` on a model store or repository; it is stopped in the end, and leaves no process."""
+def launched(server: str, folder: Path, log: Path, *options: object) -> Iterator[Launched]:
+    """Start a launcher on its model store or repository; it is stopped in the end, and leaves no process."""
     port, ready_port = free_port(), free_port()
-    option = "--model-store" if module == "torchserve_launcher" else "--model-repository"
-    command = [sys.executable, "-m", f"handlers.{module}", option, str(folder), "--port", str(port)]
-    if module == "triton_launcher":
+    option = "--model-store" if server == "torchserve" else "--model-repository"
+    command = [sys.executable, "-m", f"handlers.launch.{server}", option, str(folder), "--port", str(port)]
+    if server == "triton":
         command += ["--grpc-port", "0"]
     command += ["--ready-port", str(ready_port), *map(str, options)]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:

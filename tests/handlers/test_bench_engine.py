@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from handlers.bench import engines
 from handlers.bench import gpu as bench_gpu
+from handlers.bench.gpu import soft_pictures
 from mpm_ops.bench import gpu
 from mpm_ops.bench.model import DEMO
 
@@ -41,10 +43,42 @@ def test_it_is_one_of_the_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(gpu, "_sections", lambda *_, more, **__: [*more, ("merge", "", lambda: {"median_ms": {}})])
     monkeypatch.setattr(gpu, "check_parity", lambda *_: {})
     out = tmp_path / "gpu.json"
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--out", str(out), "--only", "engine,merge"])
     pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[kernels]'")
     assert bench_gpu.main() == 1
     sections = json.loads(out.read_text())["sections"]
     assert [section["kind"] for section in sections] == ["parity", "engine", "merge"]
     assert sections[1]["error"] == "ModuleNotFoundError: No module named 'simplejpeg'"
     assert "error" not in sections[2]
+
+
+@pytest.mark.parametrize("network", [pytest.param("real", marks=pytest.mark.slow), "free"])
+def test_engines_in_processes_of_their_own(
+    network: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    command = f"gpu --device cpu --only engines --processes 1 2 --loop 0.5 --out {out}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(engines, "NETWORKS", (network,))
+    monkeypatch.setattr(bench_gpu, "INFLIGHT", 4)
+    monkeypatch.setattr(bench_gpu, "soft_pictures", lambda number, side: soft_pictures(2, 256))
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)
+    monkeypatch.setattr(gpu, "device_facts", lambda device: {"name": str(device)})
+    assert bench_gpu.main() == 0
+    (section,) = json.loads(out.read_text())["sections"]
+    assert [(row["source"], row["processes"]) for row in section["engines"]] == [
+        (source, number) for source in ("jpeg", "frame") for number in (1, 2)
+    ]
+    for row in section["engines"]:
+        assert row["network"] == network
+        assert len(row["of_each"]) == row["processes"]
+    if network == "free":
+        assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in section["engines"])
+        assert all(row["pictures_per_second"] > 0 for row in section["engines"])
+    assert capsys.readouterr().out.count(" pictures/s  p50 ") == 4
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    load = engines.Load(folder=tmp_path, size="Ti", device="cpu", sources={"jpeg": [b""]})
+    with pytest.raises(RuntimeError, match=r"^engines: a process failed: .*variant\.yml"):
+        engines.time_engines(load, processes=[1], networks=["free"], seconds=0.1)

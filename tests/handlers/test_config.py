@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from handlers import config
 from handlers.config import ServingConfig
+from mpm_ops import runtime
 
 COUNTS = ["align", "max_image_bytes", "max_image_pixels", "max_group_windows", "codec_threads"]
 
@@ -71,9 +73,8 @@ def test_no_devices(value: Any) -> None:
 
 def test_graphs_leave_shapes_and_bits_open() -> None:
     assert ServingConfig.from_mapping({"graph_mib": 512}).graph_mib == 512
-    for name in ("padded", "deterministic"):
-        with pytest.raises(ValueError, match=r"^graph_mib: expected 0 with padded or deterministic, got 512$"):
-            ServingConfig.from_mapping({"graph_mib": 512, name: True})
+    with pytest.raises(ValueError, match=r"^graph_mib: expected 0 with deterministic, got 512$"):
+        ServingConfig.from_mapping({"graph_mib": 512, "deterministic": True})
     with pytest.raises(ValueError, match=r"^graph_mib: expected auto or an integer >= 0, got 1.5$"):
         ServingConfig.from_mapping({"graph_mib": 1.5})
 
@@ -83,7 +84,7 @@ def test_graphs_are_captured_on_a_gpu_unless_told_otherwise() -> None:
     assert (config.graph_bytes("cuda"), config.graph_bytes("cpu")) == (4 * 2**30, 0)
     assert ServingConfig(graph_mib=0).graph_bytes("cuda") == 0
     assert ServingConfig(graph_mib=3).graph_bytes("cuda") == 3 * 2**20
-    assert ServingConfig(padded=True).graph_bytes("cuda") == ServingConfig(deterministic=True).graph_bytes("cuda") == 0
+    assert ServingConfig(deterministic=True).graph_bytes("cuda") == 0
 
 
 @pytest.mark.parametrize("value", ["2,5", 2, None, {2: 5}, {2, 5}, ["2", "5"], [2, None], [2.0], [-1], [[2]], [True]])
@@ -98,9 +99,22 @@ def test_inference_is_a_mapping(value: Any) -> None:
         ServingConfig.from_mapping({"inference": value})
 
 
-@pytest.mark.parametrize("name", ["padded", "deterministic", "jpeg_draft"])
+@pytest.mark.parametrize("name", ["deterministic"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     assert getattr(ServingConfig.from_mapping({name: True}), name) is True
     with pytest.raises(ValueError, match=f"^{name}: expected true or false, got {value!r}$"):
         ServingConfig.from_mapping({name: value})
+
+
+@pytest.mark.parametrize("name", ["padded", "jpeg_draft"])
+def test_fields_that_are_gone_say_what_to_do(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{name}: no longer a field: .*; remove it and build the model again$"
+    ) as caught:
+        ServingConfig.from_mapping({name: False})
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_those_of_the_runtimes() -> None:
+    assert (config.RUNTIMES, config.PRECISIONS) == (runtime.RUNTIMES, runtime.PRECISIONS)

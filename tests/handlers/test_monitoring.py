@@ -25,16 +25,16 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
-from handlers.codec import encode_picture
-from handlers.launching import free_port
+from handlers.api.formats.views import encode_picture
+from handlers.launch.processes import free_port
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from handlers.monitoring.boards import BOARDS, Board, concrete
 from handlers.monitoring.grafana import RUNBOOK, RUNBOOK_UID, render, render_runbook
 from handlers.monitoring.pictures import draw_board
 from handlers.monitoring.prometheus import RULES, Prometheus
-from handlers.torchserve_launcher import TorchServe
 from handlers.triton_client import segment_http
-from handlers.triton_launcher import Triton
 
 pytest_plugins = ("tiny_server",)
 

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from handlers.launching import free_port
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.launch.processes import free_port
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig, load_segmenter
@@ -18,6 +18,7 @@ from mpm_ops.classes import Classes, load_classes
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
 SCHEDULE = (0, 1)
+SERVING = {"schedule": list(SCHEDULE), "precision": "fp32"}  # the same on every chip
 NETWORK = SegmenterConfig(
     image_size=(128, 128), patch_size=16, d_model=192, n_heads=3, n_layers=3, n_cls=11, decoder_layers=1
 )
@@ -48,7 +49,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Segmenter:
-    return load_segmenter(checkpoint, SCHEDULE, runtime="auto", precision="auto")  # as it is served
+    """As `tiny` is served."""
+    return load_segmenter(checkpoint, SCHEDULE, runtime="auto", precision="fp32")
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +66,16 @@ def photo() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
+    """Served without any configuration: in bf16 where the chip has it."""
     if not DEMO.is_file():
         pytest.skip("no demo checkpoint")
     return DEMO
+
+
+@pytest.fixture(scope="session")
+def demo_model(demo_checkpoint: Path) -> Segmenter:
+    """As `demo` is served."""
+    return load_segmenter(demo_checkpoint, (2, 5), runtime="auto")
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +92,11 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, max_image_bytes: int, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with `tiny`, its twins (one batches synchronously, one takes a single picture at a time), and
-    `demo` where there is a checkpoint."""
+    """A model store with `tiny`, its twin that takes a single picture at a time, and `demo` where there is one."""
     out = tmp_path_factory.mktemp("store")
-    serving = {"schedule": list(SCHEDULE), "max_image_bytes": max_image_bytes}
+    serving = SERVING | {"max_image_bytes": max_image_bytes}
     watched = {"metrics_port": metrics_port, "agreement_fraction": 0.2, "agreement_min_fraction": 0.1}
     build_archive(checkpoint, name="tiny", out=out, serving=serving | watched)
-    build_archive(checkpoint, name="tiny_synchronous", out=out, serving=serving, batching="synchronous", batch_size=8)
     build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
     if DEMO.is_file():
         build_archive(DEMO, name="demo", out=out, serving={})
@@ -117,10 +124,9 @@ def triton_metrics_port() -> int:
 def repository(checkpoint: Path, triton_metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with `tiny`, `narrow` that takes one picture at a time, and `demo`."""
     out = tmp_path_factory.mktemp("repository")
-    serving = {"schedule": list(SCHEDULE)}
     own = {"max_image_bytes": 24 * 2**20, "metrics_port": triton_metrics_port}
-    build_model(checkpoint, name="tiny", out=out, serving=serving | own)
-    build_model(checkpoint, name="narrow", out=out, serving=serving, max_inflight=1, max_queue_size=2)
+    build_model(checkpoint, name="tiny", out=out, serving=SERVING | own)
+    build_model(checkpoint, name="narrow", out=out, serving=SERVING, max_inflight=1, max_queue_size=2)
     if DEMO.is_file():
         build_model(DEMO, name="demo", out=out, serving={})
     return out

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.launching import free_port
+from handlers.launch.processes import free_port
 from handlers.monitoring.binaries import MissingToolError, find_tool, library_path
 
 CONFIG = Path(__file__).resolve().parents[2] / "docker" / "haproxy.cfg"

@@ -16,8 +16,9 @@ import pytest
 from proxying import proxy, require_haproxy
 from rendering import ROOT
 
-from handlers.codec import encode_mask_png, encode_picture
-from handlers.torchserve_launcher import TorchServe
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
+from handlers.launch.torchserve import TorchServe
 from mpm_ops import Segmenter
 from mpm_ops.classes import Classes
 

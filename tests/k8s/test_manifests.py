@@ -16,10 +16,10 @@ from kubernetes_validate import utils
 from prometheus_client import CollectorRegistry
 from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_overlay, render_with
 
-from handlers.metrics import Metrics
 from handlers.monitoring.binaries import MissingToolError, find_tool
 from handlers.monitoring.boards import BOARDS
 from handlers.monitoring.grafana import RUNBOOK_UID
+from handlers.observe.metrics import Metrics
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
 from k8s.manifests import Manifest, Manifests, pod_of, server_of

@@ -23,8 +23,9 @@ import psutil
 import pytest
 from proxying import SECONDS_TO_START, proxy, require_haproxy, wait_for
 
-from handlers.codec import encode_mask_png, encode_picture
-from handlers.launching import free_port
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
+from handlers.launch.processes import free_port
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
 from mpm_ops import Segmenter
@@ -54,8 +55,8 @@ class Replica:
         temp = self.folder / f"temp{self.starts}"
         temp.mkdir(parents=True)
         where = {
-            "torchserve": ["handlers.torchserve_launcher", "--model-store", str(self.store)],
-            "triton": ["handlers.triton_launcher", "--model-repository", str(self.store), "--grpc-port", "0"],
+            "torchserve": ["handlers.launch.torchserve", "--model-store", str(self.store)],
+            "triton": ["handlers.launch.triton", "--model-repository", str(self.store), "--grpc-port", "0"],
         }[self.kind]
         ending = ["--ready-port", str(self.ready_port), "--lame-duck-seconds", str(lame_duck_seconds)]
         with self.log.open("ab") as output:
@@ -200,7 +201,7 @@ def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def build(kind: str) -> Path:
         out = tmp_path_factory.mktemp(kind)
-        serving = {"schedule": [0, 1], "torch_threads": 1, "agreement_fraction": 0}
+        serving = {"schedule": [0, 1], "precision": "fp32", "torch_threads": 1, "agreement_fraction": 0}
         if kind == "torchserve":
             build_archive(checkpoint, name="tiny", out=out, serving=serving)
         else:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from handlers.api.formats.views import encode_picture
 from handlers.bench import servers as bench_servers
 from handlers.bench.__main__ import main as bench
-from handlers.codec import encode_picture
 from loadtest import capacity
 from loadtest.capacity import size_up
 from loadtest.sizing.measurements import Measured, ResultError, read_results

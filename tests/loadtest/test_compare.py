@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from handlers.codec import encode_picture
-from handlers.torchserve_launcher import TorchServe
-from handlers.triton_launcher import Triton
+from handlers.api.formats.views import encode_picture
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 from loadtest import compare
 from loadtest.compare import judge, parse_limits
 from loadtest.comparing.deployments import CompareError, Deployment

@@ -12,7 +12,7 @@ import torch
 from fake_server import FakeServer
 from PIL import Image
 
-from handlers.torchserve_launcher import TorchServe
+from handlers.launch.torchserve import TorchServe
 from loadtest import library
 from loadtest.__main__ import main
 from loadtest.client.masks import decode_mask

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from handlers.codec import decode_image
+from handlers.api.decode import decode_image
 from model_store.__main__ import main
 from mpm_ops import InferenceConfig, Segmenter, SegmenterConfig
 
@@ -180,7 +180,6 @@ class TestModelRepository:
             ({"schedule": "9"}, "schedule"),
             ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
             ({"model_version": 0}, "version: expected at least 1, got 0"),
-            ({"batching": "synchronous"}, "--batching: expected with --target torchserve only"),
             ({"max_delay_ms": 5}, "--max-delay-ms: expected with --target torchserve only"),
             ({"target": "torchserve", "model_version": 2}, "--model-version: expected with --target triton only"),
         ],
@@ -308,13 +307,12 @@ class TestRefusals:
         ("deadline_seconds: .inf", 1_000_020),
     ],
 )
-@pytest.mark.parametrize("batching", ["continuous", "synchronous"])
 def test_torchserve_waits_longer_than_any_answer_takes(
-    build: Callable[..., int], out: Path, tmp_path: Path, batching: str, text: str, seconds: int
+    build: Callable[..., int], out: Path, tmp_path: Path, text: str, seconds: int
 ) -> None:
     """Otherwise it kills the worker that computes what clients still wait for."""
     (tmp_path / "serving.yml").write_text(text)
-    assert build(config=tmp_path / "serving.yml", batching=batching, schedule="1") == 0
+    assert build(config=tmp_path / "serving.yml", schedule="1") == 0
     assert read_config(out)["responseTimeout"] == seconds
 
 

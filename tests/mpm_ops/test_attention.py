@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from mpm_ops._timm import Attention, Block
-from mpm_ops.attention import ATTENTIONS, attend, attend_packed, block_forward, use_attention
+from mpm_ops.attention import (
+    ATTENTIONS,
+    attend,
+    attend_packed,
+    attention_obstacle,
+    block_forward,
+    run_blocks,
+    use_attention,
+)
 from mpm_ops.packed import PackedTokens
 
 WIDTH, HEADS = 128, 2
@@ -58,6 +66,28 @@ def test_a_block_does_what_timm_does_with_each_sequence(lengths: tuple[int, ...]
     output = block_forward(block, tokens)
     assert output.lengths == lengths
     torch.testing.assert_close(output.values, expected, rtol=0, atol=2e-6)
+
+
+@torch.inference_mode()
+def test_a_run_of_blocks_is_one_after_the_other_to_the_last_bit() -> None:
+    blocks, tokens = [make_block(), make_block()], make_tokens((9, 4))
+    norm = torch.nn.LayerNorm(WIDTH)
+    expected = block_forward(blocks[1], block_forward(blocks[0], tokens))
+    assert torch.equal(run_blocks(blocks, tokens).values, expected.values)
+    assert torch.equal(run_blocks(blocks, tokens, last_norm=norm).values, norm(expected.values))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fused_norms_do_what_torch_does(dtype: torch.dtype) -> None:
+    blocks = [make_block().cuda().to(dtype) for _ in range(2)]
+    tokens = PackedTokens(make_tokens((30, 28)).values.cuda().to(dtype), (30, 28))
+    norm = torch.nn.LayerNorm(WIDTH).cuda().to(dtype)
+    expected = run_blocks(blocks, tokens, last_norm=norm).values.detach()  # with gradients nothing is fused
+    with torch.inference_mode():
+        found = run_blocks(blocks, tokens, last_norm=norm).values
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-2)
 
 
 @torch.inference_mode()
@@ -136,7 +166,7 @@ def test_backends_are_chosen_by_name_and_refuse_where_they_cannot_run(caplog: py
     for name in ATTENTIONS[:-1]:
         with pytest.raises(ValueError, match=rf"^attention: {name} needs a CUDA device, got torch.float32 on cpu$"):
             use_attention(block, name)
-    with pytest.raises(ValueError, match=r"^attention: expected one of auto, flash, .*, got 'fast'$"):
+    with pytest.raises(ValueError, match=r"^attention: expected one of auto, triton, .*, got 'fast'$"):
         use_attention(block, "fast")
 
 
@@ -154,4 +184,7 @@ def test_packed_kernels_do_what_grouped_does(biased: bool, dtype: torch.dtype) -
     expected = attend(block.attn, tokens, bias)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert use_attention(block) != "grouped"
-    torch.testing.assert_close(attend(block.attn, tokens, bias), expected, rtol=0, atol=tolerance)
+    for name in ATTENTIONS[:-1]:
+        if attention_obstacle(name, torch.device("cuda"), dtype) is None:
+            use_attention(block, name)
+            torch.testing.assert_close(attend(block.attn, tokens, bias), expected, rtol=0, atol=tolerance, msg=name)

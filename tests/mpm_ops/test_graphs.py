@@ -406,7 +406,7 @@ def test_captured_graphs_give_what_operators_give(schedule: tuple[int, ...], pre
         same = (found - expected).abs().mean() < tolerance  # a near-tie may pair others
         assert same, graphs.policy.counts
     assert graphs.policy.counts["replay"] > 10
-    assert graphs.policy.counts["capture"] > 3
+    assert graphs.policy.counts["capture"] >= 3
 
 
 @pytest.mark.gpu

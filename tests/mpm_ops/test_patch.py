@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from fake_cuda import compute_packed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mpm_ops import merge_tokens, patch_timm
-from mpm_ops.patch import MergingBlocks
+from mpm_ops.attention import block_forward
+from mpm_ops.packed import PackedTokens
+from mpm_ops.patch import MergingBlocks, is_plain
 
 # timm's own models, smaller; 8 x 8 patches leave enough rows for matrix products to run the same
 # kernel whatever the batch.
@@ -77,6 +80,34 @@ def test_output_of_each_picture_is_that_of_a_loop_over_blocks_and_merges(name: s
     torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(vit(images), expected_head, rtol=0, atol=2e-5)
     assert not torch.allclose(vit(images), plain, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", VITS)
+@torch.inference_mode()
+def test_where_ragged_images_run_in_one_call_output_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, images = patch_timm(make_vit(name), SCHEDULE), pictures(3)
+    expected = vit.forward_features(images)
+    compute_packed(monkeypatch)
+    calls: list[int] = []
+
+    def count(block: Block, tokens: PackedTokens) -> PackedTokens:
+        calls.append(len(set(tokens.lengths)))
+        return block_forward(block, tokens)
+
+    monkeypatch.setattr("mpm_ops.patch.block_forward", count)
+    monkeypatch.setattr("mpm_ops.patch.can_pack", lambda block, x: is_plain(block))
+    torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=2e-5)
+    if name == "normalised queries and keys":  # which packed attention does not know
+        assert not calls
+    else:
+        assert len(calls) == 5
+        assert calls[-1] > 1, "lengths do not differ"
+
+
+def test_blocks_in_training_are_not_packed() -> None:
+    block = make_vit("class token").blocks[0]
+    assert is_plain(block)
+    assert not is_plain(block.train())
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -40,10 +40,15 @@ def test_openvino_gives_the_logits_of_torch(tiny_model: Make, name: str, schedul
     torch.testing.assert_close(model.window_logits(windows()), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_openvino_on_real_pictures(data_root: Path) -> None:
-    model = load_segmenter(DEMO, (2, 5))
+@pytest.fixture(scope="module")
+def streets(data_root: Path) -> list[np.ndarray]:
     pictures = sorted((data_root / "camvid" / "val" / "images").iterdir())[:40:20]
-    for image in (np.asarray(Image.open(picture)) for picture in pictures):
+    return [np.asarray(Image.open(picture)) for picture in pictures]
+
+
+def test_openvino_on_real_pictures(streets: list[np.ndarray]) -> None:
+    model = load_segmenter(DEMO, (2, 5))
+    for image in streets:
         height, width, _ = image.shape
         cut = cut_windows(image, plan_windows(height, width, model.inference), model.inference)
         model.runtime = TorchRuntime(model)
@@ -51,6 +56,14 @@ def test_openvino_on_real_pictures(data_root: Path) -> None:
         model.runtime = make_runtime(model, "openvino", "fp32")
         assert (model.window_logits(cut) - expected).abs().max() < 1e-3
         assert (model.segment(image) == labels).mean() > 0.999
+
+
+@pytest.mark.bf16
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_bf16_agrees_with_fp32_on_real_pictures(streets: list[np.ndarray], runtime: str) -> None:
+    exact, model = load_segmenter(DEMO, (2, 5)), load_segmenter(DEMO, (2, 5), runtime=runtime, precision="bf16")
+    for image in streets:
+        assert (model.segment(image) == exact.segment(image)).mean() > 0.99
 
 
 def test_one_openvino_runtime_serves_every_schedule(tiny_model: Make) -> None:
@@ -64,9 +77,10 @@ def test_one_openvino_runtime_serves_every_schedule(tiny_model: Make) -> None:
         torch.testing.assert_close(model.window_logits(windows()), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_window_gets_the_same_bytes_alone_and_among_others(tiny_model: Make) -> None:
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
+def test_a_window_gets_the_same_bytes_alone_and_among_others(tiny_model: Make, precision: str) -> None:
     model = tiny_model(schedule=(1, 2))
-    model.runtime = make_runtime(model, "openvino", "fp32")
+    model.runtime = make_runtime(model, "openvino", precision)
     together = model.window_logits(windows(number=5))
     for i, window in enumerate(windows(number=5)):
         assert torch.equal(model.window_logits(window[None])[0], together[i])
@@ -103,6 +117,14 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_for_padding(tiny_model: Make) ->
     assert isinstance(chosen, OpenVINORuntime)
     assert (chosen.name, chosen.precision) == ("openvino", "bf16" if native else "fp32")
     assert make_runtime(tiny_model(schedule=(1, 2)), padded=True).name == "torch"
+
+
+def test_a_checkpoint_runs_as_the_servers_run_it_where_nothing_else_is_said() -> None:
+    native = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    served = load_segmenter(DEMO, (2, 5), runtime="auto").runtime
+    assert (served.name, served.precision) == ("openvino", "bf16" if native else "fp32")
+    for options in ({}, {"runtime": "openvino"}, {"runtime": "auto", "precision": "fp32"}):
+        assert load_segmenter(DEMO, (2, 5), **options).runtime.precision == "fp32"
 
 
 def test_what_is_unknown_or_cannot_run_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mpm_ops import InferenceConfig, TooManyWindowsError
-from mpm_ops.windows import NORMALIZATIONS, cut_windows, plan_windows
+from mpm_ops.windows import NORMALIZATIONS, cut_windows, normalize_windows, plan_windows
 
 ADE20K = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
 CITYSCAPES = InferenceConfig(im_size=1024, max_ratio=2, window_size=768, window_stride=512, normalization="vit")
@@ -175,3 +175,26 @@ def test_config_names_what_is_wrong(field: str, value: object, message: str) -> 
     fields: dict[str, Any] = {"im_size": 512, "max_ratio": 4, "window_size": 512, "window_stride": 512}
     with pytest.raises(ValueError, match=f"^{message}$"):
         InferenceConfig(**(fields | {"normalization": "vit", field: value}))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 300), (300, 41), (64, 96)])
+def test_bytes_that_a_device_normalises_are_the_same_numbers(
+    normalization: str, height: int, width: int, device: torch.device
+) -> None:
+    inference = InferenceConfig(im_size=64, max_ratio=4, window_size=64, window_stride=48, normalization=normalization)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image.flags.writeable = False  # as raw frames are
+    plan = plan_windows(height, width, inference)
+    given = cut_windows(image, plan, inference, as_bytes=True)
+    if plan.frame_size == plan.fitted_size:
+        assert (given.dtype, given.shape) == (torch.uint8, (plan.num_windows, 64, 64, 3))
+    else:
+        assert given.dtype == torch.float32
+    found = normalize_windows(given.to(device), normalization).cpu()
+    assert torch.equal(found, cut_windows(image, plan, inference))
+
+
+def test_refuses_bytes_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"^windows: expected uint8 \[B, H, W, 3\], got torch.uint8 \[1, 3, 8, 8\]$"):
+        normalize_windows(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "vit")

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from mpm_ops.axes import axes
 from mpm_ops.bench.labels import plain_way
 from mpm_ops.kernels.labels import label_pixels
-from mpm_ops.labels import label_map, label_tiles
+from mpm_ops.labels import label_map, label_maps, label_tiles
 from mpm_ops.windows import InferenceConfig, WindowPlan, plan_windows
 
 NEAR_TIE = 1e-5
@@ -112,8 +112,29 @@ def test_half_precision_and_strided_logits(device: torch.device) -> None:
         assert (label_map(given, plan, 16).labels == expected).mean() > 0.999
 
 
+@pytest.mark.parametrize(("plan", "num_classes"), [(plan_of(3, 63), 5), (plan_of(6, 11), 257)])
+def test_pictures_of_one_plan_are_labelled_in_one_launch(
+    plan: WindowPlan, num_classes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (plan.num_windows, 4, 4, num_classes)  # as the network gives them
+    many = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3)]
+    many = [logits.movedim(-1, 1) for logits in many]
+    expected = [label_map(logits, plan, 16).labels for logits in many]
+    launches: list[int] = []
+
+    def count(logits: Tensor, *arguments: object) -> Tensor:
+        launches.append(len(logits))
+        return label_pixels(logits, *arguments)
+
+    monkeypatch.setattr("mpm_ops.kernels.labels.label_pixels", count)
+    found = label_maps(many, plan, 16)
+    assert launches == [3]
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not np.array_equal(found[0], found[1])
+
+
 def test_refuses_what_it_would_read_wrongly(device: torch.device) -> None:
-    tokens = torch.zeros(4, 4, 5, device=device)
-    for wrong in (tokens.half(), tokens.permute(2, 0, 1), tokens[0]):
-        with pytest.raises(ValueError, match=r"^tokens: expected contiguous float32 \[down, across, K\], got"):
+    logits = torch.zeros(1, 1, 1, 4, 4, 5, device=device)
+    for wrong in (logits.half(), logits.movedim(-1, 3), logits[0]):
+        with pytest.raises(ValueError, match=r"^logits: expected contiguous float32 \[P, windows down,"):
             label_pixels(wrong, [], [], 16)

@@ -36,9 +36,7 @@ def pack(sequences: list[Tensor], device: torch.device) -> PackedTokens:
 
 def assert_merges_as_specified(sequences: list[Tensor], device: torch.device, *, special: int, align: int) -> None:
     tokens = pack(sequences, device)
-    merged, merge_map, bounds = merge_packed(
-        tokens.values, tokens.cu_seqlens, tokens.max_seqlen, special, align, "split"
-    )
+    merged, merge_map, bounds = merge_packed(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, special, align)
     merged, bounds = merged.cpu(), bounds.tolist()
     assert bounds[0] == 0
     for b, (sequence, part) in enumerate(zip(sequences, merge_map.cpu().split(tokens.lengths), strict=True)):
@@ -55,16 +53,16 @@ def test_cosines_and_partners_are_those_of_float64(device: torch.device) -> None
     lengths, width = (1, 2, 63, 197, 789), 100
     sequences = [clustered(n, width, seed=n) for n in lengths]
     tokens = pack(sequences, device)
-    for products in ("split", "ieee"):
-        best = nearest(tokens.values, tokens.cu_seqlens, max(lengths), 0, products).cpu()
-        assert best[0] == NOTHING
-        for sequence, found in zip(sequences[1:], best.split(lengths)[1:], strict=True):
-            unit = sequence.double() / sequence.double().norm(dim=1, keepdim=True)
-            two = (unit @ unit.T).fill_diagonal_(-2).topk(2)
-            decided = two.values[:, 0] - two.values[:, 1] > NEAR_TIE
-            assert decided.double().mean() > 0.9
-            assert torch.equal(nearest_of(found)[decided], two.indices[decided, 0])
-            torch.testing.assert_close(cosine_of(found).double(), two.values[:, 0], rtol=0, atol=5e-7)
+    best = nearest(tokens.values, tokens.cu_seqlens, max(lengths), 0).cpu()
+    assert best[0] == NOTHING
+    for sequence, found in zip(sequences[1:], best.split(lengths)[1:], strict=True):
+        unit = sequence.double() / sequence.double().norm(dim=1, keepdim=True)
+        two = (unit @ unit.T).fill_diagonal_(-2).topk(2)
+        decided = two.values[:, 0] - two.values[:, 1] > NEAR_TIE
+        assert decided.double().mean() > 0.9
+        assert torch.equal(nearest_of(found)[decided], two.indices[decided, 0])
+        off = 5e-7 if device.type == "cpu" else 1e-6  # tensor cores cut sums off rather than round them
+        torch.testing.assert_close(cosine_of(found).double(), two.values[:, 0], rtol=0, atol=off)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +165,6 @@ def test_refuses_what_it_would_read_wrongly(device: torch.device) -> None:
         merge_packed(x, bounds, 1, 2, 1)
     with pytest.raises(ValueError, match=r"^align: expected an integer >= 1, got 0$"):
         merge_packed(x, bounds, 6, 1, 0)
-    with pytest.raises(ValueError, match=r"^products: expected one of split, ieee, got 'fast'$"):
-        nearest(x, bounds, 6, 1, "fast")
 
 
 def test_torch_knows_the_operators(device: torch.device) -> None:

@@ -22,15 +22,20 @@ def everywhere(x: Tensor) -> bool:
     return True
 
 
+def nowhere(x: Tensor) -> bool:
+    return False
+
+
 def test_tokens_on_the_cpu_are_not_its_business() -> None:
     assert not can_merge_on_gpu(torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("align", [1, 4])
-def test_maps_compose_as_window_by_window(align: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_compose_as_window_by_window(align: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (41, 30, 3, 60)
-    values = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(1)).to(device)
     first = WindowBatch(PackedTokens(values, lengths))
+    monkeypatch.setattr("mpm_ops.stages.can_merge_on_gpu", nowhere)
     apart = first.merged(num_special=2, align=align).merged(num_special=2, align=align)
     monkeypatch.setattr("mpm_ops.stages.can_merge_on_gpu", everywhere)
     together = first.merged(num_special=2, align=align).merged(num_special=2, align=align)
@@ -43,20 +48,23 @@ def test_maps_compose_as_window_by_window(align: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_network_gives_the_same_logits(
-    distilled: bool, tiny_model: Callable[..., Segmenter], monkeypatch: pytest.MonkeyPatch
+    distilled: bool, device: torch.device, tiny_model: Callable[..., Segmenter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(schedule=(1, 2), distilled=distilled)
-    windows = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    model = tiny_model(schedule=(1, 2), distilled=distilled).to(device)
+    windows = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2)).to(device)
+    monkeypatch.setattr("mpm_ops.stages.can_merge_on_gpu", nowhere)
     expected = model.window_logits(windows)
     monkeypatch.setattr("mpm_ops.stages.can_merge_on_gpu", everywhere)
     torch.testing.assert_close(model.window_logits(windows), expected, rtol=0, atol=1e-5)
 
 
-def test_a_patched_vit_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patched_vit_gives_the_same_features(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=1, num_classes=3).eval()
-    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    vit = vit.to(device)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2)).to(device)
     images[0, :, :40] = images[0, :, :1, :1]
     patch_timm(vit, schedule=(1, 2))
+    monkeypatch.setattr("mpm_ops.patch.can_merge_on_gpu", nowhere)
     with torch.inference_mode():
         expected = vit.forward_features(images)
         monkeypatch.setattr("mpm_ops.patch.can_merge_on_gpu", everywhere)

@@ -1,0 +1,1 @@
+"""What clients send and get: options, pictures, and forms of answers."""

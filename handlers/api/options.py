@@ -1,0 +1,116 @@
+"""What a client asks for beside its picture: headers in, typed options out."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from handlers.errors import ErrorKind, ServingError
+from mpm_ops.stages import parse_schedule
+
+from .formats import FORMATS, MASKS, VIEWS
+
+PRIORITIES = ("interactive", "bulk")
+
+_MASK_TYPES = {FORMATS[name].media_types[0]: name for name in MASKS}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What one request asks for.
+
+    Attributes:
+        request_id: names the request in replies and logs.
+        format: of the body, a key of FORMATS.
+        media_type: of the body; by default the format's first.
+        also: further formats from the same computation.
+        arrays: give the array of a format that has one, instead of its bytes.
+        schedule: encoder blocks before which tokens merge, or None for the server's default.
+        bulk: the request gives way to interactive ones.
+    """
+
+    request_id: str
+    format: str = "png"
+    media_type: str = ""
+    also: tuple[str, ...] = ()
+    arrays: bool = False
+    schedule: tuple[int, ...] | None = None
+    bulk: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.media_type:
+            object.__setattr__(self, "media_type", FORMATS[self.format].media_types[0])
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All that are asked for, the body's first."""
+        return (self.format, *self.also)
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
+        """Read Accept, X-MPM-View, X-MPM-Schedule and X-MPM-Priority; names of headers are lower-case.
+
+        Raises:
+            ServingError: a header asks for what isn't there.
+        """
+        view = _one_of("X-MPM-View", headers.get("x-mpm-view"), VIEWS)
+        priority = _one_of("X-MPM-Priority", headers.get("x-mpm-priority"), PRIORITIES)
+        accept = headers.get("accept", "*/*")
+        if view is None:
+            media_type = negotiate(accept, tuple(_MASK_TYPES))
+            chosen = _MASK_TYPES[media_type]
+        else:
+            media_type = negotiate(accept, FORMATS[view].media_types)
+            chosen = view
+        schedule = None
+        if "x-mpm-schedule" in headers:
+            try:
+                schedule = parse_schedule(headers["x-mpm-schedule"][:100])
+            except ValueError as error:
+                raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: {error}") from None
+        return cls(
+            request_id=request_id, format=chosen, media_type=media_type, schedule=schedule, bulk=priority == "bulk"
+        )
+
+
+def _one_of(header: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
+    if value is not None and value not in allowed:
+        raise ServingError(
+            ErrorKind.BAD_REQUEST, f"{header}: expected one of {', '.join(allowed)}, got {value[:40]!r}"
+        )
+    return value
+
+
+def request_id_from(headers: Mapping[str, str], default: str) -> str:
+    """The client's X-Request-Id where it is safe to repeat in headers and logs, else the server's own."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else default
+
+
+def negotiate(accept: str, offered: tuple[str, ...]) -> str:
+    """Choose the media type an Accept header likes best; the order of `offered` decides between equals.
+
+    Raises:
+        ServingError: nothing on offer is acceptable.
+
+    Source: RFC 9110, section 12.5.1.
+    """
+    weights = {}
+    for entry in (accept.strip() or "*/*").split(","):
+        media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[media_range] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
+
+    def weight(media_type: str) -> float:
+        for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
+            if media_range in weights:
+                return weights[media_range]
+        return 0.0
+
+    best = max(offered, key=weight)
+    if weight(best) <= 0:
+        raise ServingError(
+            ErrorKind.NOT_ACCEPTABLE, f"Accept: expected one of {', '.join(offered)}, got {accept[:80]!r}"
+        )
+    return best

@@ -1,0 +1,56 @@
+"""From a model's folder to an engine, the same way behind every server."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from handlers.api.formats.views import encode_picture
+from handlers.config import ServingConfig
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+from .cpus import cpu_quota, default_threads
+from .engine import Engine
+
+
+def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
+    """Start an engine on `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, in a folder.
+
+    Args:
+        folder: where they lie.
+        config: how to serve them.
+        options: passed on to `Engine`.
+
+    Raises:
+        OSError, ValueError: a file is missing or does not fit.
+    """
+    torch.set_num_threads(config.torch_threads or default_threads(torch.get_num_threads(), cpu_quota()))
+    device = find_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    checkpoint = folder / "checkpoint.pth"
+    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference, device=device)
+    classes = load_classes(folder, model.config.n_cls)
+    return Engine(model, classes, config, **options)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a configuration's name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of the {torch.cuda.device_count()} GPUs that torch sees, got {name}")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # set_device wants a number
+
+
+def warm_up_picture() -> bytes:
+    """A small JPEG of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
+    return encode_picture(noise, "image/jpeg")

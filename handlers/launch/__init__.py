@@ -1,0 +1,1 @@
+"""Starting, watching and ending a server; imports no torch."""

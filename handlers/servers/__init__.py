@@ -1,0 +1,1 @@
+"""The engine behind TorchServe and behind Triton."""
