@@ -168,7 +168,7 @@ def test_a_broken_window_leaves_no_trace_in_the_buffers(tiny_model: Make) -> Non
     last, maps = model.stages[1], (torch.arange(16) // 2).expand(2, -1)
     good = WindowBatch(PackedTokens(torch.randn(22, 64), (12, 10)), maps)
     bad = WindowBatch(PackedTokens(torch.full((25, 64), torch.nan), (12, 13)), maps)
-    graphs.bucket = lambda lengths: (2, 30)  # type: ignore[method-assign]
+    graphs.buffer_size = lambda lengths: (2, 30)  # type: ignore[method-assign]
     expected = Decoded.of(TorchRuntime(model, attention="flash").decode(model.run_blocks(last, good)))
     found = [graphs.launch_piece(last, batch) for batch in (good, bad, good)]
     assert all(isinstance(decoded, Decoded) for decoded in found)
