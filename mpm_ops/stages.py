@@ -155,7 +155,8 @@ class WindowBatch:
             image, merge_map = merge(image, align=align)
             sequences.append(torch.cat([special, image]))
             maps.append(merge_map if before is None else compose_maps(before[i], merge_map))
-        merged = WindowBatch(PackedTokens.pack(sequences), tuple(maps))
+        longer = torch.stack(maps) if len({len(m) for m in maps}) == 1 else tuple(maps)
+        merged = WindowBatch(PackedTokens.pack(sequences), longer)
         return lambda: merged
 
 

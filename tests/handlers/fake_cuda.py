@@ -180,6 +180,7 @@ def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
 def compute_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the CPU do what a GPU does: attention by the bounds, named flash, and all windows decoded at once."""
     monkeypatch.setitem(attention._PACKED, "flash", attend_by_bounds)
+    monkeypatch.setattr(attention, "ATTENTIONS", ("flash", "grouped"))  # triton's interpreter knows no bfloat16
     monkeypatch.setattr("mpm_ops.attention.attention_obstacle", lambda *_: None)
     for module in ("decoders", "segmenter"):
         monkeypatch.setattr(f"mpm_ops.{module}.decodes_together", lambda values: True)

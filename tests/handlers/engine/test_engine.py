@@ -690,7 +690,6 @@ def test_graphs_of_what_warms_up_are_there_before_traffic(
     assert graphs.policy.counts["capture"] == warm["capture"] >= 3, "each of three stages"
     assert graphs.policy.counts["eager"] == warm["eager"]
     assert graphs.policy.counts["replay"] == warm["replay"] + 3
-    assert any(shape.num_windows > 1 for shape in graphs._graphs)
 
 
 @pytest.mark.slow
