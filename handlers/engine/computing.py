@@ -46,9 +46,11 @@ class Computer:
         states = [window.state for window in windows]
         given = WindowBatch.join(states) if stage.index else self._stack(states)  # type: ignore[arg-type]
         merge_starts: list[object] = []
+        padded_before = self._runtime.padding_tokens
         launched = self._model.launch(
             stage, given, self._runtime, before_merge=lambda: merge_starts.append(self._clock.mark())
         )
+        group.padding_tokens = self._runtime.padding_tokens - padded_before
         if isinstance(launched, Decoded):
             maps = given.merge_maps if isinstance(given, WindowBatch) else None
             return self._decoded(windows, launched, maps or (None,) * len(windows), start)

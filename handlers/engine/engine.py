@@ -137,7 +137,6 @@ class Engine:
             Computer(model, self._runtime, stages).launch,
             self.metrics,
             num_special=self._special,
-            bucket=self._runtime.bucket,
             lookahead=lookahead,
             on_group=observer,
             on_computed=self._computed,

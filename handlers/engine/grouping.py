@@ -36,8 +36,3 @@ def choose_group(
         chosen.append(i)
         room -= padded[i]
     return sorted(chosen)
-
-
-def padding(lengths: Sequence[int], bucket: Callable[[int], int]) -> int:
-    """Tokens that are computed for padding alone when windows of these lengths run."""
-    return sum(map(bucket, lengths)) - sum(lengths)

@@ -13,7 +13,6 @@ import torch
 from handlers.observe.metrics import Metrics
 
 from .computing import Times
-from .grouping import padding
 from .lane import Lane
 from .request import Group, Picture, Window, internal_error
 from .scheduler import Scheduler
@@ -34,7 +33,6 @@ class Loop:
         launch: see `Computer.launch`.
         metrics: of the engine; may be replaced at any time.
         num_special: special tokens of a window.
-        bucket: the length at which the runtime runs a window of some length.
         lookahead: groups launched behind the one that runs; None for one on a GPU and none elsewhere.
         on_group: called after each group with the group and its seconds, before its pictures go on.
         on_computed: called with the pictures of a group whose windows are all computed.
@@ -49,7 +47,6 @@ class Loop:
         metrics: Metrics,
         *,
         num_special: int = 1,
-        bucket: Callable[[int], int] = lambda length: length,
         lookahead: int | None = None,
         on_group: Callable[[Group, float], None] = lambda group, seconds: None,
         on_computed: Callable[[Sequence[Picture]], None],
@@ -62,7 +59,6 @@ class Loop:
         self._device = device
         self._launch_group = launch
         self._num_special = num_special
-        self._bucket = bucket
         self._on_group = on_group
         self._on_computed = on_computed
         self._on_lost = on_lost
@@ -109,7 +105,7 @@ class Loop:
             now = monotonic()
             group = self._scheduler.next_group(now, idle=not self._running)
             if group is not None:
-                self.metrics.released(group, now, padding([w.length for w in group.windows], self._bucket))
+                self.metrics.released(group, now)
 
         # run
         if group is not None:
@@ -200,7 +196,9 @@ class Loop:
             span.stage(group.lane, described, [window.lengths for window in windows], stop, seconds, merge_seconds)
         tokens_in = [window.lengths[stage] for window in group.windows]
         tokens_out = sum(window.lengths[-1] for window in group.windows)
-        self.metrics.computed(group.lane, tokens_in, tokens_out, seconds, merge_seconds)
+        self.metrics.computed(
+            group.lane, tokens_in, tokens_out, seconds, merge_seconds, padding_tokens=group.padding_tokens
+        )
 
     def _finish(self, group: Group) -> None:
         """Hand on the pictures that had their last windows in a group."""

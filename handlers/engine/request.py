@@ -257,6 +257,7 @@ class Group:
         reason: why it is computed now: "full", "delay" or "idle".
         alone: nothing was on the device before it that might have taken its memory.
         finish: waits for it once it is launched, see `Computer.launch`.
+        padding_tokens: computed for padding alone in its last launch.
     """
 
     lane: Lane
@@ -264,6 +265,7 @@ class Group:
     reason: str
     alone: bool = True
     finish: Callable[[], tuple[float, float | None]] | None = None
+    padding_tokens: int = 0
 
     def by_picture(self) -> dict[Picture, list[Window]]:
         found: dict[Picture, list[Window]] = {}

@@ -204,19 +204,24 @@ class Metrics:
         self._lane(lane).waiting_windows.inc(windows)
         self._waiting_tokens.inc(tokens)
 
-    def released(self, group: Group, now: float, padding_tokens: int) -> None:
-        """A group is about to run, in which so many tokens are padding."""
+    def released(self, group: Group, now: float) -> None:
+        """A group is about to run."""
         windows = group.windows
         self.waiting(group.lane, -len(windows), -sum(window.length for window in windows))
         lane = self._lane(group.lane)
         lane.group_windows.observe(len(windows))
         lane.group_wait_seconds.observe(now - min(window.entered for window in windows))
         self._released[group.reason].inc()
-        if padding_tokens:
-            self._padding.inc(padding_tokens)
 
     def computed(
-        self, lane: Lane, tokens_in: Sequence[int], tokens_out: int, seconds: float, merge_seconds: float | None
+        self,
+        lane: Lane,
+        tokens_in: Sequence[int],
+        tokens_out: int,
+        seconds: float,
+        merge_seconds: float | None,
+        *,
+        padding_tokens: int = 0,
     ) -> None:
         """A stage is through.
 
@@ -226,11 +231,13 @@ class Metrics:
             tokens_out: image tokens of all windows out of it.
             seconds: that it took, its merge included.
             merge_seconds: that its merge took; None where none was timed.
+            padding_tokens: that the runtime added to fill its buckets or buffers.
         """
         metrics = self._lane(lane)
         metrics.stage_seconds.observe(seconds)
         metrics.tokens_in.inc(sum(tokens_in))
         metrics.tokens_out.inc(tokens_out)
+        self._padding.inc(padding_tokens)
         for tokens in tokens_in:
             metrics.tokens_per_window.observe(tokens)
         self._busy_seconds += seconds

@@ -237,7 +237,7 @@ MERGING = Board(
         ),
         Panel(
             "Padding",
-            "Share of computed tokens that only fill up groups; 0 where they are packed.",
+            "Share of computed tokens that only fill the buffers of captured graphs; 0 without graphs.",
             "percentunit",
             (Query(f"{_PADDING} / ({_PADDING} + {_IN})", "padding"),),
         ),

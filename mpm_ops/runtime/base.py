@@ -21,10 +21,12 @@ class Runtime(ABC):
     Attributes:
         name: its key in RUNTIMES.
         precision: one of PRECISIONS. Similarity is computed in float32 all the same.
+        padding_tokens: computed for padding alone, in all launches so far.
     """
 
     name: ClassVar[str]
     precision: str
+    padding_tokens: int = 0
 
     @classmethod
     @abstractmethod
@@ -57,6 +59,8 @@ class Runtime(ABC):
         self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
     ) -> Callable[[], WindowBatch] | Decoded:
         """Launch a stage and its merge; see `Segmenter.launch`."""
+        if isinstance(given, WindowBatch):
+            self.padding_tokens += sum(self.bucket(length) - length for length in given.tokens.lengths)
         done = self.run(stage, given)
         if isinstance(done, Decoded):
             return done

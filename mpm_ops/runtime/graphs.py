@@ -248,7 +248,9 @@ class GraphRuntime(TorchRuntime):
         if not shape or not graph:
             return None
         results = graph(*self._inputs(shape, given))
-        number = len(given) if isinstance(given, Tensor) else len(given.tokens.lengths)
+        lengths = (self._longest,) * len(given) if isinstance(given, Tensor) else given.tokens.lengths
+        number = len(lengths)
+        self.padding_tokens += shape.num_tokens - sum(lengths)
         if not stage.merges:
             logits, is_finite = results
             return Decoded(logits[:number].clone(), is_finite[:number].clone())
@@ -257,8 +259,8 @@ class GraphRuntime(TorchRuntime):
 
         def wait() -> WindowBatch:
             starts = arriving().tolist()
-            lengths = tuple(stop - start for start, stop in pairwise(starts))
-            return WindowBatch(PackedTokens(merged[: starts[-1]], lengths), maps)
+            left = tuple(stop - start for start, stop in pairwise(starts))
+            return WindowBatch(PackedTokens(merged[: starts[-1]], left), maps)
 
         return wait
 

@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+import numpy as np
+import pytest
+
+from handlers.api.decode import EncodedPicture
 from handlers.api.options import RequestOptions
 from handlers.engine.lane import Lane
 from handlers.engine.request import Picture, Reply, Request, Window
@@ -35,3 +39,18 @@ def make_window(picture: Picture, lane: Lane, length: int = 10, state: Any = Non
 def make_reply(body: bytes = b"png", **state: Any) -> Reply:
     fields: dict[str, Any] = {"tokens": (4, 2), "seconds": {"compute": 0.5}, "num_windows": 1}
     return Reply({"png": body}, "image/png", **(fields | state))
+
+
+BREAKS = 23  # height of a picture that `break_decoding` breaks
+
+
+def break_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pictures of one height raise what nobody expects."""
+    decode = EncodedPicture.decode
+
+    def broken(self: EncodedPicture) -> np.ndarray:
+        if self.size[0] == BREAKS:
+            raise ZeroDivisionError("secret")
+        return decode(self)
+
+    monkeypatch.setattr(EncodedPicture, "decode", broken)

@@ -287,7 +287,7 @@ def test_several_pods_name_their_precision(overlay: str) -> None:
     text = render(f"overlays/{overlay}")
     (config,) = [c for c in Manifests.parse(text).of("ConfigMap") if c["metadata"]["name"].startswith("serving")]
     given = "\n".join(line for line in config["data"]["serving.yml"].splitlines() if not line.startswith("precision"))
-    edits = [(f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), given)]
+    edits: list[tuple[str, Path, Any]] = [(f"ConfigMap/{config['metadata']['name']}", ("data", "serving.yml"), given)]
     told = f"models: {DEPLOYMENT}: precision: expected a name, because masks of auto differ from chip to chip"
     if overlay.startswith("dev"):
         assert problems(change(text, edits)) == []

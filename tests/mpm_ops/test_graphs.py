@@ -188,13 +188,18 @@ def test_missing_windows_change_nothing(tiny_model: Make) -> None:
     windows = torch.randn(9, 3, 64, 64)
     model.runtime = TorchRuntime(model, attention="flash")
     expected = model(windows).flatten(2).mT
-    views = model_launch(model, graphs, 0, windows[:4]) + model_launch(model, graphs, 0, windows[4:])
-    views = model_launch(model, graphs, 1, WindowBatch.join(views))
+    firsts = model_launch(model, graphs, 0, windows[:4]) + model_launch(model, graphs, 0, windows[4:])
+    views = model_launch(model, graphs, 1, WindowBatch.join(firsts))
     order = [3, 8, 0, 1, 2, 7, 6, 5, 4]
     found = model.launch(model.stages[2], WindowBatch.join([views[i] for i in order]), graphs)
     assert isinstance(found, Decoded)
     torch.testing.assert_close(found.logits, expected[order], rtol=0, atol=2e-5)
     assert {shape.num_windows for shape in graphs._graphs} == {4, 5, 10}
+    later = [shape.num_tokens for shape in graphs._graphs if shape.stage.index]
+    merged = [sum(view.length for view in batch) for batch in (firsts, views)]
+    assert graphs.padding_tokens == sum(later) - sum(merged), (
+        "the first stage ran windows of one length, in fours and fives"
+    )
     assert graphs.policy.counts["eager"] == 0
 
 
@@ -215,6 +220,7 @@ def test_without_room_everything_runs_eagerly(tiny_model: Make) -> None:
     model.runtime = plain
     assert all(torch.allclose(logits, model(windows), atol=2e-5) for logits in found)
     assert graphs.policy.counts["replay"] == 0
+    assert graphs.padding_tokens == 0
     assert not graphs._graphs
 
 

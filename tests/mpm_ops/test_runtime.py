@@ -183,8 +183,10 @@ def test_a_checkpoint_runs_as_the_servers_run_it_where_nothing_else_is_said() ->
     native = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     served = load_segmenter(DEMO, (2, 5), runtime="auto").runtime
     assert (served.name, served.precision) == ("openvino", "bf16" if native else "fp32")
-    for options in ({}, {"runtime": "openvino"}, {"runtime": "auto", "precision": "fp32"}):
-        assert load_segmenter(DEMO, (2, 5), **options).runtime.precision == "fp32"
+    for runtime, precision in (("torch", "fp32"), ("openvino", "fp32"), ("auto", "fp32")):
+        loaded = load_segmenter(DEMO, (2, 5), runtime=runtime, precision=precision)
+        assert loaded.runtime.precision == "fp32"
+    assert load_segmenter(DEMO, (2, 5)).runtime.precision == "fp32"
 
 
 def test_what_is_unknown_or_cannot_run_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from handlers.engine.request import Group, Window
 from mpm_ops import Segmenter
 from mpm_ops.kernels import has_triton
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.eager import TorchRuntime
 from mpm_ops.stages import WindowView
 
 pytestmark = [
@@ -71,3 +72,22 @@ def test_a_group_can_be_launched_again(merges: bool, tiny_model: Callable[..., S
     computer.launch(group)  # what was launched is forgotten, as after a failure
     computer.launch(group)()
     assert len(window.lengths) == 1 + merges
+
+
+class Bucketed(TorchRuntime):
+    def bucket(self, length: int) -> int:
+        return -(-length // 16) * 16
+
+
+def test_a_group_tells_its_padding(tiny_model: Callable[..., Segmenter]) -> None:
+    model = tiny_model(schedule=(1,))
+    computer = Computer(model, Bucketed(model), {(1,): model.stages})
+    picture, lane = make_picture(schedule=(1,)), Lane(0, (1,))
+    windows = [Window(picture, lane, 17, torch.randn(3, 64, 64), [16]) for _ in range(3)]
+    first = Group(lane, tuple(windows), "idle")
+    computer.launch(first)()
+    assert first.padding_tokens == 0, "windows as they come are no sequences yet"
+    second = Group(Lane(1, (1,)), tuple(windows), "idle")
+    computer.launch(second)  # forgotten, as after a failure
+    computer.launch(second)()
+    assert second.padding_tokens == sum(-(1 + window.lengths[1]) % 16 for window in windows) > 0

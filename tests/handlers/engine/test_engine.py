@@ -1,4 +1,6 @@
 import io
+import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -323,6 +325,36 @@ def num_requests(engine: Engine) -> dict[str, float]:
     """Requests by the code that they ended with."""
     samples = [sample for family in engine.metrics.registry.collect() for sample in family.samples]
     return {s.labels["code"]: s.value for s in samples if s.name == "mpm_requests_total"}
+
+
+def test_each_end_is_counted_once_and_is_one_line(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever comes after a request's end, such as its mask, its deadline and its client that leaves."""
+    held = threading.Event()
+    break_embed(monkeypatch, lambda windows: assert_none(held.wait(30)))
+    caplog.set_level(logging.INFO, "handlers.engine")
+    engine = start(replace(CONFIG, deadline_seconds=20))
+    expiring = engine.open("expired", timeout_seconds=0.2)
+    engine.take(expiring, [encode(picture(0))] * 2, NPY)
+    cancelled, answered = (engine.submit(encode(picture(1)), replace(NPY, request_id=i)) for i in ("left", "answered"))
+    failed = engine.submit(b"no picture", replace(NPY, request_id="failed"))
+    assert cancelled.cancel()
+    assert error_of(expiring).kind is ErrorKind.DEADLINE
+    held.set()
+    labels_of(answered)
+    for request in (expiring, cancelled, answered, failed):
+        assert not request.cancel()
+        request.expire()
+        request.fail(ServingError(ErrorKind.INTERNAL, "too late"))
+    engine.close()
+    lines = [json.loads(r.message) for r in caplog.records if r.message.startswith("{")]
+    codes = {"expired": 504, "left": 499, "answered": 200, "failed": 400}
+    assert len(lines) == 4
+    assert {line["request_id"]: line["code"] for line in lines} == codes
+    assert num_requests(engine) == {str(code): 1 for code in codes.values()}
+    assert engine.metrics.registry.get_sample_value("mpm_images_total", {"model": "segmenter"}) == 1
+    assert engine.inflight == 0
 
 
 class TestBatches:

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from handlers.engine.grouping import choose_group, padding
+from handlers.engine.grouping import choose_group
 
 FREE = {"max_batch_tokens": 10**6, "max_group_windows": 100}
 
@@ -55,8 +55,3 @@ def test_a_window_over_the_budget_runs_alone(bucket: type) -> None:
 
 def test_nothing_waiting_gives_no_group() -> None:
     assert choose_group([], by_32, **FREE) == []
-
-
-def test_padding() -> None:
-    assert padding([60, 64, 1], by_32) == 4 + 0 + 31
-    assert padding([60, 64, 1], packed) == 0

@@ -222,11 +222,18 @@ def test_a_window_without_finite_logits_fails_its_picture(bench: Callable[..., B
     assert errors_of(windows) == {1: "the network found no finite answer"}
 
 
-def test_groups_of_a_runtime_that_pads_tell_how_much(bench: Callable[..., Bench]) -> None:
-    device = bench(0)
-    device.loop._bucket = lambda length: 16
-    device.compute(waiting(0), waiting(1))
-    assert device.value("mpm_padding_tokens_total") == 12
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_padding_of_each_group_is_counted_once(lookahead: int, bench: Callable[..., Bench]) -> None:
+    device = bench(lookahead)
+    launch = device.loop._launch_group
+
+    def padded(group: Group) -> Callable[[], Times]:
+        group.padding_tokens = 10 ** min(numbers(group))
+        return launch(group)
+
+    device.loop._launch_group = padded
+    device.compute(*map(waiting, range(4)))
+    assert device.value("mpm_padding_tokens_total") == 101
 
 
 def fail_together(group: tuple[int, ...]) -> None:

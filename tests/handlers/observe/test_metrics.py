@@ -197,7 +197,8 @@ def test_padding_and_waiting_of_a_group() -> None:
     labels = {"model": "m", "stage": "1", "schedule": "1"}
     assert get("mpm_waiting_tokens", {"model": "m"}) == 40
     assert get("mpm_waiting_windows", labels) == 2
-    metrics.released(Group(lane, windows, "delay"), 6.5, padding_tokens=20)
+    metrics.released(Group(lane, windows, "delay"), 6.5)
+    metrics.computed(lane, [10, 30], 40, 0.1, None, padding_tokens=20)
     assert get("mpm_waiting_tokens", {"model": "m"}) == 0
     assert get("mpm_waiting_windows", labels) == 0
     assert get("mpm_padding_tokens_total", {"model": "m"}) == 20

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from making import make_picture
+from making import BREAKS, break_decoding, make_picture
 
 from handlers.api.formats.views import encode_picture
 from handlers.api.options import RequestOptions
@@ -202,6 +202,27 @@ def test_the_model_beside_the_handler(initialized: Callable[[SegmenterHandler], 
     told = json.loads(reply or b"")
     assert (told["height"], told["width"]) == (20, 30)
     assert all(described["name"].startswith("thing") for described in told["classes"])
+
+
+def test_a_picture_that_breaks_the_engine_fails_alone(
+    initialized: Callable[[SegmenterHandler], SegmenterHandler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = initialized(SegmenterHandler())
+    break_decoding(monkeypatch)
+    waiting = {f"own-{i}": body(encode_picture(np.zeros((size, 30, 3), np.uint8), "image/png"))
+               for i, size in enumerate((20, BREAKS, 24))}  # fmt: skip
+    told: dict[str, tuple[int, bytes]] = {}
+    while waiting:
+        context = batch_of(*({} for _ in waiting), ids=list(waiting))
+        replies = handler.handle(list(waiting.values()), context)
+        for i, (name, reply) in enumerate(zip(list(waiting), replies, strict=True)):
+            if reply is not None:
+                told[name] = context.get_response_status(i)[0], reply
+                del waiting[name]
+    handler._engine.close()
+    assert {name: status for name, (status, _) in told.items()} == {"own-0": 200, "own-1": 500, "own-2": 200}
+    error = {"code": 500, "error": "the request failed inside the server", "request_id": "own-1"}
+    assert json.loads(told["own-1"][1]) == error
 
 
 def test_unusable_configuration(checkpoint: Path) -> None:
