@@ -52,7 +52,8 @@ def test_it_is_one_of_the_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "error" not in sections[2]
 
 
-@pytest.mark.parametrize("network", [pytest.param("real", marks=pytest.mark.slow), "free"])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["real", "free"])
 def test_engines_in_processes_of_their_own(
     network: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
