@@ -368,6 +368,7 @@ def test_limits_hold_at_their_value() -> None:
     assert not any(limit["holds"] for limit in judge(summary, {"agreement": 0.991, "p99_ratio": 1.19}))
 
 
+@pytest.mark.slow
 def test_real_servers(
     server: TorchServe,
     triton_server: Triton,
