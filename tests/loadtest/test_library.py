@@ -157,6 +157,7 @@ class TestRealServer:
         assert ended.status == 2
         assert "when idle: not the library's mask" in ended.output
 
+    @pytest.mark.slow
     def test_another_checkpoint(self, run: Callable[..., Ended], checkpoint: Path, tmp_path: Path) -> None:
         other = tmp_path / "other"
         other.mkdir()

@@ -45,6 +45,7 @@ class TestOpenLoop:
         slow = slow_requests(run_locust, users=1)
         assert 1 <= slow <= 1 + SECONDS / (STALL / 2)  # one after the other: why arrivals must not wait for answers
 
+    @pytest.mark.slow
     def test_users_bound_what_is_in_flight_and_what_is_beyond_fails(self, run_locust: Run) -> None:
         run_locust.fake.stall = (NUM_REFERENCES, 60.0)
         ended = run_locust(rate=40, users=5, run_time=1)
