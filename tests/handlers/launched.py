@@ -52,8 +52,7 @@ class Launched:
 def launched(server: str, folder: Path, log: Path, *options: object) -> Iterator[Launched]:
     """Start a launcher on its model store or repository; it is stopped in the end, and leaves no process."""
     port, ready_port = free_port(), free_port()
-    option = "--model-store" if server == "torchserve" else "--model-repository"
-    command = [sys.executable, "-m", f"handlers.launch.{server}", option, str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "handlers", "serve", str(folder), "--server", server, "--port", str(port)]
     if server == "triton":
         command += ["--grpc-port", "0"]
     command += ["--ready-port", str(ready_port), *map(str, options)]

@@ -14,7 +14,8 @@ import promql_parser as promql
 import pytest
 from rendering import ROOT, manifests, render, render_with
 
-from k8s.check import CHECKS, digests, is_single_series, main, problems
+from handlers.cli import main
+from k8s.check import CHECKS, digests, is_single_series, problems
 from k8s.manifests import Manifests, matches, quantity
 
 GONE = object()
@@ -514,10 +515,10 @@ def test_selectors_with_expressions(expression: dict[str, Any], found: bool) -> 
             1,
             "ports: ",
         ),
-        (lambda: "", 1, "expected manifests, got nothing"),
-        (lambda: "- a", 1, "expected manifests with kind"),
-        (lambda: "{", 1, "not readable as YAML"),
-        (lambda: json.dumps({"kind": "Deployment"}), 1, "expected manifests with kind and metadata.name"),
+        (lambda: "", 2, "expected manifests, got nothing"),
+        (lambda: "- a", 2, "expected manifests with kind"),
+        (lambda: "{", 2, "not readable as YAML"),
+        (lambda: json.dumps({"kind": "Deployment"}), 2, "expected manifests with kind and metadata.name"),
     ],
 )
 def test_the_command(
@@ -527,16 +528,15 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["check"])
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin()))
-    assert main() == status
+    assert main(["check-manifests"]) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
 
 
 def test_the_command_as_the_readme_has_it() -> None:
-    command = [sys.executable, "-m", "k8s.check", "--release"]
+    command = [sys.executable, "-m", "handlers", "check-manifests", "--release"]
     text = render("overlays/dev-cpu/torchserve")
     done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

@@ -145,7 +145,7 @@ def test_too_much_to_do_is_no_illness(
         for client in clients:
             client.start()
         path = "v2/models/tiny" if target == "triton" else "predictions/tiny"
-        probe = [sys.executable, "-m", "handlers.launch.health", f"{server.url}/{path}", "--timeout", "8", "--metrics"]
+        probe = [sys.executable, "-m", "handlers", "health", f"{server.url}/{path}", "--timeout", "8", "--metrics"]
         begin, alive, ready = time.monotonic(), [], []
         while time.monotonic() < begin + 75:
             alive.append(subprocess.run([*probe, f"http://127.0.0.1:{port}/metrics"]).returncode)

@@ -22,8 +22,9 @@ from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.api.formats.views import encode_picture
+from handlers.cli import main
 from handlers.launch.processes import ServerError, free_port
-from handlers.launch.triton import Triton, main
+from handlers.launch.triton import Triton
 from model_store.triton import build_model
 
 pytest_plugins = ("tiny_server",)
@@ -90,13 +91,12 @@ def own_triton(own_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., list[str]]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., list[str]]]:
     """Runs the command with arguments that it must refuse; returns what it prints."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["triton_launcher", *map(str, arguments)])
-        assert main() == 1
+        assert main(["serve", "--server", "triton", *map(str, arguments)]) == 1
         return capsys.readouterr().err.splitlines()
 
     yield run
@@ -115,7 +115,7 @@ def change(server: Triton, model: str, action: str) -> None:
 
 def is_healthy(server: Triton, *, timeout_seconds: float) -> bool:
     url = f"{server.url}/v2/models/tiny"
-    command = [sys.executable, "-m", "handlers.launch.health", url, "--timeout", str(timeout_seconds)]
+    command = [sys.executable, "-m", "handlers", "health", url, "--timeout", str(timeout_seconds)]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
     assert time.monotonic() - start < timeout_seconds + 5
@@ -140,18 +140,16 @@ class TestRefusals:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             ports = {"--port": 0, "--grpc-port": 0} | {option: port}
-            printed = run("--model-repository", own_repository, *[part for item in ports.items() for part in item])
+            printed = run(own_repository, *[part for item in ports.items() for part in item])
             assert printed == [f"cannot listen on 127.0.0.1:{port}: Address already in use"]
 
-    @pytest.mark.parametrize("folder", ["", "missing"])
-    def test_no_model(self, tmp_path: Path, run: Callable[..., list[str]], folder: str) -> None:
-        (line,) = run("--model-repository", tmp_path / folder)
-        assert line == f"model_repository: expected models with config.pbtxt in it, got {tmp_path / folder}"
+    def test_no_model(self, tmp_path: Path, run: Callable[..., list[str]]) -> None:
+        assert run(tmp_path) == [f"model_repository: expected models with config.pbtxt in it, got {tmp_path}"]
 
     def test_name_that_no_model_may_have(self, tmp_path: Path, run: Callable[..., list[str]]) -> None:
         (tmp_path / "a b").mkdir()
         (tmp_path / "a b" / "config.pbtxt").write_text("")
-        (line,) = run("--model-repository", tmp_path)
+        (line,) = run(tmp_path)
         assert "expected a name of letters, digits" in line
 
     @pytest.mark.slow
@@ -330,11 +328,17 @@ class TestStopping:
     def test_ctrl_c(self, first_version: Path, picture: bytes, tmp_path: Path) -> None:
         port, log, temp = free_port(), tmp_path / "log", tmp_path / "temp"
         temp.mkdir()
-        command = [sys.executable, "-m", "handlers.launch.triton", "--model-repository", str(first_version)]
+        command = [sys.executable, "-m", "handlers", "serve", str(first_version)]
         ports = ["--port", str(port), "--grpc-port", "0"]
+        environment = {"TMPDIR": str(temp), "http_proxy": "http://127.0.0.1:9"}  # a proxy that isn't there
         with (
             log.open("wb") as output,
-            subprocess.Popen([*command, *ports], stdout=output, stderr=output, env={"TMPDIR": str(temp)}) as launcher,
+            subprocess.Popen(
+                [*command, *ports],
+                stdout=output,
+                stderr=output,
+                env=environment,
+            ) as launcher,
         ):
             try:
                 wait_for(lambda: "Ctrl-C stops the server" in log.read_text() or launcher.poll() is not None)
