@@ -47,7 +47,7 @@ def build(
     given: dict[str, Any] = {"schedule": list(parse_schedule(schedule)) if schedule is not None else None}
     given |= {"align": align, "metrics_port": metrics_port}
     serving |= {field: value for field, value in given.items() if value is not None}
-    name = name or "segmenter"
+    name = "segmenter" if name is None else name
     common: dict[str, Any] = {"name": name, "out": out, "serving": serving}
     limits = {"max_inflight" if target == "triton" else "batch_size": batch_size, "version": own["model_version"]}
     limits |= {"max_delay_ms": own["max_delay_ms"]}

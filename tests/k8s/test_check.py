@@ -109,7 +109,7 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ("names", (DEPLOYMENT, (*POD, "initContainers", 2, "args", 2), "--name=other"), "expected the model 'other'"),
     (
         "names",
-        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 4), "http://127.0.0.1:8080/predictions/a"),
+        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 3), "http://127.0.0.1:8080/predictions/a"),
         "livenessProbe: expected the model 'segmenter'",
     ),
     ("quantities", (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "16Gib"), "got '16Gib'"),
@@ -130,7 +130,7 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     ("ports", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "metric"), "readinessProbe: port 'metric'"),
     (
         "ports",
-        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 4), "http://127.0.0.1:8000/v2/models/segmenter"),
+        (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 3), "http://127.0.0.1:8000/v2/models/segmenter"),
         "livenessProbe: port 8000",
     ),
     ("ports", (DEPLOYMENT, (*SERVER, "ports", 0, "containerPort"), 8081), "expected http, grpc and metrics"),
@@ -170,11 +170,11 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
     (
         "probes",
         (DEPLOYMENT, (*SERVER, "livenessProbe"), {"httpGet": {"path": "/ping", "port": "http"}}),
-        "livenessProbe: expected handlers.launch.health",
+        "livenessProbe: expected mpm health",
     ),
     ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "timeoutSeconds"), 20), "expected --timeout below"),
     ("probes", (DEPLOYMENT, (*SERVER, "startupProbe", "timeoutSeconds"), GONE), "startupProbe: expected --timeout"),
-    ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 3), "-v"), "expected --timeout below"),
+    ("probes", (DEPLOYMENT, (*SERVER, "livenessProbe", "exec", "command", 2), "-v"), "expected --timeout below"),
     ("probes", (DEPLOYMENT, (*SERVER, "readinessProbe", "httpGet", "port"), "http"), "expected the engine's own port"),
     ("endings", (DEPLOYMENT, (*POD, "terminationGracePeriodSeconds"), 84), r"expected 85 \(preStop 15, lame"),
     ("endings", (DEPLOYMENT, (*SERVER, "lifecycle", "preStop", "sleep", "seconds"), 5), "expected to sleep 10 s"),
