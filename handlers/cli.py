@@ -137,7 +137,7 @@ def _is_seconds(context: click.Context, parameter: click.Parameter, value: float
 )
 @click.option("--sample", type=PATH, help="Picture to name in the examples printed when ready.")
 @model_options
-@click.option("--out", type=PATH, help="Where it is built (build/model_store, build/model_repository).")
+@click.option("--out", type=PATH, help="Where it is built, beside other models (alone in build/model_store).")
 def serve(
     model: Path | None,
     server: str | None,
@@ -165,8 +165,9 @@ def serve(
     given = {name: value for name, value in build.items() if value is not None}
     if model is None or model.is_file():
         checkpoint = {"checkpoint": model} if model else {}
+        alone = [] if "out" in given else ["--alone"]
         model = given.setdefault("out", _STORES[server])
-        if status := _run("build", {"target": server, **checkpoint, **given}):
+        if status := _run("build", {"target": server, **checkpoint, **given}, *alone):
             return status
         if sample is None:
             sample = _SAMPLE
@@ -204,10 +205,10 @@ def serve(
     )
 
 
-def _run(command: str, options: Mapping[str, Any]) -> int:
+def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:
     """Run a command in a process of its own, whose memory is free afterwards; its status."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return subprocess.run([sys.executable, "-m", "handlers", command, *flags]).returncode
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return subprocess.run([sys.executable, "-m", "handlers", command, *given, *flags]).returncode
 
 
 @commands.command()

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import requests
 
+from handlers.client import fetch
 from handlers.launch.processes import free_port
 
 SECONDS_TO_START = 150
@@ -32,7 +32,7 @@ class Launched:
 
     @property
     def is_ready(self) -> bool:
-        return requests.get(self._ready_url, timeout=10).status_code == 200
+        return fetch(self._ready_url, timeout_seconds=10).status == 200
 
     def children(self, text: str) -> list[psutil.Process]:
         """Living processes below it with a text in their command lines."""

@@ -172,7 +172,7 @@ def test_serve_builds_a_checkpoint_with_its_options(
     assert build[0] == "build"
     assert set(build[1:]) == {
         "--target=triton", "--checkpoint=checkpoint.pth", "--schedule=off", "--metrics-port=8090",
-        "--out=build/model_repository",
+        "--out=build/model_repository", "--alone",
     }  # fmt: skip
     assert samples == ["samples", "--out=build/samples"]
     group = cli.commands.get_command(click.Context(cli.commands), "build")

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import requests
 
 from handlers.api.formats.views import encode_picture
 from handlers.cli import main
+from handlers.client import fetch
 from handlers.launch.torchserve import ServerError, TorchServe, free_port
 
 pytest_plugins = ("tiny_server",)
@@ -144,9 +144,9 @@ def test_two_servers_and_ctrl_c(server: TorchServe, second_store: Path, picture:
 
 
 def predict(url: str, model: str, picture: bytes) -> bytes:
-    response = requests.post(f"{url}/predictions/{model}", data=picture, timeout=60)
-    assert response.status_code == 200
-    return response.content
+    response = fetch(f"{url}/predictions/{model}", picture, timeout_seconds=60)
+    assert response.status == 200
+    return response.body
 
 
 def wait_for(text: str, log: Path, process: "subprocess.Popen[bytes]") -> None:

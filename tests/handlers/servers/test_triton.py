@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import requests
 import tritonclient.grpc
 import tritonclient.http
 from asking_triton import TIMEOUT, infer_raw, raw_outputs
@@ -24,7 +23,7 @@ from handlers.api.formats.npy import encode_npy
 from handlers.api.formats.png import encode_mask_png
 from handlers.api.formats.views import encode_picture
 from handlers.cli import main
-from handlers.client import connect, segment_shared
+from handlers.client import connect, fetch, segment_shared
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from mpm_ops import Segmenter, load_segmenter
@@ -107,13 +106,13 @@ class TestAnswers:
             "outputs": [{"name": "RESULT_JSON"}],
         }
         head = json.dumps(header).encode()
-        response = requests.post(
+        answer = fetch(
             f"{triton.url}/v2/models/tiny/infer",
-            data=head + len(jpeg).to_bytes(4, "little") + jpeg,
-            headers={"Inference-Header-Content-Length": str(len(head)), "Connection": "close"},
-            timeout=TIMEOUT,
+            head + len(jpeg).to_bytes(4, "little") + jpeg,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+            timeout_seconds=TIMEOUT,
         )
-        (output,) = response.json()["outputs"]
+        (output,) = json.loads(answer.body)["outputs"]
         assert json.loads(output["data"][0])["height"] == 96
 
     def test_view(self, infer: Infer, jpeg: bytes, expected: Callable[[bytes], np.ndarray]) -> None:
@@ -196,7 +195,7 @@ class TestSameBytesEverywhere:
         picture = encode_npy(image) if form == "npy" else encode_picture(image, f"image/{form}")
         mask = encode_mask_png(expected(picture), classes)
         url = f"{server.url}/predictions/tiny"
-        assert requests.post(url, data=picture, timeout=TIMEOUT).content == mask
+        assert fetch(url, picture, timeout_seconds=TIMEOUT).body == mask
         assert raw_outputs(infer_raw(triton.url, "tiny", picture, X_MPM_Outputs="MASK_PNG"))["MASK_PNG"] == mask
         assert ask(f"grpc://{triton.grpc_url}/tiny", picture) == mask
 
@@ -212,15 +211,15 @@ class TestSameBytesEverywhere:
         for height, width in ((180, 240), (250, 131)):
             image = photo(height, height, width)
             picture, mask = encode_npy(image), encode_mask_png(demo_model.segment(image), classes)
-            assert requests.post(f"{server.url}/predictions/demo", data=picture, timeout=TIMEOUT).content == mask
+            assert fetch(f"{server.url}/predictions/demo", picture, timeout_seconds=TIMEOUT).body == mask
             assert ask(f"{triton.url}/v2/models/demo", picture) == mask
             assert ask(f"grpc://{triton.grpc_url}/demo", picture) == mask
 
     def test_a_frame_that_is_none_is_told_the_same(self, server: TorchServe, triton: Triton) -> None:
         frame = encode_npy(np.zeros((4, 5), np.float32))
-        told = requests.post(f"{server.url}/predictions/tiny", data=frame, timeout=TIMEOUT).json()["error"]
+        told = fetch(f"{server.url}/predictions/tiny", frame, timeout_seconds=TIMEOUT).error
         assert told == "image: expected a .npy frame of uint8 [H, W, 3] in C order, got '<f4' [4, 5]"
-        assert infer_raw(triton.url, "tiny", frame).json() == {"error": told}
+        assert infer_raw(triton.url, "tiny", frame).error == told
 
 
 class TestRefusals:
@@ -229,12 +228,12 @@ class TestRefusals:
         with pytest.raises(InferenceServerException, match=r"image: (expected|the header)") as caught:
             infer("tiny", data)
         assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
-        assert infer_raw(triton.url, "tiny", data).status_code == 400
+        assert infer_raw(triton.url, "tiny", data).status == 400
 
     def test_truncated(self, triton: Triton, jpeg: bytes) -> None:
         response = infer_raw(triton.url, "tiny", jpeg[: len(jpeg) // 2])
-        assert response.status_code == 400
-        assert "broken or truncated JPEG picture of 128x96 pixels" in response.json()["error"]
+        assert response.status == 400
+        assert "broken or truncated JPEG picture of 128x96 pixels" in response.error
 
     def test_place_in_a_batch(self, infer: Infer, jpeg: bytes) -> None:
         with pytest.raises(InferenceServerException, match="picture 1 of 3: image: expected JPEG"):
@@ -246,8 +245,8 @@ class TestRefusals:
             (encode_picture(np.zeros((1, 20_000, 3), np.uint8), "image/png"), "windows"),
         ):
             response = infer_raw(triton.url, "tiny", data)
-            assert response.status_code == 400
-            assert told in response.json()["error"]
+            assert response.status == 400
+            assert told in response.error
 
     @pytest.mark.parametrize(
         ("parameters", "told"),
@@ -292,10 +291,7 @@ class TestRefusals:
     )
     def test_what_changes_the_server(self, triton: Triton, path: str) -> None:
         for headers in ({}, {"x-admin": "guess"}):
-            response = requests.post(
-                f"{triton.url}/v2/{path}", data="{}", headers={"Connection": "close", **headers}, timeout=TIMEOUT
-            )
-            assert response.status_code == 403, path
+            assert fetch(f"{triton.url}/v2/{path}", b"{}", headers=headers).status == 403, path
 
     def test_what_changes_the_server_over_grpc(self, triton: Triton) -> None:
         with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
@@ -402,11 +398,11 @@ class TestMany:
         labels = expected(picture).tobytes()
         with ThreadPoolExecutor(24) as clients:
             responses = list(clients.map(lambda _: infer_raw(triton.url, "narrow", picture), range(24)))
-        statuses = [response.status_code for response in responses]
+        statuses = [response.status for response in responses]
         assert set(statuses) == {200, 503}
         assert 3 <= statuses.count(200) <= 12
-        assert all(raw_outputs(r)["MASK"] == labels for r in responses if r.status_code == 200)
-        assert all("queue" in r.json()["error"] for r in responses if r.status_code == 503)
+        assert all(raw_outputs(r)["MASK"] == labels for r in responses if r.status == 200)
+        assert all("queue" in r.error for r in responses if r.status == 503)
 
     def test_cancelled_requests_make_room(self, triton: Triton, photo: Callable[..., np.ndarray]) -> None:
         """A lost place would block `narrow` forever, which has only one."""
