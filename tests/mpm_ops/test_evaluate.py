@@ -143,7 +143,13 @@ def test_the_command(data_root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "val" / kind).mkdir(parents=True)
         for file in sorted((data_root / "camvid/val" / kind).iterdir())[:2]:
             (tmp_path / "val" / kind / file.name).symlink_to(file)
-    options = {"dataset": "camvid", "root": tmp_path, "checkpoint": DEMO, "out": tmp_path / "out.json"}
+    options = {
+        "dataset": "camvid",
+        "root": tmp_path,
+        "checkpoint": DEMO,
+        "runtime": "torch",
+        "out": tmp_path / "out.json",
+    }
     monkeypatch.setattr(
         sys, "argv", ["evaluate", *(str(v) for k, value in options.items() for v in (f"--{k}", value))]
     )
