@@ -71,7 +71,10 @@ class _Process:
             if height * width > header.width * header.height:
                 raise OSError("more pixels than asked for")
             pixels = np.empty((height, width, 3), np.uint8)
-            self._connection.recv_bytes_into(pixels.reshape(-1))
+            left = pixels.reshape(-1).data
+            with open(self._connection.fileno(), "rb", buffering=0, closefd=False) as stream:  # received in place
+                while left:
+                    left = left[stream.readinto(left) or _no_more() :]
             return pixels, int(reply["orientation"])
         finally:
             timer.cancel()
@@ -84,6 +87,10 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def _no_more() -> int:
+    raise EOFError("the process ended")
 
 
 _idle: "queue.LifoQueue[_Process]" = queue.LifoQueue()

@@ -113,7 +113,7 @@ _BYTES_PER_PIXEL = 512  # at least a bit for each of 64
 def _read_jpeg(data: bytes) -> Header:
     """The first picture of a JPEG file, of its metadata only what tells how its values become colours."""
     kept, parts, exif = [data[:2]], dict[int, bytes](), b""
-    size, kind, scans, first_scan, end = (0, 0), 0, 0, 0, 0
+    size, kind, components, scans, first_scan, end = (0, 0), 0, 0, 0, 0, 0
     position = 2
     for _ in range(_MAX_PARTS):
         found = _MARKER.search(data, position)
@@ -139,7 +139,7 @@ def _read_jpeg(data: bytes) -> Header:
         elif not (0xE0 <= code <= 0xEF or code == 0xFE) or body.startswith((b"JFIF\0", b"Adobe")):
             kept.append(data[found.start() : stop])
         if code in _SIZES and not kind and len(body) >= 6:
-            kind, size = code, struct.unpack_from(">HH", body, 1)
+            kind, size, components = code, struct.unpack_from(">HH", body, 1), body[5]
         position = max(start, stop)
     else:
         raise _refuse(f"a JPEG of at most {_MAX_PARTS} segments")
@@ -160,7 +160,7 @@ def _read_jpeg(data: bytes) -> Header:
         b"".join([*kept, data[first_scan : end or len(data)]]),
         orientation_of(exif),
         _checked(b"".join(parts[i] for i in sorted(parts))),
-        decoding_bytes=12 if kind in _PROGRESSIVE else 8,
+        decoding_bytes=12 if kind in _PROGRESSIVE or components == 4 else 8,
         detail=("progressive" if kind in _PROGRESSIVE else "") + ("" if end else " endless"),
     )
 

@@ -242,7 +242,8 @@ def main(connection: Connection) -> None:
         else:
             height, width, _ = pixels.shape
             send_json(connection, {"height": height, "width": width, "orientation": orientation})
-            connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
+            with open(connection.fileno(), "wb", closefd=False) as stream:
+                stream.write(np.ascontiguousarray(pixels).data)
         told = profile = data = pixels = None  # type: ignore[assignment]
 
 
