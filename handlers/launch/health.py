@@ -11,7 +11,6 @@ asked again until the time is over, because it is alive if room comes.
 
 import argparse
 import http.client
-import struct
 import sys
 import time
 import urllib.parse
@@ -19,7 +18,8 @@ import urllib.request
 import zlib
 from typing import NamedTuple
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+from handlers.png import png_file, png_size
+
 _SIDE = 16
 _PAUSE_SECONDS = 0.2
 _METRICS_SECONDS = 5.0
@@ -117,13 +117,7 @@ def _computes(before: Progress | None, metrics_url: str, model_url: str) -> bool
 
 def tiny_picture() -> bytes:
     """A black PNG, made without a codec: a probe that runs every few seconds should start fast."""
-    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(_SIDE * (1 + _SIDE)))
-    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    return _PNG + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    return png_file(_SIDE, _SIDE, 8, 0, (b"IDAT", zlib.compress(bytes(_SIDE * (1 + _SIDE)))))
 
 
 def _ask(url: urllib.parse.SplitResult, timeout_seconds: float) -> tuple[int, bytes]:
@@ -146,7 +140,7 @@ def _ask(url: urllib.parse.SplitResult, timeout_seconds: float) -> tuple[int, by
 
 
 def _is_mask(data: bytes) -> bool:
-    return data[:8] == _PNG and data[16:24] == struct.pack(">II", _SIDE, _SIDE)
+    return png_size(data) == (_SIDE, _SIDE)
 
 
 def main() -> int:
