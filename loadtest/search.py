@@ -177,7 +177,7 @@ class Served:
             "metrics-port": port,
             "config": folder / "serving.yml",
         }
-        run_module("model_store", "build", *flags(options))
+        run_module("handlers", "build", *flags(options))
         self.metrics.append(f"http://127.0.0.1:{port}/metrics")
         if protocol == "torchserve":
             torchserve = TorchServe(out, log=log)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"  # of `requests`; our client asks no proxy
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported: kernels then run on the CPU
 

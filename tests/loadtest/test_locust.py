@@ -287,6 +287,6 @@ def test_who_is_ended_answers_what_was_sent(run_locust: Run) -> None:
 
 
 def test_the_command_passes_everything_on_to_locust() -> None:
-    command = [sys.executable, "-m", "loadtest", "run", "--list"]
+    command = [sys.executable, "-m", "handlers", "loadtest", "run", "--list"]
     listed = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert "SegmentUser" in listed.stdout
