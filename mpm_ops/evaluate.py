@@ -1,4 +1,4 @@
-"""Mean IoU of a checkpoint, with and without merging.
+"""Mean IoU of a checkpoint, with and without merging, and what merging changes for which arithmetic.
 
 python -m mpm_ops.evaluate --dataset camvid --root DIR --split val --checkpoint checkpoint.pth --schedule 2,5
 """
@@ -6,19 +6,24 @@ python -m mpm_ops.evaluate --dataset camvid --root DIR --split val --checkpoint 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .classes import load_classes
+from .labels import label_map
+from .merging import Merger, NoMerging, make_merger
 from .models import load_segmenter
 from .runtime import PRECISIONS, RUNTIMES
-from .segmenter import Segmenter
-from .stages import parse_schedule
+from .segmenter import Segmenter, SegmenterConfig
+from .stages import Decoded, Stage, WindowBatch, parse_schedule
+from .windows import cut_windows, plan_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +108,66 @@ def score(confusion: np.ndarray) -> Scores:
         return Scores(hits / np.where(union, union, np.nan), float(hits.sum() / max(confusion.sum(), 1)))
 
 
+def compare(model: Segmenter, mergers: Sequence[Merger], pictures: Sequence[Path]) -> dict[str, tuple[float, float]]:
+    """What merging changes, and what it saves.
+
+    Returns:
+        By merger: the mean share of a picture's pixels whose class is that of the unmerged network, and the
+        operations of embedding, blocks and decoder as a share of its own, see `stage_flops`.
+    """
+    contestants = (NoMerging(tower=model.tower), *mergers)
+    agreements = np.zeros((len(contestants), len(pictures)))
+    flops = np.zeros(len(contestants))
+    for i, path in enumerate(pictures):
+        image = np.asarray(Image.open(path).convert("RGB"))
+        labels = []
+        for k, merger in enumerate(contestants):
+            found, spent = _labels_and_flops(model, merger, image)
+            labels.append(found)
+            agreements[k, i] = (found == labels[0]).mean()
+            flops[k] += spent
+    return {str(m): (float(agreements[k].mean()), flops[k] / flops[0]) for k, m in enumerate(contestants)}
+
+
+@torch.inference_mode()
+def _labels_and_flops(model: Segmenter, merger: Merger, image: np.ndarray) -> tuple[np.ndarray, float]:
+    plan = plan_windows(image.shape[0], image.shape[1], model.inference)
+    windows = cut_windows(image, plan, model.inference).to(model.encoder.pos_embed.device)
+    patches_across = -(-windows.shape[3] // model.config.patch_size)
+    num_patches = -(-windows.shape[2] // model.config.patch_size) * patches_across
+    lengths: Sequence[int] = (num_patches + model.encoder.num_special,) * len(windows)
+    flops = len(windows) * 6.0 * num_patches * model.config.d_model * model.config.patch_size**2
+    given: Tensor | WindowBatch = windows
+    for stage in merger.stages:
+        flops += stage_flops(model.config, stage, lengths)
+        launched = model.launch(stage, given)
+        if not isinstance(launched, Decoded):
+            given = launched()
+            lengths = given.tokens.lengths
+    assert isinstance(launched, Decoded)
+    logits = launched.logits.transpose(1, 2).unflatten(2, (-1, patches_across))
+    return label_map(logits, plan, model.config.patch_size).labels, flops
+
+
+def stage_flops(config: SegmenterConfig, stage: Stage, lengths: Sequence[int]) -> float:
+    """Operations of a stage's blocks, and of the decoder if it is the last; two for a multiplication and a sum.
+
+    Args:
+        lengths: tokens of every window, special ones included.
+    """
+    width, classes = config.d_model, config.n_cls
+    total = len(stage.parts) / 2 * sum(_block_flops(length, width) for length in lengths)
+    if not stage.merges:
+        for length in lengths:
+            total += config.decoder_layers * _block_flops(length - 1 + classes, width)
+            total += 2.0 * width * (width * (2 * (length - 1) + classes) + classes * (length - 1))
+    return total
+
+
+def _block_flops(length: int, width: int) -> float:
+    return 24.0 * length * width**2 + 4.0 * length**2 * width
+
+
 def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Path]]:
     """Pictures of a split with their label PNGs, sorted by name.
 
@@ -141,6 +206,12 @@ def main() -> int:
     parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many pictures at the start")
+    parser.add_argument(
+        "--agreement",
+        action="store_true",
+        help="instead of scores: pixels as without merging, and the share of its arithmetic",
+    )
     parser.add_argument("--out", type=Path, help="write the scores as JSON too")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -148,10 +219,14 @@ def main() -> int:
     dataset = DATASETS[arguments.dataset]
     results = []
     try:
-        pairs = find_pairs(arguments.root, arguments.split, dataset)
+        pairs = find_pairs(arguments.root, arguments.split, dataset)[arguments.skip :]
         schedules = arguments.schedule or ([] if arguments.merger else ["off", "2,5"])
         mergers = [{"schedule": parse_schedule(text), "align": arguments.align} for text in schedules]
-        for chosen in [*mergers, *({"merger": text} for text in arguments.merger)]:
+        chosen_mergers = [*mergers, *({"merger": text} for text in arguments.merger)]
+        if arguments.agreement:
+            results = _agreements(arguments, chosen_mergers, [image for image, _ in pairs])
+            chosen_mergers = []
+        for chosen in chosen_mergers:
             model = load_segmenter(
                 arguments.checkpoint,
                 runtime=arguments.runtime,
@@ -169,6 +244,25 @@ def main() -> int:
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+def _agreements(
+    arguments: argparse.Namespace, mergers: Sequence[Mapping[str, Any]], pictures: Sequence[Path]
+) -> list[dict[str, object]]:
+    """Compare, print and return."""
+    options = {name: getattr(arguments, name) for name in ("runtime", "precision", "device")}
+    model = load_segmenter(arguments.checkpoint, **options)
+    chosen = [
+        make_merger(fields["merger"], model.tower) if "merger" in fields else model.mpm(**fields) for fields in mergers
+    ]
+    print(f"{len(pictures)} pictures, {model.runtime.name} {model.runtime.precision}: agreement, arithmetic")
+    found = compare(model, chosen, pictures)
+    for name, (agreement, arithmetic) in found.items():
+        print(f"  {name:44} {agreement:8.4f} {arithmetic:8.3f}")
+    return [
+        {"merger": name, "agreement": round(agreement, 5), "arithmetic": round(arithmetic, 4)}
+        for name, (agreement, arithmetic) in found.items()
+    ]
 
 
 def _told(
