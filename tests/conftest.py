@@ -48,10 +48,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if parallel:
-            server = next((name for name in _SERVERS if name in getattr(item, "fixturenames", ())), None)
+            used = getattr(item, "fixturenames", ()) if "tiny_server" in _plugins_of(item) else ()
+            server = next((name for name in _SERVERS if name in used), None)
             item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
         if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
+
+
+def _plugins_of(item: pytest.Item) -> tuple[str, ...]:
+    return getattr(getattr(item, "module", None), "pytest_plugins", ())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
