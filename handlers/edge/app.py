@@ -137,7 +137,7 @@ class Edge:
             media_type, asked = triton.infer_headers(request.headers, accept)
             upstream = await self._ask(request, triton.infer_path(name, version), picture, asked, added)
         elif is_kserve:
-            asked = {"Content-Type": content_type, "Accept": accept}
+            asked = {"Content-Type": content_type, "Accept": accept, "Accept-Encoding": "identity"}
             media_type, upstream = accept, await self._ask(request, f"/predictions/{name}", picture, asked, added)
         else:
             return await self._pass_on(request, request.raw_path, picture, {"Content-Type": content_type}, added)

@@ -57,7 +57,7 @@ def infer_headers(headers: Mapping[str, str], accept: str) -> tuple[str, dict[st
     offered = tuple(OUTPUTS) if "X-MPM-View" not in headers else ("image/png",)
     media_type = negotiate(accept, offered)
     asked = {LENGTH_HEADER: "0", "X-MPM-Outputs": OUTPUTS[media_type], "Content-Type": "application/octet-stream"}
-    return media_type, asked
+    return media_type, asked | {"Accept-Encoding": "identity"}  # Triton would compress what is to be unpacked
 
 
 def unpack(reply: bytes, length: str, media_type: str) -> bytes:

@@ -21,10 +21,13 @@ from handlers.api.formats.views import encode_picture
 from handlers.edge.triton import OUTPUTS
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
+from model_store.torchserve import build_archive
+from model_store.triton import build_model
 
 pytest_plugins = ("tiny_server",)
 
 LENGTH = "Inference-Header-Content-Length"
+SERVING = {"schedule": [0, 1], "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +119,11 @@ def test_triton_survives_nested_json(edges: dict[str, Front], triton: Triton, pi
 
 
 def test_triton_that_ends_is_started_again_and_drains_in_the_end(
-    repository: Path, tmp_path: Path, picture: bytes
+    checkpoint: Path, tmp_path: Path, picture: bytes
 ) -> None:
     """On an IPv6 address, which takes IPv4 too."""
-    with launched("triton", repository, tmp_path / "log", "--host", "::", edge=True) as running:
+    build_model(checkpoint, name="tiny", out=tmp_path / "models", serving=SERVING)
+    with launched("triton", tmp_path / "models", tmp_path / "log", "--host", "::", edge=True) as running:
         port = running.url.rpartition(":")[2]
         assert f"Ready on http://[::1]:{port}" in running.told
         (server,) = running.children("bin/tritonserver")
@@ -144,8 +148,9 @@ def test_triton_that_ends_is_started_again_and_drains_in_the_end(
 
 
 @pytest.mark.slow
-def test_torchserve_drains_behind_the_edge(store: Path, tmp_path: Path, picture: bytes) -> None:
-    with launched("torchserve", store, tmp_path / "log", edge=True) as running:
+def test_torchserve_drains_behind_the_edge(checkpoint: Path, tmp_path: Path, picture: bytes) -> None:
+    build_archive(checkpoint, name="tiny", out=tmp_path / "models", serving=SERVING)
+    with launched("torchserve", tmp_path / "models", tmp_path / "log", edge=True) as running:
         check_drain(running, picture)
     assert running.process.returncode == 0
 
