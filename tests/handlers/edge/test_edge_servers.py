@@ -118,6 +118,7 @@ def test_triton_survives_nested_json(edges: dict[str, Front], triton: Triton, pi
     assert triton.pid == pid
 
 
+@pytest.mark.slow
 def test_triton_that_ends_is_started_again_and_drains_in_the_end(
     checkpoint: Path, tmp_path: Path, picture: bytes
 ) -> None:
