@@ -1,15 +1,7 @@
-"""Find what is wrong in rendered manifests and what their schemas let pass.
+"""Find what is wrong in rendered manifests and what their schemas let pass, see `mpm check-manifests`."""
 
-kubectl kustomize k8s/overlays/h100-sxm/torchserve | python -m k8s.check [--release] [--kubernetes 1.32]
-
-Prints a line per problem and exits with 1 if there is any. With --release every image has to be named by its digest,
-and no name may be an example's; with --kubernetes nothing may need a newer version.
-"""
-
-import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -332,8 +324,8 @@ def probes(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: startupProbe: expected 300 s or more for a server to start"
         for probe in ("startupProbe", "livenessProbe"):
             command = container.get(probe, {}).get("exec", {}).get("command", [])
-            if "handlers.launch.health" not in command:
-                yield f"{where}: {probe}: expected handlers.launch.health, since front ends call a dead model healthy"
+            if command[:2] != ["mpm", "health"]:
+                yield f"{where}: {probe}: expected mpm health, since front ends call a dead model healthy"
                 continue
             own = [float(word.partition("=")[2]) for word in command if word.startswith("--timeout=")]
             if not own or own[0] >= container[probe].get("timeoutSeconds", 1):
@@ -661,7 +653,7 @@ def _knows_its_cores(server: Manifest) -> bool:
 
 
 def _is_triton(workload: Manifest) -> bool:
-    return any("handlers.launch.triton" in c.get("command", []) for c in pod_of(workload)["containers"])
+    return any("--server=triton" in c.get("args", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -743,29 +735,3 @@ def problems(manifests: Manifests, *, release: bool = False, kubernetes: tuple[i
     checks = (*CHECKS, *RELEASE_CHECKS) if release else CHECKS
     found = [f"{check.__name__}: {problem}" for check in checks for problem in check(manifests)]
     return found + [f"image_volumes: {problem}" for problem in image_volumes(manifests, kubernetes)]
-
-
-def _version(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected a version such as 1.32, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m k8s.check", description=__doc__.split("\n")[0])
-    parser.add_argument("--release", action="store_true", help="every image by its digest, no name of an example")
-    parser.add_argument("--kubernetes", type=_version, default=IMAGE_VOLUMES, help="version of the cluster (1.35)")
-    arguments = parser.parse_args()
-    try:
-        found = problems(Manifests.parse(sys.stdin.read()), release=arguments.release, kubernetes=arguments.kubernetes)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for problem in found:
-        print(problem, file=sys.stderr)
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -202,14 +202,11 @@ class Served:
             "metrics-port": metrics_port,
             "config": config,
         }
-        build = [sys.executable, "-m", "model_store", "build", *flags(options)]
+        build = [sys.executable, "-m", "handlers", "build", *flags(options)]
         built = subprocess.run(build, env=environment(), capture_output=True, text=True, check=False)
         if built.returncode:
             raise RunError(f"{configuration.name}: {built.stderr.strip()}")
-        if triton:
-            launch = ["handlers.launch.triton", *flags({"model-repository": out, "grpc-port": grpc_port})]
-        else:
-            launch = ["handlers.launch.torchserve", *flags({"model-store": out})]
+        launch = ["handlers", "serve", str(out), *(flags({"grpc-port": grpc_port}) if triton else [])]
         self._logs.append(folder / f"server-{number}.log")
         with self._logs[-1].open("wb") as output:
             self._processes.append(

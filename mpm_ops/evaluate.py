@@ -1,14 +1,10 @@
-"""Mean IoU of a checkpoint, with and without merging.
+"""Mean IoU of a checkpoint, with and without merging."""
 
-python -m mpm_ops.evaluate --dataset camvid --root DIR --split val --checkpoint checkpoint.pth --schedule 2,5
-"""
-
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +12,6 @@ from PIL import Image
 
 from .classes import load_classes
 from .models import load_segmenter
-from .runtime import PRECISIONS, RUNTIMES
 from .segmenter import Segmenter
 from .stages import parse_schedule
 
@@ -129,59 +124,54 @@ def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Pat
     return pairs
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mpm_ops.evaluate", description="Mean IoU of a checkpoint.")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), required=True)
-    parser.add_argument("--root", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pth with variant.yml beside it")
-    parser.add_argument("--schedule", action="append", help="2,5 or off; repeat to compare (off and 2,5)")
-    parser.add_argument("--align", type=int, default=1)
-    parser.add_argument("--merger", action="append", default=[], help="tome:r=46, algm ...; repeat to compare")
-    parser.add_argument("--runtime", choices=["auto", *RUNTIMES], default="auto")
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="write the scores as JSON too")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: torch sees no GPU, expected cpu")
-    dataset = DATASETS[arguments.dataset]
+def compare(
+    *,
+    dataset: str,
+    root: Path,
+    split: str,
+    checkpoint: Path,
+    schedules: Sequence[str] = (),
+    align: int = 1,
+    mergers: Sequence[str] = (),
+    runtime: str = "auto",
+    precision: str = "auto",
+    device: str = "cpu",
+    out: Path | None = None,
+) -> list[dict[str, object]]:
+    """Evaluate a checkpoint with several mergers; prints the scores of each.
+
+    Args:
+        dataset: of DATASETS.
+        root: its folder.
+        schedules: of MPM, such as "2,5" or "off"; these two where nothing is named.
+        mergers: such as "tome:r=46".
+        out: where the scores are written as JSON.
+
+    Raises:
+        OSError, ValueError: something is missing or does not fit.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset: expected one of {', '.join(sorted(DATASETS))}, got {dataset!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: torch sees no GPU, expected cpu")
+    pairs = find_pairs(root, split, DATASETS[dataset])
+    schedules = schedules or ([] if mergers else ["off", "2,5"])
+    chosen: list[dict[str, Any]] = [{"schedule": parse_schedule(text), "align": align} for text in schedules]
     results = []
-    try:
-        pairs = find_pairs(arguments.root, arguments.split, dataset)
-        schedules = arguments.schedule or ([] if arguments.merger else ["off", "2,5"])
-        mergers = [{"schedule": parse_schedule(text), "align": arguments.align} for text in schedules]
-        for chosen in [*mergers, *({"merger": text} for text in arguments.merger)]:
-            model = load_segmenter(
-                arguments.checkpoint,
-                runtime=arguments.runtime,
-                precision=arguments.precision,
-                device=arguments.device,
-                **chosen,
-            )
-            runtime = f"{model.runtime.name} {model.runtime.precision}"
-            told = {"merger": str(model.merger), "schedule": list(model.schedule), "align": model.align}
-            title = f"{model.merger}, {runtime}"
-            results.append(told | {"runtime": runtime} | _told(model, title, arguments, pairs))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-    return 0
-
-
-def _told(
-    model: Segmenter, title: str, arguments: argparse.Namespace, pairs: Sequence[tuple[Path, Path]]
-) -> dict[str, object]:
-    """Evaluate, print and return the scores."""
-    scores = evaluate(model, pairs, DATASETS[arguments.dataset])
-    names = load_classes(arguments.checkpoint.parent, len(scores.iou)).names
-    print(f"{title}, {len(pairs)} pictures")
-    for name, iou in zip(names, scores.iou, strict=True):
-        print(f"  {name:20} {iou:7.4f}")
-    print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")
-    return _as_fields(scores, names)
+    for merging in [*chosen, *({"merger": text} for text in mergers)]:
+        model = load_segmenter(checkpoint, runtime=runtime, precision=precision, device=device, **merging)
+        used = f"{model.runtime.name} {model.runtime.precision}"
+        scores = evaluate(model, pairs, DATASETS[dataset])
+        names = load_classes(checkpoint.parent, len(scores.iou)).names
+        print(f"{model.merger}, {used}, {len(pairs)} pictures")
+        for name, iou in zip(names, scores.iou, strict=True):
+            print(f"  {name:20} {iou:7.4f}")
+        print(f"  {'mean IoU':20} {scores.mean_iou:7.4f}\n  {'pixel accuracy':20} {scores.pixel_accuracy:7.4f}")
+        told = {"merger": str(model.merger), "schedule": list(model.schedule), "align": model.align, "runtime": used}
+        results.append(told | _as_fields(scores, names))
+    if out:
+        out.write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def _as_fields(scores: Scores, names: Sequence[str]) -> dict[str, object]:
@@ -190,7 +180,3 @@ def _as_fields(scores: Scores, names: Sequence[str]) -> dict[str, object]:
         for name, value in zip(names, scores.iou, strict=True)
     }
     return {"mean_iou": round(scores.mean_iou, 4), "pixel_accuracy": round(scores.pixel_accuracy, 4), "iou": iou}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

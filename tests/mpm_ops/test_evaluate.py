@@ -1,7 +1,6 @@
 """Mean IoU against plain loops, and where the datasets keep their pictures."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mpm_ops.evaluate
+from handlers.cli import main
 from mpm_ops import Segmenter
 from mpm_ops.evaluate import DATASETS, Dataset, evaluate, find_pairs, score
 
@@ -137,17 +136,20 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         find_pairs(tmp_path, "val", listed)
 
 
-def test_the_command(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_command(data_root: Path, tmp_path: Path, capsys: Any) -> None:
     """Two real pictures, with merging and without."""
     for kind in ("images", "labels"):
         (tmp_path / "val" / kind).mkdir(parents=True)
         for file in sorted((data_root / "camvid/val" / kind).iterdir())[:2]:
             (tmp_path / "val" / kind / file.name).symlink_to(file)
-    options = {"dataset": "camvid", "root": tmp_path, "checkpoint": DEMO, "out": tmp_path / "out.json"}
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate", *(str(v) for k, value in options.items() for v in (f"--{k}", value))]
-    )
-    assert mpm_ops.evaluate.main() == 0
+    options = {
+        "dataset": "camvid",
+        "root": tmp_path,
+        "checkpoint": DEMO,
+        "runtime": "torch",
+        "out": tmp_path / "out.json",
+    }
+    assert main(["evaluate", *(f"--{name}={value}" for name, value in options.items())]) == 0
     assert [scores["schedule"] for scores in json.loads((tmp_path / "out.json").read_text())] == [[], [2, 5]]
     told = capsys.readouterr().out
     assert "none, " in told

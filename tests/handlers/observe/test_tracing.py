@@ -28,6 +28,7 @@ from PIL import Image
 
 from handlers.api.formats.views import encode_picture
 from handlers.api.options import RequestOptions
+from handlers.client import Answer
 from handlers.config import ServingConfig
 from handlers.engine.engine import Engine
 from handlers.errors import ServingError
@@ -434,14 +435,14 @@ def told_windows(receiver: Receiver, number: int) -> int:
 
 class TestTriton:
     def test_http(self, traced_triton: Triton, receiver: Receiver, photo: Callable[..., np.ndarray]) -> None:
-        def ask(number: int) -> requests.Response:
+        def ask(number: int) -> Answer:
             picture = encode_picture(photo(number, 128, 256), "image/jpeg")
             headers = {"X_Request_Id": f"http-{number}", **parent_of(number)}
             return infer_raw(traced_triton.url, "tiny", picture, X_MPM_Outputs="MASK_PNG", **headers)
 
         numbers = range(101, 105)
         with ThreadPoolExecutor(len(numbers)) as clients:
-            assert {reply.status_code for reply in clients.map(ask, numbers)} == {200}
+            assert {reply.status for reply in clients.map(ask, numbers)} == {200}
         for name, root in receiver.requests(*(f"http-{n}" for n in numbers)).items():
             check_whole(receiver, root, int(name.removeprefix("http-")))
             line = line_of(traced_triton.log, name)
