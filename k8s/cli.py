@@ -1,5 +1,6 @@
 """Commands of `mpm` for a fleet: manifests checked, servers watched."""
 
+import re
 import sys
 import time
 import urllib.parse
@@ -13,9 +14,17 @@ _RATE = "20s"  # ten scrapes: curves appear soon after the start
 _SHOWN = "15m"
 
 
+def _version(_: object, __: object, text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", text)
+    if not found:
+        raise click.BadParameter(f"expected a version such as 1.32, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 @click.command("check-manifests")
-@click.option("--release", is_flag=True, help="Every image has to be named by its digest.")
-def check_manifests(release: bool) -> int:
+@click.option("--release", is_flag=True, help="Every image by its digest, and no host or registry of an example.")
+@click.option("--kubernetes", default="1.35", show_default=True, callback=_version, help="The cluster's version.")
+def check_manifests(release: bool, kubernetes: tuple[int, int]) -> int:
     """Say what is wrong with the manifests on standard input, a line each; the status is 1 if anything is.
 
     kubectl kustomize k8s/overlays/h100-sxm/torchserve | mpm check-manifests
@@ -23,7 +32,7 @@ def check_manifests(release: bool) -> int:
     from .check import problems
     from .manifests import Manifests
 
-    found = problems(Manifests.parse(sys.stdin.read()), release=release)
+    found = problems(Manifests.parse(sys.stdin.read()), release=release, kubernetes=kubernetes)
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
