@@ -22,8 +22,6 @@ ENV := .venv/.installed
 TRITON := .venv/.triton
 DEMO := model_store/demo
 CHECKPOINT ?= $(DEMO)/checkpoint.pth
-STORE := build/model_store
-REPOSITORY := build/model_repository
 SAMPLES := build/samples
 
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -47,20 +45,16 @@ $(TRITON): $(ENV)
 	$(INSTALL) -e '.[triton]'
 	touch $@
 
-serve: $(ENV) $(SAMPLES)
-	$(BIN)/python -m model_store build --target torchserve --checkpoint $(DEMO)/checkpoint.pth \
-		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(STORE)
-	exec $(BIN)/python -m handlers.launch.torchserve --model-store $(STORE) \
-		--host $(HOST) --port $(PORT) --sample $(SAMPLES)/street.jpg
+SERVED := --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT)
 
-serve-triton: $(TRITON) $(SAMPLES)
-	$(BIN)/python -m model_store build --target triton --checkpoint $(DEMO)/checkpoint.pth \
-		--name segmenter --schedule $(SCHEDULE) --metrics-port $(METRICS_PORT) --out $(REPOSITORY)
-	exec $(BIN)/python -m handlers.launch.triton --model-repository $(REPOSITORY) --host $(HOST) \
-		--port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) --sample $(SAMPLES)/street.jpg
+serve: $(ENV)
+	exec $(BIN)/mpm serve --host $(HOST) --port $(PORT) $(SERVED)
+
+serve-triton: $(TRITON)
+	exec $(BIN)/mpm serve --server triton --host $(HOST) --port $(TRITON_PORT) --grpc-port $(TRITON_GRPC_PORT) $(SERVED)
 
 monitor: $(ENV)
-	exec $(BIN)/python -m k8s.monitoring --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
+	exec $(BIN)/mpm monitor --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
 
 # The masks of a sample have to be those that the library makes of the checkpoint that serves.
 LOADTEST := -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host http://$(HOST):$(PORT) \
@@ -77,7 +71,7 @@ dashboards: $(ENV)
 	$(BIN)/python -m k8s.generate
 
 $(SAMPLES): $(ENV)
-	$(BIN)/python -m model_store.demo.samples --out $@
+	$(BIN)/mpm samples --out $@
 
 images:
 	$(MAKE) image SERVER=torchserve
@@ -94,7 +88,7 @@ image:
 		--tag mpm-segmenter-$(SERVER):$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
 
 test: $(TRITON)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup
 
 test-all: $(TRITON)
 	$(BIN)/python -m pytest
@@ -105,7 +99,7 @@ check: $(TRITON)
 	$(BIN)/mypy
 
 bench: $(ENV) $(SAMPLES)
-	$(BIN)/python -m mpm_ops.bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
+	$(BIN)/mpm bench model --checkpoint $(DEMO)/checkpoint.pth --images $(SAMPLES) --out build/bench.json
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -19,7 +19,7 @@ find "$packages"/mpm_ops "$packages"/handlers -name '*.py' -exec touch --date="@
 # Torch's own tests hold the syntax of later Pythons.
 "$python" -m compileall -q -j 0 -x torch/testing/_internal --invalidation-mode unchecked-hash "$packages"
 
-"$python" -m model_store build --target "$1" --checkpoint "$packages"/model_store/demo/checkpoint.pth \
+/opt/mpm/bin/mpm build --target "$1" --checkpoint "$packages"/model_store/demo/checkpoint.pth \
     --name segmenter --schedule 2,5 --metrics-port 8090 --config docker/serving.yml --out /models
 chmod -R a+rX /models
 

@@ -8,6 +8,8 @@ what a server dropped is reported, not repeated. gRPC needs `tritonclient[grpc]`
 """
 
 import http.client
+import io
+import json
 import math
 import re
 import select
@@ -16,8 +18,13 @@ import time
 import urllib.parse
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON"}  # of Triton, by what TorchServe accepts
 
@@ -50,6 +57,15 @@ class Answer:
         """Tokens of the picture before and after merging (`X-MPM-Tokens`)."""
         counts = _TOKENS.fullmatch(self.headers.get("x-mpm-tokens", ""))
         return (int(counts[1]), int(counts[2])) if counts else None
+
+    @property
+    def error(self) -> str:
+        """What the server says is wrong, which is a field of JSON where it is one."""
+        text = self.body[:2000].decode(errors="replace").strip()
+        try:
+            return str(json.loads(text)["error"])
+        except (ValueError, KeyError, TypeError):
+            return text or f"status {self.status}"
 
     @property
     def replica(self) -> str | None:
@@ -127,6 +143,57 @@ def connect(url: str, *, connection_seconds: float = math.inf) -> Client:
     )
 
 
+def fetch(
+    url: str,
+    body: bytes | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 5.0,
+) -> Answer:
+    """Send one request over a connection of its own: POST with a body, GET without.
+
+    Args:
+        url: of HTTP; its host is asked itself, whatever proxy the environment names.
+        timeout_seconds: of connecting, and of each read.
+
+    Raises:
+        NoAnswerError: the connection failed.
+        TimeoutError: no answer in time.
+        ValueError: the URL is not one of HTTP.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url: expected http(s)://HOST:PORT/PATH, got {url!r}")
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    with closing(_open(parts, timeout_seconds)) as connection:
+        return _exchange(connection, "GET" if body is None else "POST", target, body, headers or {})[0]
+
+
+def _open(url: urllib.parse.SplitResult, timeout_seconds: float) -> http.client.HTTPConnection:
+    make = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    return make(url.hostname or "", url.port, timeout=timeout_seconds)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    target: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+) -> tuple[Answer, bool]:
+    """The answer, and whether the server closes the connection after it."""
+    try:
+        connection.request(method, target, body, dict(headers))
+        response = connection.getresponse()
+        content = response.read()
+    except TimeoutError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        raise NoAnswerError(f"{type(error).__name__}: {error}") from None
+    named = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, content, named), response.will_close
+
+
 class _HttpClient(Client):
     """TorchServe: HTTP/1.1 over connections that are kept; one is opened where none is idle."""
 
@@ -174,36 +241,28 @@ class _HttpClient(Client):
     ) -> Answer:
         kept = self._connection(timeout_seconds)
         try:
-            kept.http.request(method, target, body, dict(headers))
-            response = kept.http.getresponse()
-            content = response.read()
-        except TimeoutError:
-            kept.http.close()
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            kept.http.close()
-            raise NoAnswerError(f"{type(error).__name__}: {error}") from None
+            answer, will_close = _exchange(kept.http, method, target, body, headers)
         except BaseException:  # a greenlet that is killed would leave half an answer in the connection
             kept.http.close()
             raise
-        if response.will_close or kept.age >= self._connection_seconds:
+        if will_close or kept.age >= self._connection_seconds:
             kept.http.close()
         else:
             self._idle.append(kept)
-        named = {name.lower(): value for name, value in response.getheaders()}
-        return self._value(Answer(response.status, content, named))
+        return self._value(answer)
 
     def _connection(self, timeout_seconds: float) -> "_Connection":
-        while self._idle:
-            kept = self._idle.pop()
+        while True:
+            try:
+                kept = self._idle.pop()
+            except IndexError:
+                return _Connection(_open(self._url, timeout_seconds), time.monotonic())
             sock = kept.http.sock
             closed = sock is None or select.select([sock], [], [], 0)[0]  # by the server, while it was idle
             if not closed and kept.age < self._connection_seconds:
                 sock.settimeout(timeout_seconds)
                 return kept
             kept.http.close()
-        make = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        return _Connection(make(self._url.hostname or "", self._url.port, timeout=timeout_seconds), time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +275,12 @@ class _Connection:
         return time.monotonic() - self.opened
 
 
+def _output(accept: str) -> str:
+    if accept not in OUTPUTS:
+        raise ValueError(f"accept: expected one of {', '.join(OUTPUTS)} on Triton, got {accept!r}")
+    return OUTPUTS[accept]
+
+
 class _TritonHttpClient(_HttpClient):
     """Triton: a raw body in, and one binary output back."""
 
@@ -226,7 +291,7 @@ class _TritonHttpClient(_HttpClient):
         return f"{self._url.path}/ready"
 
     def _headers(self, accept: str) -> dict[str, str]:
-        return {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": OUTPUTS[accept]}
+        return {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": _output(accept)}
 
     def _value(self, answer: Answer) -> Answer:
         described = answer.headers.get("inference-header-content-length", "")
@@ -259,7 +324,7 @@ class _GrpcClient(Client):
         request = messages.ModelInferRequest(
             model_name=self._model,
             inputs=[messages.ModelInferRequest.InferInputTensor(name="IMAGE", datatype="BYTES", shape=[1, 1])],
-            outputs=[messages.ModelInferRequest.InferRequestedOutputTensor(name=OUTPUTS[accept])],
+            outputs=[messages.ModelInferRequest.InferRequestedOutputTensor(name=_output(accept))],
             raw_input_contents=[struct.pack("<I", len(picture)) + picture],
         )
         for name, value in (headers or {}).items():
@@ -337,6 +402,49 @@ class _Channel:
             self._channel.close()
 
 
+def segment_shared(address: str, model: str, frame: "np.ndarray", secret: str) -> "np.ndarray":
+    """Pass an uncompressed frame to a Triton on this machine, and its class ids back, through shared memory.
+
+    Args:
+        address: HOST:PORT of gRPC.
+        frame: uint8 RGB [H, W, 3].
+        secret: the server's, because who may register memory may read what others registered.
+
+    Returns:
+        [H, W] class ids of a model with 256 classes at most, a copy of the shared memory.
+
+    Raises:
+        tritonclient.utils.InferenceServerException: the server refused.
+    """
+    import numpy as np
+    import tritonclient.grpc as triton
+    from tritonclient.utils import serialize_byte_tensor, shared_memory
+
+    admin = {"triton-grpc-protocol-x-admin": secret}
+    file = io.BytesIO()
+    np.save(file, frame)
+    image_bytes = serialize_byte_tensor(np.array([[file.getvalue()]], dtype=np.object_)).item()
+    mask_bytes = frame.shape[0] * frame.shape[1]  # one a pixel
+    name, size = f"mpm-{uuid4()}", len(image_bytes) + mask_bytes
+    with triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
+        memory = shared_memory.create_shared_memory_region(name, f"/{name}", size)
+        try:
+            shared_memory.set_shared_memory_region(memory, [np.frombuffer(image_bytes, np.uint8)])
+            client.register_system_shared_memory(name, f"/{name}", size, headers=admin)
+            try:
+                image = triton.InferInput("IMAGE", [1, 1], "BYTES")
+                image.set_shared_memory(name, len(image_bytes))
+                mask = triton.InferRequestedOutput("MASK")
+                mask.set_shared_memory(name, mask_bytes, offset=len(image_bytes))
+                client.infer(model, [image], outputs=[mask])
+            finally:
+                client.unregister_system_shared_memory(name, headers=admin)
+            labels = shared_memory.get_contents_as_numpy(memory, np.uint8, list(frame.shape[:2]), len(image_bytes))
+            return np.array(labels)
+        finally:
+            shared_memory.destroy_shared_memory_region(memory)
+
+
 Key = tuple[str, tuple[tuple[str, str], ...]]
 _SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{((?:[^\"}]|\"(?:[^\"\\]|\\.)*\")*)\})? +([^ ]+)(?: .*)?")
 _LABEL = re.compile(r"(\w+)=\"((?:[^\"\\]|\\.)*)\"")
@@ -391,18 +499,7 @@ def read_metrics(url: str, timeout_seconds: float = 5.0) -> Metrics:
         OSError: no answer, or another status than 200.
         ValueError: the URL is not one of HTTP, or its page not in Prometheus' text format.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"metrics: expected http://HOST:PORT/metrics, got {url!r}")
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_seconds)
-    try:
-        connection.request("GET", parts.path or "/")
-        response = connection.getresponse()
-        body = response.read()
-    except http.client.HTTPException as error:
-        raise OSError(f"{url}: {error or type(error).__name__}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise OSError(f"{url}: status {response.status}")
-    return Metrics.parse(body.decode())
+    answer = fetch(url, timeout_seconds=timeout_seconds)
+    if answer.status != 200:
+        raise OSError(f"{url}: status {answer.status}")
+    return Metrics.parse(answer.body.decode())

@@ -1,13 +1,6 @@
-"""Find what is wrong in rendered manifests and what their schemas let pass.
+"""Find what is wrong in rendered manifests and what their schemas let pass, see `mpm check-manifests`."""
 
-kubectl kustomize k8s/overlays/h100-sxm/torchserve | python -m k8s.check [--release]
-
-Prints a line per problem and exits with 1 if there is any. With --release every image has to be named by its digest.
-"""
-
-import argparse
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -325,8 +318,8 @@ def probes(manifests: Manifests) -> Iterator[str]:
             yield f"{where}: startupProbe: expected 300 s or more for a server to start"
         for probe in ("startupProbe", "livenessProbe"):
             command = container.get(probe, {}).get("exec", {}).get("command", [])
-            if "handlers.launch.health" not in command:
-                yield f"{where}: {probe}: expected handlers.launch.health, since front ends call a dead model healthy"
+            if command[:2] != ["mpm", "health"]:
+                yield f"{where}: {probe}: expected mpm health, since front ends call a dead model healthy"
                 continue
             own = [float(word.partition("=")[2]) for word in command if word.startswith("--timeout=")]
             if not own or own[0] >= container[probe].get("timeoutSeconds", 1):
@@ -477,31 +470,14 @@ def _quota(manifests: Manifests) -> Iterator[str]:
 
 
 def confinement(manifests: Manifests) -> Iterator[str]:
-    """Pods run as `restricted` asks, on a root that they can't write, and have nothing to say to the API server."""
+    """The namespace refuses pods that are not `restricted`, and servers run as the image's user.
+
+    What else confines a container is checkov's to find (k8s/checkov.yml).
+    """
     for namespace in manifests.of("Namespace"):
         enforced = namespace["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")
         if enforced != "restricted":
             yield f"{name_of(namespace)}: pod-security.kubernetes.io/enforce: expected restricted, got {enforced}"
-    for workload in manifests.workloads:
-        pod, where = pod_of(workload), name_of(workload)
-        context = pod.get("securityContext", {})
-        if not context.get("runAsNonRoot") or context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
-            yield f"{where}: securityContext: expected runAsNonRoot and seccompProfile RuntimeDefault"
-        if pod.get("automountServiceAccountToken") is not False:
-            yield f"{where}: automountServiceAccountToken: expected false"
-        for field in ("hostNetwork", "hostPID", "hostIPC"):
-            if pod.get(field):
-                yield f"{where}: {field}: expected false"
-        for container in containers_of(pod):
-            own = container.get("securityContext", {})
-            if (
-                own.get("allowPrivilegeEscalation") is not False
-                or not own.get("readOnlyRootFilesystem")
-                or own.get("capabilities", {}).get("drop") != ["ALL"]
-                or own.get("capabilities", {}).get("add")
-                or own.get("privileged")
-            ):
-                yield f"{where}: {container['name']}: securityContext: expected a read-only root and no privilege"
     for server in manifests.servers:
         if pod_of(server).get("securityContext", {}).get("runAsUser") != USER:
             yield f"{name_of(server)}: runAsUser: expected {USER}"
@@ -630,7 +606,7 @@ def _knows_its_cores(server: Manifest) -> bool:
 
 
 def _is_triton(workload: Manifest) -> bool:
-    return any("handlers.launch.triton" in c.get("command", []) for c in pod_of(workload)["containers"])
+    return any("--server=triton" in c.get("args", []) for c in pod_of(workload)["containers"])
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -671,21 +647,3 @@ def problems(manifests: Manifests, *, release: bool = False) -> list[str]:
     """What is wrong, a sentence each; with `release` images without a digest too."""
     checks = (*CHECKS, digests) if release else CHECKS
     return [f"{check.__name__}: {problem}" for check in checks for problem in check(manifests)]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m k8s.check", description=__doc__.split("\n")[0])
-    parser.add_argument("--release", action="store_true", help="every image has to be named by its digest")
-    arguments = parser.parse_args()
-    try:
-        found = problems(Manifests.parse(sys.stdin.read()), release=arguments.release)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for problem in found:
-        print(problem, file=sys.stderr)
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

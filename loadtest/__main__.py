@@ -1,20 +1,15 @@
-"""python -m loadtest COMMAND …; without one it lists them."""
+"""`python -m loadtest COMMAND …` is `mpm loadtest COMMAND …`."""
 
-import signal
 import sys
 from collections.abc import Sequence
 
-import click
-
-from .cli import commands, invoke
+from handlers import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    group = click.Group("loadtest", commands=commands(), help="Load tests of a served model.")
-    return invoke(group, "python -m loadtest", argv)
+    return cli.main(["loadtest", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
     sys.exit(main())

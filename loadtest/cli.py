@@ -1,20 +1,16 @@
-"""The commands of this package, as functions of their arguments."""
+"""The commands of `mpm loadtest`."""
 
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
-from .masks import environment
-
-Command = Callable[[Sequence[str] | None], int]
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
 def commands() -> dict[str, click.Command]:
-    """Every command by its name; `invoke` runs one."""
+    """Every command by its name."""
     from . import capacity, compare, masks, page, search
 
     return {
@@ -28,33 +24,25 @@ def commands() -> dict[str, click.Command]:
     }
 
 
-def invoke(command: click.Command, name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input is one line on standard error.
+class _Commands(click.Group):
+    """`mpm loadtest`, whose commands are imported when they are asked for."""
 
-    Args:
-        name: as whoever typed it knows it, for its help.
-        argv: its arguments; those of this process by default.
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(commands())
 
-    Returns:
-        The exit status: 0, 2 for bad input, or what the command returned.
-    """
-    try:
-        returned = command.main(list(sys.argv[1:] if argv is None else argv), name, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 2
-    return returned if isinstance(returned, int) else 0
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return commands().get(cmd_name)
+
+
+group = _Commands("loadtest", help="Load tests of a served model.")
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def _run(arguments: tuple[str, ...]) -> None:
     """Start locust with this package's locustfile; all arguments are locust's."""
+    from .masks import environment
+
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments]
     os.execve(command[0], command, environment())
 

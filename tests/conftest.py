@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"  # of `requests`; our client asks no proxy
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported: kernels then run on the CPU
 
@@ -21,6 +22,8 @@ _SERVING = (
     "onnxruntime", "openvino", "opentelemetry", "promql_parser", "pycocotools", "requests", "simplejpeg",
     "tritonclient", "ts", "zlib_ng",
 )  # fmt: skip
+
+_SERVERS = ("server", "triton")  # fixtures of `tiny_server`
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,9 +40,16 @@ def pytest_make_collect_report(
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of kernels run in triton's interpreter without a GPU, and with one belong to `-m gpu`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of kernels run in triton's interpreter without a GPU, and with one belong to `-m gpu`.
+
+    With `-n`, one process runs all tests of a server, which starts once, and all tests of a file.
+    """
+    parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
+        if parallel:
+            server = next((name for name in _SERVERS if name in getattr(item, "fixturenames", ())), None)
+            item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
         if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
 

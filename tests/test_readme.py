@@ -11,11 +11,13 @@ import shlex
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import yaml
 
+from handlers import cli
 from handlers.config import ServingConfig
 from handlers.observe.metrics import Metrics
 
@@ -47,9 +49,14 @@ def _only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
         parse(parser, *arguments)
         raise _ParsedError
 
-    def stop_command(command: click.Command, context: click.Context) -> None:
+    def stop_command(command: click.Command, context: click.Context) -> Any:
+        if isinstance(command, click.Group):
+            return None  # its command is parsed next
+        if command.name == "bench":
+            return invoke(command, context)  # which hands the arguments on
         raise _ParsedError
 
+    invoke = click.Command.invoke
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(click.Command, "invoke", stop_command)
 
@@ -90,6 +97,57 @@ def settings() -> str:
     )
 
 
+def read_mpm(line: str) -> None:
+    """Let the command `mpm` parse the rest; without options, see that it has such a command.
+
+    Raises:
+        SystemExit, click.UsageError: the arguments are refused.
+    """
+    arguments = shlex.split(re.split(r"[|;`]|&&", line)[0], comments=True)
+    if not any(argument.startswith("-") or "/" in argument for argument in arguments):
+        arguments.append("--help")
+    try:
+        assert cli.commands.main(arguments, "mpm", standalone_mode=False) == 0, "only its help is not stopped"
+    except _ParsedError:
+        return
+    except SystemExit as stopped:  # the help of what is handed on
+        if stopped.code != 0:
+            raise
+
+
+@pytest.mark.usefixtures("_only_parsing")
+@pytest.mark.parametrize("line", found(r"(?:^|[\s/])mpm (.+)", text=f"{SPACED}\n{MANUAL_COMMANDS}"))
+def test_mpm_takes_its_options(line: str) -> None:
+    read_mpm(line)
+
+
+@pytest.mark.usefixtures("_only_parsing")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("everything", "No such command 'everything'"),
+        ("serve --prot 80", "No such option '--prot'"),
+        ("serve --port 80000", "80000 is not in the range"),
+        ("build --target nginx --out x", "'nginx' is not one of 'torchserve', 'triton'"),
+        ("loadtest capacity --rate 500", "Missing argument"),
+        ("loadtest nothing --rate 500", "No such command 'nothing'"),
+        ("bench everything", "invalid choice: 'everything'"),
+        ("bench codec --checkpoint x", "the following arguments are required: --images"),
+        ("bench model --images X --most many  # comment", "invalid int value: 'many'"),
+        ("bench model --images X | tee log", None),
+        ("health", None),
+    ],
+)
+def test_what_is_wrong_of_mpm_is_noticed(line: str, expected: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if expected is None:
+        read_mpm(line)
+        return
+    with pytest.raises((click.UsageError, SystemExit)) as raised:
+        read_mpm(line)
+    told = raised.value.format_message() if isinstance(raised.value, click.UsageError) else ""
+    assert expected in f"{told} {capsys.readouterr().err}"
+
+
 def read_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the module that `python -m` names parse the rest; without options, see that it has such a command.
 
@@ -128,12 +186,8 @@ def test_commands_take_their_options(line: str, monkeypatch: pytest.MonkeyPatch)
     [
         ("handlers.nothing --port 1", "No module named 'handlers.nothing'"),
         ("handlers.engine.grouping --port 1", "No module named 'handlers.engine.grouping.__main__'"),
-        ("handlers.launch.health", None),
-        ("handlers.launch.health --wait 3 http://127.0.0.1", "unrecognized arguments: --wait"),
-        ("handlers.bench everything", "invalid choice: 'everything'"),
-        ("handlers.bench codec --checkpoint x", "the following arguments are required: --images"),
-        ("mpm_ops.bench model --images X --most many  # comment", "invalid int value: 'many'"),
-        ("mpm_ops.bench model --images X | tee log", None),
+        ("handlers.bench.gpu --wait 3", "unrecognized arguments: --wait"),
+        ("mpm_ops.bench gpu", None),
     ],
 )
 def test_a_command_that_is_wrong_is_noticed(

@@ -1,20 +1,17 @@
-"""What serving costs and earns on this machine, measured.
-
-python -m handlers.bench codec --checkpoint checkpoint.pth --images DIR_OR_FILE           # decoding and encoding
-python -m handlers.bench end-to-end --checkpoint checkpoint.pth --images DIR_OR_FILE      # engine against its steps
-python -m handlers.bench servers --checkpoint checkpoint.pth --images DIR_OR_FILE         # TorchServe and Triton
-"""
+"""What this project measures: `mpm bench`, one module for each question."""
 
 import sys
+from collections.abc import Sequence
 
-from mpm_ops.bench import answer
+from mpm_ops.bench import answer, model
 
-from . import codec, end_to_end, servers
+from . import codec, end_to_end, gpu, servers
 
 
-def main() -> int:
-    questions = (codec, end_to_end, servers)
-    return answer("python -m handlers.bench", __doc__.split("\n")[0], questions)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer one question of a command line; that of this process by default."""
+    questions = (model, codec, end_to_end, servers, gpu)
+    return answer("mpm bench", "What merging and serving cost and earn on this machine.", questions, argv)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def pictures_of_all_sizes(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]
 
 
 def add_command(commands: Any) -> None:
-    """Add `codec` to the commands of `python -m handlers.bench`."""
+    """Add `codec` to the commands of `mpm bench`."""
     command = commands.add_parser("codec", help="decoding, cutting and encoding, against the plain ways")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")

@@ -116,7 +116,7 @@ def _saturate(
 
 
 def add_command(commands: Any) -> None:
-    """Add `end-to-end` to the commands of `python -m handlers.bench`."""
+    """Add `end-to-end` to the commands of `mpm bench`."""
     command = commands.add_parser("end-to-end", help="what serving costs beyond the model")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")

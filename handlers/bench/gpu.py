@@ -163,8 +163,12 @@ def soft_pictures(number: int, side: int) -> list[np.ndarray]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m handlers.bench.gpu", description=__doc__.split("\n")[0])
+def add_command(commands: Any) -> None:
+    """Add `gpu` to the commands of `mpm bench`."""
+    _add_arguments(commands.add_parser("gpu", help="merging, networks, labels and the engine on a GPU"))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="of the engine's model (the demo model)")
     parser.add_argument("--images", type=Path, help="a picture or a folder of pictures (soft noise, 512 x 512)")
@@ -176,7 +180,10 @@ def main() -> int:
         help="engines on one GPU, of the section engines (1 2 4 8)",
     )
     parser.add_argument("--loop", type=float, default=2, help="seconds of each loop of the engine (2)")
-    arguments = parser.parse_args()
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
     images = read_images(arguments.images)[:16] if arguments.images else soft_pictures(16, 512)
     engine = partial(time_engine, arguments.checkpoint.parent, images, arguments.device, arguments.loop)
     more: list[gpu.Section] = [("engine", "", engine)]
@@ -188,6 +195,12 @@ def main() -> int:
             name = size + (", MPS" if mps else "")
             more.append(("engines", name, partial(_engines, arguments, images, size, mps, on_gpu)))
     return gpu.run_command(arguments, more)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m handlers.bench.gpu", description=__doc__.split("\n")[0])
+    _add_arguments(parser)
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":

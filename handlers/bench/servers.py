@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from handlers.api.decode import FORMATS, decode_image
+from handlers.api.containers import OFFERED
+from handlers.api.decode import decode_image
 from handlers.api.formats.png import encode_mask_png
+from handlers.client import connect
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from model_store.torchserve import build_archive
@@ -21,7 +23,7 @@ from mpm_ops.bench import model_shapes, percentile_ms, read_images, write_report
 from mpm_ops.classes import load_classes
 from mpm_ops.stages import parse_schedule
 
-from .load import WAYS, run_clients
+from .load import ask, run_clients
 
 MODEL = "bench"
 _UNLIMITED = 2**24  # tokens: what is refused would not be timed, whatever pictures are sent
@@ -51,7 +53,7 @@ def bench_servers(
     files = sorted(path for path in images.iterdir() if path.is_file()) if images.is_dir() else [images]
     pictures = [file.read_bytes() for file in files]
     if not pictures:
-        raise FileNotFoundError(f"{images}: no pictures, which may be {', '.join(FORMATS)}")
+        raise FileNotFoundError(f"{images}: no pictures, which may be {OFFERED}")
     serving = {"max_inflight_tokens": _UNLIMITED, **serving, "schedule": list(schedule)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -59,7 +61,11 @@ def bench_servers(
         build_model(checkpoint, name=MODEL, out=folder / "repository", serving=serving)
         torchserve = stack.enter_context(TorchServe(folder / "store", log=folder / "torchserve.log"))
         triton = stack.enter_context(Triton(folder / "repository", log=folder / "triton.log", exit_seconds=2))
-        urls = {"torchserve": torchserve.url, "triton": triton.url, "triton grpc": triton.grpc_url}
+        urls = {
+            "torchserve": f"{torchserve.url}/predictions/{MODEL}",
+            "triton": f"{triton.url}/v2/models/{MODEL}",
+            "triton grpc": f"grpc://{triton.grpc_url}/{MODEL}",
+        }
         for server in (torchserve, triton):
             server.wait_ready()
         _check_parity(checkpoint, schedule, pictures, urls)
@@ -67,10 +73,10 @@ def bench_servers(
         load = stack.enter_context(ProcessPoolExecutor(1, mp_context=process))
         rows = []
         for num_clients in clients:
-            runs: dict[str, list[tuple[list[float], float]]] = {way: [] for way in WAYS}
+            runs: dict[str, list[tuple[list[float], float]]] = {way: [] for way in urls}
             for _ in range(rounds):
                 for way, url in urls.items():
-                    asked = load.submit(run_clients, way, url, MODEL, pictures, num_clients, seconds)
+                    asked = load.submit(run_clients, url, pictures, num_clients, seconds)
                     runs[way].append(asked.result())
             rows += [_summary(way, num_clients, found) for way, found in runs.items()]
     return rows
@@ -85,8 +91,8 @@ def _check_parity(
         image = decode_image(picture, max_bytes=len(picture), max_pixels=10**9)
         mask = encode_mask_png(model.segment(image), classes)
         for way, url in urls.items():
-            with WAYS[way](url, MODEL) as ask:
-                if ask(picture) != mask:
+            with connect(url) as client:
+                if ask(client, picture) != mask:
                     raise RuntimeError(f"parity: {way} does not give the library's mask; no figures are reported")
 
 
@@ -102,7 +108,7 @@ def _summary(way: str, num_clients: int, runs: Sequence[tuple[list[float], float
 
 
 def add_command(commands: Any) -> None:
-    """Add `servers` to the commands of `python -m handlers.bench`."""
+    """Add `servers` to the commands of `mpm bench`."""
     command = commands.add_parser("servers", help="TorchServe and Triton under the same load")
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--images", type=Path, required=True, help="a picture or a folder of pictures")

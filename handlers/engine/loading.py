@@ -15,11 +15,11 @@ from .cpus import cpu_quota, default_threads
 from .engine import Engine
 
 
-def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
+def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
     """Start an engine on `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, in a folder.
 
     Args:
-        folder: where they lie.
+        path: the folder, or the checkpoint in it.
         config: how to serve them.
         options: passed on to `Engine`.
 
@@ -30,9 +30,9 @@ def load_engine(folder: Path, config: ServingConfig, **options: Any) -> Engine:
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    checkpoint = folder / "checkpoint.pth"
+    checkpoint = path if path.is_file() else path / "checkpoint.pth"
     model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference, device=device)
-    classes = load_classes(folder, model.config.n_cls)
+    classes = load_classes(checkpoint.parent, model.config.n_cls)
     return Engine(model, classes, config, **options)
 
 

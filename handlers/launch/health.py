@@ -1,7 +1,4 @@
-"""Is the model behind a server alive? Asks it for the mask of a tiny picture; status 0 if that comes, else 1.
-
-    python -m handlers.launch.health http://127.0.0.1:8080/predictions/NAME [--timeout 20]   # TorchServe
-    python -m handlers.launch.health http://127.0.0.1:8000/v2/models/NAME                    # Triton
+"""Is the model behind a server alive? Asks it for the mask of a tiny picture.
 
 Both servers call themselves healthy while the process that holds the model is dead or stuck: a liveness
 probe has to ask the model. An overloaded one may refuse, or answer late, and is alive all the same if it computed
@@ -9,23 +6,17 @@ something in the meantime. Its metrics tell that, so they have to be exported; w
 asked again until the time is over, because it is alive if room comes.
 """
 
-import argparse
-import http.client
-import struct
-import sys
 import time
 import urllib.parse
-import urllib.request
 import zlib
 from typing import NamedTuple
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+from handlers.client import connect, read_metrics
+from handlers.png import png_file, png_size
+
 _SIDE = 16
 _PAUSE_SECONDS = 0.2
-_METRICS_SECONDS = 5.0
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _NO_ROOM = (503, 504, 507)  # refused, late, or bodies on their way in are too many
-_METRICS_PORT = 8090  # of the Makefile, the images and the manifests
 
 
 class UnhealthyError(Exception):
@@ -59,31 +50,29 @@ def check_model(url: str, *, timeout_seconds: float, metrics_url: str = "") -> N
         UnhealthyError: no answer in time, or another answer than a mask, and nothing computed.
         ValueError: the URL is not one of a model.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or not parts.path.startswith(("/predictions/", "/v2/models/")):
-        raise ValueError(f"url: expected http://HOST:PORT/predictions/NAME or .../v2/models/NAME, got {url!r}")
     deadline = time.monotonic() + timeout_seconds
-    before = read_progress(metrics_url, url)
     told = "no answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            status, mask = _ask(parts, left)
-        except TimeoutError:
+    with connect(url) as client:
+        before = read_progress(metrics_url, url)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                answer = client.segment(tiny_picture(), content_type="image/png", timeout_seconds=left)
+            except TimeoutError:
+                if _computes(before, metrics_url, url):
+                    return
+                raise UnhealthyError(f"{url}: not answered within {timeout_seconds:g} s") from None
+            except OSError as error:
+                raise UnhealthyError(f"{url}: {error}") from None
+            if answer.status == 200:
+                if not _is_mask(answer.body):
+                    raise UnhealthyError(f"{url}: expected the mask of the picture, got {answer.body[:40]!r}")
+                return
+            told = f"status {answer.status}: {answer.body[:200].decode(errors='replace').strip()}"
+            if answer.status not in _NO_ROOM:
+                raise UnhealthyError(f"{url}: {told}", answer.status)
             if _computes(before, metrics_url, url):
                 return
-            raise UnhealthyError(f"{url}: not answered within {timeout_seconds:g} s") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UnhealthyError(f"{url}: {error or type(error).__name__}") from None
-        if status == 200:
-            if not _is_mask(mask):
-                raise UnhealthyError(f"{url}: expected the mask of the picture, got {mask[:40]!r}")
-            return
-        told = f"status {status}: {mask[:200].decode(errors='replace').strip()}"
-        if status not in _NO_ROOM:
-            raise UnhealthyError(f"{url}: {told}", status)
-        if _computes(before, metrics_url, url):
-            return
-        time.sleep(_PAUSE_SECONDS)
+            time.sleep(_PAUSE_SECONDS)
     raise UnhealthyError(f"{url}: not answered within {timeout_seconds:g} s; last it said {told}")
 
 
@@ -96,17 +85,12 @@ def read_progress(metrics_url: str, model_url: str) -> Progress | None:
     """
     if not metrics_url:
         return None
-    model = f'model="{urllib.parse.urlsplit(model_url).path.split("/")[3 if "/v2/" in model_url else 2]}"'
+    model = urllib.parse.urlsplit(model_url).path.partition("/versions/")[0].rpartition("/")[2]
     try:
-        with _DIRECTLY.open(metrics_url, timeout=_METRICS_SECONDS) as response:
-            lines = response.read().decode().splitlines()
-        totals = [
-            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{") and model in line)
-            for name in ("mpm_images_total", "mpm_tokens_total")
-        ]
-    except (OSError, http.client.HTTPException, ValueError):
+        metrics = read_metrics(metrics_url)
+    except (OSError, ValueError):
         return None
-    return Progress(*totals)
+    return Progress(*(metrics.total(name, model=model) for name in ("mpm_images_total", "mpm_tokens_total")))
 
 
 def _computes(before: Progress | None, metrics_url: str, model_url: str) -> bool:
@@ -117,53 +101,8 @@ def _computes(before: Progress | None, metrics_url: str, model_url: str) -> bool
 
 def tiny_picture() -> bytes:
     """A black PNG, made without a codec: a probe that runs every few seconds should start fast."""
-    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(_SIDE * (1 + _SIDE)))
-    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    return _PNG + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
-
-
-def _ask(url: urllib.parse.SplitResult, timeout_seconds: float) -> tuple[int, bytes]:
-    """Status, and the body; of Triton's good answers only the mask in it."""
-    connection = http.client.HTTPConnection(url.hostname or "", url.port or 80, timeout=timeout_seconds)
-    triton = url.path.startswith("/v2/")
-    headers = {"Content-Type": "image/png", "Accept": "image/png", "Connection": "close"}
-    if triton:
-        headers |= {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG"}
-    try:
-        connection.request("POST", url.path + ("/infer" if triton else ""), tiny_picture(), headers)
-        response = connection.getresponse()
-        body = response.read()
-        if triton and response.status == 200:
-            described = int(response.getheader("Inference-Header-Content-Length", "0"))
-            body = body[described + 4 :]  # the length of the only value takes 4 bytes
-        return response.status, body
-    finally:
-        connection.close()
+    return png_file(_SIDE, _SIDE, 8, 0, (b"IDAT", zlib.compress(bytes(_SIDE * (1 + _SIDE)))))
 
 
 def _is_mask(data: bytes) -> bool:
-    return data[:8] == _PNG and data[16:24] == struct.pack(">II", _SIDE, _SIDE)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m handlers.launch.health", description=__doc__.split("\n")[0])
-    parser.add_argument("url", help="of the model: .../predictions/NAME (TorchServe) or .../v2/models/NAME (Triton)")
-    parser.add_argument("--timeout", type=float, default=20, metavar="SECONDS", help="for everything (20)")
-    parser.add_argument("--metrics", metavar="URL", help="of the model's metrics (port 8090 of the server's host)")
-    arguments = parser.parse_args()
-    host = urllib.parse.urlsplit(arguments.url).hostname
-    metrics_url = f"http://{host}:{_METRICS_PORT}/metrics" if arguments.metrics is None else arguments.metrics
-    try:
-        check_model(arguments.url, timeout_seconds=arguments.timeout, metrics_url=metrics_url if host else "")
-    except (UnhealthyError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return png_size(data) == (_SIDE, _SIDE)

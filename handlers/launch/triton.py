@@ -1,13 +1,10 @@
 """Start and stop the Triton server that the wheel `nvidia-pytriton` brings.
 
-    python -m handlers.launch.triton --model-repository DIR [--host 127.0.0.1] [--port 8000] [--grpc-port 8001]
-
 What changes the server (loading and unloading models, shared memory, tracing, logging) asks for the header
-`x-admin` with a secret that is made up at each start; --admin-secret-file writes it down. Triton takes it on its
+`x-admin` with a secret that is made up at each start, and written into a file if one is named. Triton takes it on its
 command line alone, where every user of the machine can read it: it keeps out who only has the network.
 """
 
-import argparse
 import importlib.util
 import math
 import os
@@ -27,16 +24,7 @@ from handlers.api.headers import OPTION_HEADERS
 
 from .health import UnhealthyError, check_model
 from .models import Watch, read_repository
-from .processes import (
-    MODEL_NAME,
-    Server,
-    ServerError,
-    add_ending_options,
-    check_port,
-    free_port,
-    parse_port,
-    run_in_foreground,
-)
+from .processes import MODEL_NAME, Server, ServerError, check_port, free_port
 
 ADMIN_HEADER = "x-admin"
 
@@ -58,14 +46,15 @@ class Triton(Server):
         host, port: where HTTP listens.
         grpc_port: where gRPC listens, on the same host.
         metrics_port: where Triton's own metrics listen, on the host if it is given, else on loopback.
+        admin_secret_file: gets the secret of this start; None for nowhere.
         exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end; the
             longest deadline of the models if None.
         log: file for the server's output; None for this process's own.
 
     Raises:
         ValueError: the repository holds no model.
-        ServerError: a port is taken, the temp folder's path holds what a shell would act on, or Triton is not
-            installed.
+        ServerError: a port is taken, the temp folder's path holds what a shell would act on, the secret can't be
+            written, or Triton is not installed.
     """
 
     def __init__(
@@ -76,6 +65,7 @@ class Triton(Server):
         port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        admin_secret_file: Path | None = None,
         exit_seconds: int | None = None,
         log: Path | None = None,
     ) -> None:
@@ -101,6 +91,8 @@ class Triton(Server):
         self.metrics_port = metrics_port or free_port()
         check_port(self._metrics_host, self.metrics_port)
         self.admin_secret = secrets.token_urlsafe()  # what the header `x-admin` has to hold
+        if admin_secret_file is not None:
+            _write_secret(admin_secret_file, self.admin_secret)
         configs = {name: read_repository(model_repository / name) for name in self.models}
         longest = math.ceil(max(config.deadline_seconds for config in configs.values()))
         self._exit_seconds = longest if exit_seconds is None else exit_seconds
@@ -130,6 +122,10 @@ class Triton(Server):
                     break
                 except UnhealthyError:
                     time.sleep(0.1)
+
+    def examples(self, sample: str) -> str:
+        told = {"url": self.url, "grpc": self.grpc_url, "sample": sample}
+        return "\n\n".join(_EXAMPLES.format(name=name, **told) for name in self.models)
 
     def drain(self) -> None:
         """Nothing to do: Triton drains when it stops."""
@@ -215,9 +211,12 @@ def _zombies(pid: int) -> set[int]:
 
 def _write_secret(path: Path, secret: str) -> None:
     """Into a file that nobody else may read, from its first moment on; in place of an old one."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secret + "\n")
+    try:
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret + "\n")
+    except OSError as error:
+        raise ServerError(f"--admin-secret-file: {error}") from None
 
 
 def _find_server() -> Path:
@@ -227,65 +226,12 @@ def _find_server() -> Path:
     return Path(found.origin).parent / "tritonserver"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m handlers.launch.triton", description=__doc__.split("\n")[0])
-    parser.add_argument("--model-repository", type=Path, required=True, help="folder of models")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument(
-        "--triton-metrics-port",
-        type=parse_port,
-        default=0,
-        metavar="PORT",
-        help="where Prometheus finds Triton's own metrics, what its queue refused among them (nowhere)",
-    )
-    parser.add_argument("--admin-secret-file", type=Path, metavar="FILE", help="gets the secret of this start (none)")
-    add_ending_options(parser)
-    parser.add_argument("--sample", default="photo.jpg", help="picture to name in the examples printed when ready")
-    arguments = parser.parse_args()
-
-    if "MPM_ADMIN_SECRET" in os.environ:
-        print("MPM_ADMIN_SECRET: not used, see --admin-secret-file", file=sys.stderr)
-
-    def start() -> Triton:
-        server = Triton(
-            arguments.model_repository,
-            host=arguments.host,
-            port=arguments.port,
-            grpc_port=arguments.grpc_port,
-            metrics_port=arguments.triton_metrics_port,
-        )
-        if arguments.admin_secret_file is not None:
-            try:
-                _write_secret(arguments.admin_secret_file, server.admin_secret)
-            except OSError as error:
-                server.stop(0)
-                raise ServerError(f"--admin-secret-file: {error}") from None
-        return server
-
-    def greet(server: Triton) -> None:
-        told = {"sample": arguments.sample, "python": os.path.relpath(sys.executable)}
-        for name in server.models:
-            print(_EXAMPLES.format(url=server.url, grpc=server.grpc_url, name=name, **told))
-
-    return run_in_foreground(
-        start,
-        greet,
-        host=arguments.host,
-        ready_port=arguments.ready_port,
-        lame_duck_seconds=arguments.lame_duck_seconds,
-    )
-
-
-_EXAMPLES = """
-Ready on {url}, and for gRPC on {grpc}. Try:
-
+_EXAMPLES = """\
   n=$(curl -sS -H 'Inference-Header-Content-Length: 0' -H 'X-MPM-Outputs: MASK_PNG' --data-binary @{sample} \\
     {url}/v2/models/{name}/infer -o reply -w '%header{{inference-header-content-length}}') &&
     tail -c +$((n+5)) reply > mask.png
 
-  {python} -m handlers.triton_client http {url} {name} {sample} mask.png
+  mpm segment {sample} --url {url}/v2/models/{name} --out masks
 
 or in Python
 
@@ -295,7 +241,3 @@ or in Python
   picture.set_data_from_numpy(numpy.array([[open("{sample}", "rb").read()]], object))
   wanted = [triton.InferRequestedOutput("MASK")]
   labels = triton.InferenceServerClient("{grpc}").infer("{name}", [picture], outputs=wanted).as_numpy("MASK")[0]"""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

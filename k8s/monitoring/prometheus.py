@@ -2,22 +2,21 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from handlers.client import fetch
+from handlers.launch.processes import free_port
+
 RULES = Path(__file__).resolve().parent / "rules.yml"
 
 _START_SECONDS = 30
-_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback is never behind a proxy
 
 
 class Prometheus:
@@ -57,7 +56,7 @@ class Prometheus:
                 "prometheus: not installed; install your distribution's package `prometheus`, "
                 "or use docker/compose/compose.yml, which brings Grafana too"
             )
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._folder = folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         ours = {"job_name": "mpm", "static_configs": [{"targets": list(targets), "labels": dict(labels or {})}]}
@@ -92,15 +91,14 @@ class Prometheus:
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
-                with _OPEN(f"{self.url}/-/ready", timeout=5):
+                if fetch(f"{self.url}/-/ready").status == 200:
                     return self
             except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    self.stop()
-                    raise RuntimeError(
-                        f"prometheus: did not start; its log is {self._folder / 'prometheus.log'}"
-                    ) from None
-                time.sleep(0.1)
+                pass
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                self.stop()
+                raise RuntimeError(f"prometheus: did not start; its log is {self._folder / 'prometheus.log'}")
+            time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -134,14 +132,7 @@ class Prometheus:
             ValueError: Prometheus refuses the request.
         """
         url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        try:
-            with _OPEN(url, timeout=30) as response:
-                return json.load(response)["data"]
-        except urllib.error.HTTPError as error:
-            raise ValueError(f"prometheus: refused {parameters or path}: {error.read().decode()}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        answer = fetch(url, timeout_seconds=30)
+        if answer.status != 200:
+            raise ValueError(f"prometheus: refused {parameters or path}: {answer.body.decode()}")
+        return json.loads(answer.body)["data"]

@@ -1,9 +1,5 @@
-"""Paint sample pictures to try a server with.
+"""Sample pictures to try a server with, see `mpm samples`."""
 
-python -m model_store.demo.samples --out DIR
-"""
-
-import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -29,14 +25,3 @@ def paint_samples(out: Path) -> list[Path]:
         paths.append(out / f"{name}.jpg")
         Image.fromarray(image).save(paths[-1], quality=92)
     return paths
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model_store.demo.samples", description="Paint sample pictures.")
-    parser.add_argument("--out", type=Path, required=True)
-    for path in paint_samples(parser.parse_args().out):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -24,18 +24,19 @@ from mpm_ops.segmenter import Segmenter
 _PACKAGES = ("numpy", "openvino", "timm", "triton")  # beside torch, which calls itself by its build
 
 
-def answer(program: str, description: str, questions: Sequence[Any]) -> int:
+def answer(program: str, description: str, questions: Sequence[Any], argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer one question.
 
     Args:
         questions: modules whose `add_command` adds a parser with `run` among its defaults. What `run` raises of
             input, parity and missing packages is told in a line.
+        argv: the command line; that of this process by default.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
     commands = parser.add_subparsers(required=True)
     for question in questions:
         question.add_command(commands)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ImportError, OSError, ValueError, RuntimeError) as error:

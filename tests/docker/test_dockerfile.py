@@ -9,15 +9,17 @@ import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from dockerfile import DOCKERFILE, FOLDER, INSTRUCTIONS, METRICS_PORT, ROOT, STAGES, TARGETS, command_of, last
 
+from handlers.cli import main
 from handlers.config import ServingConfig
-from handlers.launch import health
-from handlers.launch import torchserve as torchserve_launcher
-from handlers.launch import triton as triton_launcher
+from handlers.launch import health, processes
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 
 
 def is_ignored(path: str) -> bool:
@@ -140,20 +142,18 @@ class TestPip:
 
 
 class TestCommands:
-    @pytest.mark.parametrize(
-        ("target", "launcher"), [("torchserve", torchserve_launcher), ("triton", triton_launcher)]
-    )
-    def test_launchers_take_them(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        target: str,
-        launcher: object,
+    @pytest.mark.parametrize(("target", "server"), [("torchserve", TorchServe), ("triton", Triton)])
+    def test_the_command_takes_them(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, server: type
     ) -> None:
+        starts: list[Any] = []
+        monkeypatch.setattr(processes, "run_in_foreground", lambda start, **_: starts.append(start))
         command = command_of(target)
-        assert command[:3] == ["python", "-m", launcher.__name__]  # type: ignore[attr-defined]
-        monkeypatch.setattr(launcher, "run_in_foreground", lambda *_, **__: 0)
-        monkeypatch.setattr(sys, "argv", command[2:])
-        assert launcher.main() == 0  # type: ignore[attr-defined]
+        assert command[:3] == ["mpm", "serve", "/models"]
+        assert main(["serve", str(tmp_path), *command[3:]]) == 0
+        (start,) = starts
+        assert start.func is server
+        assert start.keywords["host"] == "0.0.0.0"
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_health_check_is_an_inference(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
@@ -175,10 +175,9 @@ class TestCommands:
             text=True,
         )
         words = done.stdout.split()
-        assert words[:3] == ["python", "-m", "handlers.launch.health"]
+        assert words[:2] == ["mpm", "health"]
         assert last(target, "ENV") == "MODEL=segmenter"
-        monkeypatch.setattr(sys, "argv", words[2:])
-        assert health.main() == 0
+        assert main(words[1:]) == 0
         command = command_of(target)
         port = command[command.index("--port") + 1]
         assert asked == [

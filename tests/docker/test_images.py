@@ -304,7 +304,7 @@ class TestModelOfOnesOwn:
         for path in (*checkpoint.parent.iterdir(), checkpoint.parent, *checkpoint.parents[1:3], tmp_path):
             path.chmod(path.stat().st_mode | 0o555)
         (config / "serving.yml").write_text("metrics_host: 0.0.0.0\nmax_group_windows: 4\n")
-        command = ["python", "-m", "model_store", "build", "--target", server.target]
+        command = ["mpm", "build", "--target", server.target]
         command += ["--checkpoint", "/checkpoint/checkpoint.pth", "--name", "segmenter", "--schedule", "0,1"]
         command += ["--metrics-port", "8090", "--config", "/config/serving.yml", "--out", "/models"]
         mounts = ["-v", f"{checkpoint.parent}:/checkpoint:ro", "-v", f"{config}:/config:ro", "-v", f"{models}:/models"]
@@ -326,7 +326,7 @@ class TestLoadTest:
             pytest.skip(str(error))
 
     def test_runs_where_nothing_is_written(self, image: str) -> None:
-        with Container(image, command=["python", "-m", "loadtest", "compare", "--help"]) as container:
+        with Container(image, command=["mpm", "loadtest", "compare", "--help"]) as container:
             assert container.wait(60) == 0
             assert "--old" in container.logs()
 
@@ -340,7 +340,7 @@ class TestLoadTest:
 
 class TestEnds:
     def test_health_check_fails_when_the_model_hangs(self, image: str, server: Server) -> None:
-        command = ("python", "-m", "handlers.launch.health", server.url, "--timeout", "3")
+        command = ("mpm", "health", server.url, "--timeout", "3")
         with Container(image) as container:
             container.wait_ready()
             assert container.execute(*command).returncode == 0
@@ -356,7 +356,7 @@ class TestEnds:
 
     def test_health_check_fails_when_the_model_is_dead(self, image: str, server: Server) -> None:
         """TorchServe brings it back within seconds; Triton never does, so that somebody has to notice."""
-        command = ("python", "-m", "handlers.launch.health", server.url, "--timeout", "3")
+        command = ("mpm", "health", server.url, "--timeout", "3")
         with Container(image) as container:
             container.wait_ready()
             (model,) = container.models()

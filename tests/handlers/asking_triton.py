@@ -3,29 +3,29 @@
 import json
 
 import psutil
-import requests
 
+from handlers.client import Answer, fetch
 from handlers.launch.triton import Triton
 
 TIMEOUT = 60
 RAW = {"Inference-Header-Content-Length": "0", "Accept-Encoding": "identity", "Connection": "close"}
 
 
-def infer_raw(url: str, model: str, data: bytes, **headers: str) -> requests.Response:
+def infer_raw(url: str, model: str, data: bytes, **headers: str) -> Answer:
     """Post a picture as the whole body, as curl would."""
     sent = RAW | {name.replace("_", "-"): value for name, value in headers.items()}
-    return requests.post(f"{url}/v2/models/{model}/infer", data=data, headers=sent, timeout=TIMEOUT)
+    return fetch(f"{url}/v2/models/{model}/infer", data, headers=sent, timeout_seconds=TIMEOUT)
 
 
-def raw_outputs(response: requests.Response) -> dict[str, bytes]:
+def raw_outputs(answer: Answer) -> dict[str, bytes]:
     """The values of a raw answer; those of BYTES without their length."""
-    assert response.status_code == 200, response.text
-    described = int(response.headers["Inference-Header-Content-Length"])
+    assert answer.status == 200, answer.error
+    described = int(answer.headers["inference-header-content-length"])
     outputs, position = {}, described
-    for output in json.loads(response.content[:described])["outputs"]:
+    for output in json.loads(answer.body[:described])["outputs"]:
         size = output["parameters"]["binary_data_size"]
         skipped = 4 if output["datatype"] == "BYTES" else 0
-        outputs[output["name"]] = response.content[position + skipped : position + size]
+        outputs[output["name"]] = answer.body[position + skipped : position + size]
         position += size
     return outputs
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import requests
 
+from handlers.client import fetch
 from handlers.launch.processes import free_port
 
 SECONDS_TO_START = 150
@@ -32,7 +32,7 @@ class Launched:
 
     @property
     def is_ready(self) -> bool:
-        return requests.get(self._ready_url, timeout=10).status_code == 200
+        return fetch(self._ready_url, timeout_seconds=10).status == 200
 
     def children(self, text: str) -> list[psutil.Process]:
         """Living processes below it with a text in their command lines."""
@@ -52,8 +52,7 @@ class Launched:
 def launched(server: str, folder: Path, log: Path, *options: object) -> Iterator[Launched]:
     """Start a launcher on its model store or repository; it is stopped in the end, and leaves no process."""
     port, ready_port = free_port(), free_port()
-    option = "--model-store" if server == "torchserve" else "--model-repository"
-    command = [sys.executable, "-m", f"handlers.launch.{server}", option, str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "handlers", "serve", str(folder), "--server", server, "--port", str(port)]
     if server == "triton":
         command += ["--grpc-port", "0"]
     command += ["--ready-port", str(ready_port), *map(str, options)]

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from handlers.bench import __main__ as bench
-from handlers.bench.load import WAYS
 
 pytest_plugins = ("tiny_server",)
 
@@ -26,7 +25,9 @@ def test_all_servers_are_timed_under_the_same_load(
     )
     assert bench.main() == 0
     report = json.loads(out.read_text())
-    assert [(row["way"], row["clients"]) for row in report["servers"]] == [(way, 2) for way in WAYS]
+    assert [(row["way"], row["clients"]) for row in report["servers"]] == [
+        (way, 2) for way in ("torchserve", "triton", "triton grpc")
+    ]
     assert all(row["requests"] > 2 and row["rps"] > 0 and row["ms_p99"] >= row["ms_p50"] for row in report["servers"])
     assert report["shapes"]["pictures"] == [[128, 200, 3]] * 2
     assert report["shapes"]["schedule"] == [0, 1]

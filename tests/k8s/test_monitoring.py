@@ -24,15 +24,14 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
-from tritonclient.utils import InferenceServerException
 
 from handlers.api.formats.views import encode_picture
+from handlers.client import connect
 from handlers.launch.processes import free_port
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
-from handlers.triton_client import segment_http
+from k8s.cli import graph_url
 from k8s.generate import dashboards
-from k8s.monitoring.__main__ import graph_url
 from k8s.monitoring.boards import BOARDS, Board, concrete
 from k8s.monitoring.grafana import RUNBOOK, render_runbook
 from k8s.monitoring.prometheus import RULES, Prometheus
@@ -159,9 +158,9 @@ def test_triton_exports_the_same_names(
     triton: Triton, triton_metrics_port: int, metrics_port: int, photo: Callable[..., np.ndarray]
 ) -> None:
     before = scrape(triton_metrics_port)
-    assert segment_http(triton.url, "tiny", encode_picture(photo(0), "image/jpeg"))
-    with pytest.raises(InferenceServerException, match="X-MPM-View: expected one of"):
-        segment_http(triton.url, "tiny", b"", {"x-mpm-view": "funny"})
+    with connect(f"grpc://{triton.grpc_url}/tiny") as client:
+        assert client.segment(encode_picture(photo(0), "image/jpeg")).status == 200
+        assert "X-MPM-View: expected one of" in client.segment(b"", headers={"x-mpm-view": "funny"}).error
     after = scrape(triton_metrics_port)
     assert after["mpm_images_total"] == before["mpm_images_total"] + 1
     assert after["mpm_requests_total"] == before["mpm_requests_total"] + 2, "what could not be submitted counts too"

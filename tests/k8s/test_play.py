@@ -24,8 +24,8 @@ from PIL import Image
 from rendering import ROOT, render
 
 from handlers.api.formats.views import encode_picture
+from handlers.client import connect
 from handlers.launch.processes import free_port
-from handlers.triton_client import segment_http
 from k8s.manifests import Manifests, containers_of, pod_of, server_of
 from mpm_ops import load_segmenter
 
@@ -159,7 +159,8 @@ def test_it_answers_a_picture_as_the_library_does(played: Played, capsys: pytest
         assert tokens[1] < tokens[0], "the schedule of the manifest merges"
         mask = answer.content
     else:
-        mask = segment_http(f"http://127.0.0.1:{played.ports['8000']}", "segmenter", picture)
+        with connect(f"http://127.0.0.1:{played.ports['8000']}/v2/models/segmenter") as client:
+            mask = client.segment(picture).body
     model = load_segmenter(ROOT / "model_store" / "demo" / "checkpoint.pth", schedule=(2, 5), runtime="auto")
     assert (np.asarray(Image.open(io.BytesIO(mask))) == model.segment(image)).all()
     with capsys.disabled():
@@ -201,7 +202,7 @@ def test_the_liveness_probe_notices_a_dead_engine_and_so_does_readiness(played: 
     stopped = played.run("python", "-c", code).stdout.split()
     assert stopped
     url = server_of(played.deployment)["livenessProbe"]["exec"]["command"][-1]
-    assert played.run("python", "-m", "handlers.launch.health", "--timeout=3", url).returncode == 1
+    assert played.run("mpm", "health", "--timeout=3", url).returncode == 1
     for pid in stopped:
         played.run("python", "-c", f"import os, signal; os.kill({pid}, signal.SIGCONT)")
     assert played.probe("livenessProbe").returncode == 0

@@ -54,14 +54,11 @@ class Replica:
         self.starts += 1
         temp = self.folder / f"temp{self.starts}"
         temp.mkdir(parents=True)
-        where = {
-            "torchserve": ["handlers.launch.torchserve", "--model-store", str(self.store)],
-            "triton": ["handlers.launch.triton", "--model-repository", str(self.store), "--grpc-port", "0"],
-        }[self.kind]
+        where = [str(self.store), *(["--grpc-port", "0"] if self.kind == "triton" else [])]
         ending = ["--ready-port", str(self.ready_port), "--lame-duck-seconds", str(lame_duck_seconds)]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *where, "--port", str(self.port), *ending],
+                [sys.executable, "-m", "handlers", "serve", *where, "--port", str(self.port), *ending],
                 stdout=output,
                 stderr=output,
                 env=os.environ | {"TMPDIR": str(temp)},
@@ -286,7 +283,20 @@ class TestPair:
         right = ["--checkpoint", str(checkpoint), "--schedule", "0,1", "--slo", "errors=0", "--max-lateness", "1m"]
         right += ["--min-agreement", "95%"]
         out = tmp_path / "report.html"
-        command = [sys.executable, "-m", "loadtest", "run", "--headless", *where, *what, *right, "--report", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "handlers",
+            "loadtest",
+            "run",
+            "--headless",
+            *where,
+            *what,
+            *right,
+            "--report",
+            str(out),
+        ]
+        command += ["--report", str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as load:
             try:
                 wait_for(lambda: load.poll() is not None or has_child(load.pid, "locust"))

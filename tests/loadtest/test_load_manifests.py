@@ -48,7 +48,7 @@ def arguments(manifest: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("job", ["loadtest", "loadtest-worker"])
 def test_locust_takes_the_arguments(manifests: dict[tuple[str, str], dict[str, Any]], job: str) -> None:
     container = pod(manifests["Job", job])["containers"][0]
-    assert container["command"] == ["python", "-m", "loadtest", "run"]
+    assert container["command"] == ["mpm", "loadtest", "run"]
     listed = subprocess.run(
         [sys.executable, *container["command"][1:], *container["args"], "--list"], capture_output=True, text=True
     )

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 from asking_triton import infer_raw
 from launched import Launched, launched
 
 from handlers.api.formats.views import encode_picture
+from handlers.client import fetch
 from handlers.launch.processes import free_port
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
@@ -74,14 +74,11 @@ def test_triton_ends_when_its_model_was_killed(build: Callable[..., tuple[str, P
     options = ("--triton-metrics-port", port, "--admin-secret-file", secret)
     with launched(*build("triton"), tmp_path / "log", *options) as server:
         assert server.is_ready
-        counted = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+        counted = fetch(f"http://127.0.0.1:{port}/metrics", timeout_seconds=10).body.decode()
         assert 'nv_inference_request_failure{model="tiny",reason="REJECTED"' in counted
         assert secret.stat().st_mode & 0o777 == 0o600
         for given, status in (("guess", 403), (secret.read_text().strip(), 200)):
-            index = requests.post(
-                f"{server.url}/v2/repository/index", headers={"x-admin": given, "Connection": "close"}, timeout=10
-            )
-            assert index.status_code == status
+            assert fetch(f"{server.url}/v2/repository/index", b"", headers={"x-admin": given}).status == status
         (stub,) = server.children("/tiny/")
         stub.kill()
         server.wait_until(lambda: not server.is_ready, 10)
@@ -102,7 +99,7 @@ def test_torchserve_is_not_ready_until_its_worker_is_back(
         server.wait_until(lambda: not server.is_ready, 10)
         server.wait_until(lambda: server.is_ready, 60)
         picture = encode_picture(photo(0), "image/png")
-        assert requests.post(f"{server.url}/predictions/tiny", data=picture, timeout=60).status_code == 200
+        assert fetch(f"{server.url}/predictions/tiny", picture, timeout_seconds=60).status == 200
     assert server.process.returncode == 0
     assert "ready again" in server.told
 
@@ -134,10 +131,10 @@ def test_too_much_to_do_is_no_illness(
     def ask(server: Launched) -> None:
         while not end.is_set():
             if target == "triton":
-                statuses[infer_raw(server.url, "tiny", picture).status_code] += 1
+                statuses[infer_raw(server.url, "tiny", picture).status] += 1
             else:
-                answer = requests.post(f"{server.url}/predictions/tiny", data=picture, timeout=100)
-                statuses[answer.status_code] += 1
+                answer = fetch(f"{server.url}/predictions/tiny", picture, timeout_seconds=100)
+                statuses[answer.status] += 1
             time.sleep(0.2)
 
     with launched(*build(target, SLOW, **serving), tmp_path / "log") as server:
@@ -145,7 +142,7 @@ def test_too_much_to_do_is_no_illness(
         for client in clients:
             client.start()
         path = "v2/models/tiny" if target == "triton" else "predictions/tiny"
-        probe = [sys.executable, "-m", "handlers.launch.health", f"{server.url}/{path}", "--timeout", "8", "--metrics"]
+        probe = [sys.executable, "-m", "handlers", "health", f"{server.url}/{path}", "--timeout", "8", "--metrics"]
         begin, alive, ready = time.monotonic(), [], []
         while time.monotonic() < begin + 75:
             alive.append(subprocess.run([*probe, f"http://127.0.0.1:{port}/metrics"]).returncode)

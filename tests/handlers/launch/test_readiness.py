@@ -1,12 +1,12 @@
 """A port that says whether requests should be sent here."""
 
-import argparse
 import socket
 
 import pytest
 import requests
 
-from handlers.launch.processes import add_ending_options, free_port
+from handlers.cli import main
+from handlers.launch.processes import free_port
 from handlers.launch.readiness import Readiness
 
 
@@ -38,19 +38,16 @@ def test_no_port() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--ready-port", "http"], "expected a port within 0..65535, got 'http'"),
-        (["--ready-port", "65536"], "expected a port within 0..65535, got '65536'"),
-        (["--lame-duck-seconds", "soon"], "expected seconds >= 0, got 'soon'"),
-        (["--lame-duck-seconds", "-1"], "expected seconds >= 0, got '-1'"),
-        (["--lame-duck-seconds", "inf"], "expected seconds >= 0, got 'inf'"),
+        ("--ready-port=http", "'http' is not a valid integer range"),
+        ("--ready-port=65536", "65536 is not in the range 0<=x<=65535"),
+        ("--lame-duck-seconds=soon", "'soon' is not a valid float"),
+        ("--lame-duck-seconds=-1", "expected seconds >= 0, got -1"),
+        ("--lame-duck-seconds=inf", "expected seconds >= 0, got inf"),
+        ("--lame-duck-seconds=nan", "expected seconds >= 0, got nan"),
     ],
 )
-def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_ending_options(parser)
-    assert parser.parse_args([]) == argparse.Namespace(ready_port=0, lame_duck_seconds=0.0)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["=".join(options)])
+def test_bad_options(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", ".", option]) == 2
     assert message in capsys.readouterr().err

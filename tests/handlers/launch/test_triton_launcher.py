@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import requests
 import tritonclient.grpc
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.api.formats.views import encode_picture
+from handlers.cli import main
+from handlers.client import Answer, fetch
 from handlers.launch.processes import ServerError, free_port
-from handlers.launch.triton import Triton, main
+from handlers.launch.triton import Triton
 from model_store.triton import build_model
 
 pytest_plugins = ("tiny_server",)
@@ -90,13 +91,12 @@ def own_triton(own_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., list[str]]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., list[str]]]:
     """Runs the command with arguments that it must refuse; returns what it prints."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["triton_launcher", *map(str, arguments)])
-        assert main() == 1
+        assert main(["serve", "--server", "triton", *map(str, arguments)]) == 1
         return capsys.readouterr().err.splitlines()
 
     yield run
@@ -105,17 +105,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def change(server: Triton, model: str, action: str) -> None:
-    response = requests.post(
-        f"{server.url}/v2/repository/models/{model}/{action}",
-        headers={"x-admin": server.admin_secret, "Connection": "close"},
-        timeout=TIMEOUT,
-    )
-    assert response.status_code == 200, response.text
+    url = f"{server.url}/v2/repository/models/{model}/{action}"
+    answer = fetch(url, b"", headers={"x-admin": server.admin_secret}, timeout_seconds=TIMEOUT)
+    assert answer.status == 200, answer.error
 
 
 def is_healthy(server: Triton, *, timeout_seconds: float) -> bool:
     url = f"{server.url}/v2/models/tiny"
-    command = [sys.executable, "-m", "handlers.launch.health", url, "--timeout", str(timeout_seconds)]
+    command = [sys.executable, "-m", "handlers", "health", url, "--timeout", str(timeout_seconds)]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
     assert time.monotonic() - start < timeout_seconds + 5
@@ -125,13 +122,13 @@ def is_healthy(server: Triton, *, timeout_seconds: float) -> bool:
 
 def num_requests(metrics_port: int) -> Counter[str]:
     """Requests by the code that they ended with."""
-    text = requests.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=TIMEOUT).text
+    text = fetch(f"http://127.0.0.1:{metrics_port}/metrics", timeout_seconds=TIMEOUT).body.decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return Counter({s.labels["code"]: int(s.value) for s in samples if s.name == "mpm_requests_total"})
 
 
 def ready(server: Triton) -> int:
-    return requests.get(f"{server.url}/v2/health/ready", headers={"Connection": "close"}, timeout=TIMEOUT).status_code
+    return fetch(f"{server.url}/v2/health/ready").status
 
 
 class TestRefusals:
@@ -140,18 +137,16 @@ class TestRefusals:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             ports = {"--port": 0, "--grpc-port": 0} | {option: port}
-            printed = run("--model-repository", own_repository, *[part for item in ports.items() for part in item])
+            printed = run(own_repository, *[part for item in ports.items() for part in item])
             assert printed == [f"cannot listen on 127.0.0.1:{port}: Address already in use"]
 
-    @pytest.mark.parametrize("folder", ["", "missing"])
-    def test_no_model(self, tmp_path: Path, run: Callable[..., list[str]], folder: str) -> None:
-        (line,) = run("--model-repository", tmp_path / folder)
-        assert line == f"model_repository: expected models with config.pbtxt in it, got {tmp_path / folder}"
+    def test_no_model(self, tmp_path: Path, run: Callable[..., list[str]]) -> None:
+        assert run(tmp_path) == [f"model_repository: expected models with config.pbtxt in it, got {tmp_path}"]
 
     def test_name_that_no_model_may_have(self, tmp_path: Path, run: Callable[..., list[str]]) -> None:
         (tmp_path / "a b").mkdir()
         (tmp_path / "a b" / "config.pbtxt").write_text("")
-        (line,) = run("--model-repository", tmp_path)
+        (line,) = run(tmp_path)
         assert "expected a name of letters, digits" in line
 
     @pytest.mark.slow
@@ -176,20 +171,20 @@ class TestDeathAndRecovery:
         assert is_healthy(own_triton, timeout_seconds=20)
         own_triton.forget()  # the dead process is still there
         assert not own_triton.ailment()
-        assert infer_raw(own_triton.url, "tiny", picture).status_code == 200
+        assert infer_raw(own_triton.url, "tiny", picture).status == 200
 
     def test_stuck_engine(self, own_triton: Triton, own_metrics_port: int, picture: bytes, valve: Path) -> None:
         """Requests end by the deadline in the model, also those that wait for room, and no place in it is lost."""
         before = num_requests(own_metrics_port)
         with ThreadPoolExecutor(3) as clients:  # one more than the model takes
             answers = list(clients.map(lambda _: infer_raw(own_triton.url, "tiny", picture), range(3)))
-        assert {answer.json()["error"] for answer in answers} == {"not answered within 4 s"}
+        assert {answer.error for answer in answers} == {"not answered within 4 s"}
         assert num_requests(own_metrics_port) - before == {"504": 3}
         assert not is_healthy(own_triton, timeout_seconds=2)
         assert ready(own_triton) == 200
         response = infer_raw(own_triton.url, "tiny", picture)
-        assert response.status_code == 503
-        assert response.json()["error"] == "not answered within 4 s"
+        assert response.status == 503
+        assert response.error == "not answered within 4 s"
         valve.unlink()
         assert is_healthy(own_triton, timeout_seconds=20)
 
@@ -213,9 +208,9 @@ class TestTritonsQueue:
         with ThreadPoolExecutor(16) as clients:
             answers = [clients.submit(infer_raw, own_triton.url, "tiny", picture) for _ in range(16)]
             wait_for(lambda: sum(answer.done() for answer in answers) >= 8)  # refused at once
-            assert {answer.result().status_code for answer in answers if answer.done()} == {503}
+            assert {answer.result().status for answer in answers if answer.done()} == {503}
             valve.unlink()
-            statuses = [answer.result().status_code for answer in answers]
+            statuses = [answer.result().status for answer in answers]
         assert 2 + 3 <= statuses.count(200) <= 8  # in the engine, in the queue, and on the way between them
 
     def test_timeout(self, own_triton: Triton, picture: bytes, valve: Path) -> None:
@@ -224,16 +219,16 @@ class TestTritonsQueue:
             time.sleep(0.5)
             more = [clients.submit(infer_described, own_triton, picture, timeout=200_000) for _ in range(2)]
             refused = [answer.result() for answer in more]
-            assert [response.status_code for response in refused] == [503, 503]
-            assert "Request timeout expired" in refused[-1].json()["error"]
+            assert [response.status for response in refused] == [503, 503]
+            assert "Request timeout expired" in refused[-1].error
             valve.unlink()
-            assert [answer.result().status_code for answer in answers] == [200] * 4
+            assert [answer.result().status for answer in answers] == [200] * 4
 
     def test_priority(self, own_triton: Triton, picture: bytes, valve: Path) -> None:
         done: dict[str, float] = {}
 
         def ask(name: str, priority: int) -> None:
-            assert infer_described(own_triton, picture, priority=priority).status_code == 200
+            assert infer_described(own_triton, picture, priority=priority).status == 200
             done[name] = time.monotonic()
 
         with ThreadPoolExecutor(12) as clients:
@@ -244,7 +239,7 @@ class TestTritonsQueue:
             asked += [clients.submit(ask, f"interactive {i}", 1) for i in range(2)]
             time.sleep(0.3)
             valve.unlink()
-            assert [answer.result().status_code for answer in before] == [200] * 4
+            assert [answer.result().status for answer in before] == [200] * 4
             assert [answer.result() for answer in asked] == [None] * 5
         assert max(done[f"interactive {i}"] for i in range(2)) < max(done[f"bulk {i}"] for i in range(3))
         order = sorted(done, key=lambda name: done[name])
@@ -263,7 +258,7 @@ class TestVersions:
 
         def ask() -> None:
             while not stop.is_set():
-                statuses.append(infer_raw(own_triton.url, "tiny", picture).status_code)
+                statuses.append(infer_raw(own_triton.url, "tiny", picture).status)
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -288,15 +283,15 @@ class TestVersions:
                 change(own_triton, "tiny", "load")
         finally:
             warm_up.unlink()
-        assert infer_raw(own_triton.url, "tiny", picture).status_code == 200
+        assert infer_raw(own_triton.url, "tiny", picture).status == 200
 
     def test_unload(self, own_triton: Triton, picture: bytes) -> None:
         change(own_triton, "tiny", "unload")
         wait_for(lambda: not living(own_triton))
-        assert infer_raw(own_triton.url, "tiny", picture).status_code == 404
+        assert infer_raw(own_triton.url, "tiny", picture).status == 404
         assert not is_healthy(own_triton, timeout_seconds=5)
         change(own_triton, "tiny", "load")
-        assert infer_raw(own_triton.url, "tiny", picture).status_code == 200
+        assert infer_raw(own_triton.url, "tiny", picture).status == 200
 
 
 @pytest.fixture
@@ -322,7 +317,7 @@ class TestStopping:
             stopping = clients.submit(server.stop)
             time.sleep(1)
             valve.unlink()
-            assert [answer.result().status_code for answer in answers] == [200] * 5
+            assert [answer.result().status for answer in answers] == [200] * 5
             stopping.result()
         assert not [process for process in processes if process.is_running()]
         assert "stopped with 0 pictures in flight" in (tmp_path / "log").read_text()
@@ -330,16 +325,22 @@ class TestStopping:
     def test_ctrl_c(self, first_version: Path, picture: bytes, tmp_path: Path) -> None:
         port, log, temp = free_port(), tmp_path / "log", tmp_path / "temp"
         temp.mkdir()
-        command = [sys.executable, "-m", "handlers.launch.triton", "--model-repository", str(first_version)]
+        command = [sys.executable, "-m", "handlers", "serve", str(first_version)]
         ports = ["--port", str(port), "--grpc-port", "0"]
+        environment = {"TMPDIR": str(temp), "http_proxy": "http://127.0.0.1:9"}  # a proxy that isn't there
         with (
             log.open("wb") as output,
-            subprocess.Popen([*command, *ports], stdout=output, stderr=output, env={"TMPDIR": str(temp)}) as launcher,
+            subprocess.Popen(
+                [*command, *ports],
+                stdout=output,
+                stderr=output,
+                env=environment,
+            ) as launcher,
         ):
             try:
                 wait_for(lambda: "Ctrl-C stops the server" in log.read_text() or launcher.poll() is not None)
                 assert f"Ready on http://127.0.0.1:{port}" in log.read_text()
-                assert infer_raw(f"http://127.0.0.1:{port}", "tiny", picture).status_code == 200
+                assert infer_raw(f"http://127.0.0.1:{port}", "tiny", picture).status == 200
                 processes = psutil.Process(launcher.pid).children(recursive=True)
                 assert len(processes) >= 2  # the server and a model
                 launcher.send_signal(signal.SIGINT)
@@ -359,7 +360,7 @@ def living(server: Triton) -> list[psutil.Process]:
     return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def infer_described(server: Triton, picture: bytes, **parameters: int) -> requests.Response:
+def infer_described(server: Triton, picture: bytes, **parameters: int) -> Answer:
     """With Triton's own parameters, which a raw body can't carry."""
     size = {"binary_data_size": len(picture) + 4}
     described = json.dumps(
@@ -369,11 +370,11 @@ def infer_described(server: Triton, picture: bytes, **parameters: int) -> reques
             "outputs": [{"name": "RESULT_JSON"}],
         }
     ).encode()
-    return requests.post(
+    return fetch(
         f"{server.url}/v2/models/tiny/infer",
-        data=described + len(picture).to_bytes(4, "little") + picture,
-        headers={"Inference-Header-Content-Length": str(len(described)), "Connection": "close"},
-        timeout=TIMEOUT,
+        described + len(picture).to_bytes(4, "little") + picture,
+        headers={"Inference-Header-Content-Length": str(len(described))},
+        timeout_seconds=TIMEOUT,
     )
 
 

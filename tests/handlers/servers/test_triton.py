@@ -1,6 +1,5 @@
 """A real Triton from outside: what clients send, by mistake and on purpose, and what they get."""
 
-import asyncio
 import io
 import json
 import threading
@@ -13,18 +12,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import requests
 import tritonclient.grpc
 import tritonclient.http
 from asking_triton import TIMEOUT, infer_raw, raw_outputs
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from handlers import triton_client
 from handlers.api.decode import decode_image
 from handlers.api.formats.npy import encode_npy
 from handlers.api.formats.png import encode_mask_png
 from handlers.api.formats.views import encode_picture
+from handlers.cli import main
+from handlers.client import connect, fetch, segment_shared
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from mpm_ops import Segmenter, load_segmenter
@@ -107,13 +106,13 @@ class TestAnswers:
             "outputs": [{"name": "RESULT_JSON"}],
         }
         head = json.dumps(header).encode()
-        response = requests.post(
+        answer = fetch(
             f"{triton.url}/v2/models/tiny/infer",
-            data=head + len(jpeg).to_bytes(4, "little") + jpeg,
-            headers={"Inference-Header-Content-Length": str(len(head)), "Connection": "close"},
-            timeout=TIMEOUT,
+            head + len(jpeg).to_bytes(4, "little") + jpeg,
+            headers={"Inference-Header-Content-Length": str(len(head))},
+            timeout_seconds=TIMEOUT,
         )
-        (output,) = response.json()["outputs"]
+        (output,) = json.loads(answer.body)["outputs"]
         assert json.loads(output["data"][0])["height"] == 96
 
     def test_view(self, infer: Infer, jpeg: bytes, expected: Callable[[bytes], np.ndarray]) -> None:
@@ -196,9 +195,9 @@ class TestSameBytesEverywhere:
         picture = encode_npy(image) if form == "npy" else encode_picture(image, f"image/{form}")
         mask = encode_mask_png(expected(picture), classes)
         url = f"{server.url}/predictions/tiny"
-        assert requests.post(url, data=picture, timeout=TIMEOUT).content == mask
+        assert fetch(url, picture, timeout_seconds=TIMEOUT).body == mask
         assert raw_outputs(infer_raw(triton.url, "tiny", picture, X_MPM_Outputs="MASK_PNG"))["MASK_PNG"] == mask
-        assert triton_client.segment_grpc(triton.grpc_url, "tiny", picture) == mask
+        assert ask(f"grpc://{triton.grpc_url}/tiny", picture) == mask
 
     def test_in_the_precision_that_the_chip_prefers(
         self,
@@ -212,15 +211,15 @@ class TestSameBytesEverywhere:
         for height, width in ((180, 240), (250, 131)):
             image = photo(height, height, width)
             picture, mask = encode_npy(image), encode_mask_png(demo_model.segment(image), classes)
-            assert requests.post(f"{server.url}/predictions/demo", data=picture, timeout=TIMEOUT).content == mask
-            assert triton_client.segment_http(triton.url, "demo", picture) == mask
-            assert triton_client.segment_grpc(triton.grpc_url, "demo", picture) == mask
+            assert fetch(f"{server.url}/predictions/demo", picture, timeout_seconds=TIMEOUT).body == mask
+            assert ask(f"{triton.url}/v2/models/demo", picture) == mask
+            assert ask(f"grpc://{triton.grpc_url}/demo", picture) == mask
 
     def test_a_frame_that_is_none_is_told_the_same(self, server: TorchServe, triton: Triton) -> None:
         frame = encode_npy(np.zeros((4, 5), np.float32))
-        told = requests.post(f"{server.url}/predictions/tiny", data=frame, timeout=TIMEOUT).json()["error"]
+        told = fetch(f"{server.url}/predictions/tiny", frame, timeout_seconds=TIMEOUT).error
         assert told == "image: expected a .npy frame of uint8 [H, W, 3] in C order, got '<f4' [4, 5]"
-        assert infer_raw(triton.url, "tiny", frame).json() == {"error": told}
+        assert infer_raw(triton.url, "tiny", frame).error == told
 
 
 class TestRefusals:
@@ -229,12 +228,12 @@ class TestRefusals:
         with pytest.raises(InferenceServerException, match=r"image: (expected|the header)") as caught:
             infer("tiny", data)
         assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
-        assert infer_raw(triton.url, "tiny", data).status_code == 400
+        assert infer_raw(triton.url, "tiny", data).status == 400
 
     def test_truncated(self, triton: Triton, jpeg: bytes) -> None:
         response = infer_raw(triton.url, "tiny", jpeg[: len(jpeg) // 2])
-        assert response.status_code == 400
-        assert "broken or truncated JPEG picture of 128x96 pixels" in response.json()["error"]
+        assert response.status == 400
+        assert "broken or truncated JPEG picture of 128x96 pixels" in response.error
 
     def test_place_in_a_batch(self, infer: Infer, jpeg: bytes) -> None:
         with pytest.raises(InferenceServerException, match="picture 1 of 3: image: expected JPEG"):
@@ -246,8 +245,8 @@ class TestRefusals:
             (encode_picture(np.zeros((1, 20_000, 3), np.uint8), "image/png"), "windows"),
         ):
             response = infer_raw(triton.url, "tiny", data)
-            assert response.status_code == 400
-            assert told in response.json()["error"]
+            assert response.status == 400
+            assert told in response.error
 
     @pytest.mark.parametrize(
         ("parameters", "told"),
@@ -292,10 +291,7 @@ class TestRefusals:
     )
     def test_what_changes_the_server(self, triton: Triton, path: str) -> None:
         for headers in ({}, {"x-admin": "guess"}):
-            response = requests.post(
-                f"{triton.url}/v2/{path}", data="{}", headers={"Connection": "close", **headers}, timeout=TIMEOUT
-            )
-            assert response.status_code == 403, path
+            assert fetch(f"{triton.url}/v2/{path}", b"{}", headers=headers).status == 403, path
 
     def test_what_changes_the_server_over_grpc(self, triton: Triton) -> None:
         with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
@@ -308,62 +304,69 @@ class TestRefusals:
                     change()
 
 
-class TestExamples:
-    def test_over_http_and_grpc(
-        self, triton: Triton, jpeg: bytes, expected: Callable[[bytes], np.ndarray], classes: Classes
-    ) -> None:
-        mask = encode_mask_png(expected(jpeg), classes)
-        assert triton_client.segment_http(triton.url, "tiny", jpeg) == mask
-        assert triton_client.segment_grpc(triton.grpc_url, "tiny", jpeg) == mask
-        unmerged = triton_client.segment_grpc(triton.grpc_url, "tiny", jpeg, {"x-mpm-schedule": "off"})
-        assert Image.open(io.BytesIO(unmerged)).size == (128, 96)
+def ask(url: str, picture: bytes) -> bytes:
+    with connect(url) as client:
+        answer = client.segment(picture)
+    assert answer.status == 200, answer.error
+    return answer.body
 
+
+class TestClient:
+    @pytest.mark.parametrize("url", ["{0.url}/v2/models/tiny", "grpc://{0.grpc_url}/tiny"])
     def test_many_at_once(
         self,
         triton: Triton,
         photo: Callable[..., np.ndarray],
         expected: Callable[[bytes], np.ndarray],
         classes: Classes,
+        url: str,
     ) -> None:
         pictures = [encode_picture(photo(i, 40 + i, 50), "image/png") for i in range(20)]
-        masks = asyncio.run(triton_client.segment_many(triton.grpc_url, "tiny", pictures))
-        assert masks == [encode_mask_png(expected(picture), classes) for picture in pictures]
+        with connect(url.format(triton)) as client, ThreadPoolExecutor(8) as threads:
+            masks = list(threads.map(lambda picture: client.segment(picture).body, pictures))
+            assert masks == [encode_mask_png(expected(picture), classes) for picture in pictures]
+            unmerged = client.segment(pictures[0], headers={"X-MPM-Schedule": "off"})
+            assert Image.open(io.BytesIO(unmerged.body)).size == (50, 40)
+            assert client.segment(pictures[0], headers={"X-MPM-View": "tokens"}).status == 200
+            with pytest.raises(ValueError, match=r"accept: expected one of image/png, .* got 'image/webp'"):
+                client.segment(pictures[0], accept="image/webp")
 
     def test_shared_memory(self, triton: Triton, photo: Callable[..., np.ndarray], model: Segmenter) -> None:
         frame = photo(7, 90, 110)
         before = set(Path("/dev/shm").iterdir())
-        labels = triton_client.segment_frame(triton.grpc_url, "tiny", frame, triton.admin_secret)
+        labels = segment_shared(triton.grpc_url, "tiny", frame, triton.admin_secret)
         np.testing.assert_array_equal(labels, model.segment(frame))
         with pytest.raises(InferenceServerException, match="restricted"):
-            triton_client.segment_frame(triton.grpc_url, "tiny", frame, "guess")
+            segment_shared(triton.grpc_url, "tiny", frame, "guess")
         assert set(Path("/dev/shm").iterdir()) == before
 
-    @pytest.mark.parametrize("way", ["http", "grpc", "asyncio", "shm"])
     def test_command(
         self,
+        server: TorchServe,
         triton: Triton,
         jpeg: bytes,
         expected: Callable[[bytes], np.ndarray],
+        classes: Classes,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        way: str,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        (tmp_path / "photo.jpg").write_bytes(jpeg)
-        url = triton.url if way == "http" else triton.grpc_url
-        monkeypatch.setenv(triton_client.ADMIN_SECRET_VARIABLE, triton.admin_secret)
-        arguments = [way, url, "tiny", str(tmp_path / "photo.jpg"), str(tmp_path / "mask.png")]
-        monkeypatch.setattr("sys.argv", ["triton_client", *arguments])
-        assert triton_client.main() == 0
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), expected(jpeg))
-
-    def test_command_that_fails(
-        self, triton: Triton, jpeg: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-    ) -> None:
-        (tmp_path / "photo.jpg").write_bytes(jpeg)
-        arguments = ["grpc", triton.grpc_url, "nope", str(tmp_path / "photo.jpg"), str(tmp_path / "mask.png")]
-        monkeypatch.setattr("sys.argv", ["triton_client", *arguments])
-        assert triton_client.main() == 1
-        assert "nope" in capsys.readouterr().err
+        folder, out = tmp_path / "pictures", tmp_path / "masks"
+        folder.mkdir()
+        (folder / "photo.jpg").write_bytes(jpeg)
+        (folder / "broken.png").write_bytes(b"no picture")
+        for url in (
+            f"{server.url}/predictions/tiny",
+            f"{triton.url}/v2/models/tiny",
+            f"grpc://{triton.grpc_url}/tiny",
+        ):
+            assert main(["segment", str(folder), "--url", url, "--out", str(out)]) == 1
+            printed = capsys.readouterr()
+            assert printed.out == f"{out / 'photo.png'}\n"
+            assert printed.err.startswith(f"{folder / 'broken.png'}: image: expected JPEG")
+            assert (out / "photo.png").read_bytes() == encode_mask_png(expected(jpeg), classes)
+            (out / "photo.png").unlink()
+        assert main(["segment", str(folder / "photo.jpg"), "--url", f"{triton.url}/v2/models/no"]) == 1
+        assert "no" in capsys.readouterr().err
 
 
 class TestMany:
@@ -395,11 +398,11 @@ class TestMany:
         labels = expected(picture).tobytes()
         with ThreadPoolExecutor(24) as clients:
             responses = list(clients.map(lambda _: infer_raw(triton.url, "narrow", picture), range(24)))
-        statuses = [response.status_code for response in responses]
+        statuses = [response.status for response in responses]
         assert set(statuses) == {200, 503}
         assert 3 <= statuses.count(200) <= 12
-        assert all(raw_outputs(r)["MASK"] == labels for r in responses if r.status_code == 200)
-        assert all("queue" in r.json()["error"] for r in responses if r.status_code == 503)
+        assert all(raw_outputs(r)["MASK"] == labels for r in responses if r.status == 200)
+        assert all("queue" in r.error for r in responses if r.status == 503)
 
     def test_cancelled_requests_make_room(self, triton: Triton, photo: Callable[..., np.ndarray]) -> None:
         """A lost place would block `narrow` forever, which has only one."""

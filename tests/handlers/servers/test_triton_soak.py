@@ -102,9 +102,9 @@ def _client(
 
 def _raw(server: Triton, data: bytes, mask: np.ndarray) -> str:
     response = infer_raw(server.url, "tiny", data, X_MPM_Outputs="MASK")
-    if response.status_code == 200:
-        assert response.content[int(response.headers["Inference-Header-Content-Length"]) :] == mask.tobytes()
-    return {200: "answered", 400: "refused", 503: "busy"}[response.status_code]
+    if response.status == 200:
+        assert response.body[int(response.headers["inference-header-content-length"]) :] == mask.tobytes()
+    return {200: "answered", 400: "refused", 503: "busy"}[response.status]
 
 
 def _give_up(client: Any, data: bytes, seconds: float) -> str:

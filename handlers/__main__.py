@@ -1,0 +1,7 @@
+"""The command `mpm`, where it is not on the PATH."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,396 @@
+"""The command `mpm`: serve, build, segment, evaluate, measure and watch.
+
+Imports nothing of the model before a command needs it: `mpm serve` stays as the launcher, and should be small.
+"""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from handlers.config import PRECISIONS, RUNTIMES
+
+GROUP = "mpm.commands"  # entry points of packages that import this one
+DEMO = Path(__file__).resolve().parents[1] / "model_store" / "demo" / "checkpoint.pth"
+METRICS_PORT = 8090  # of the Makefile, the images and the manifests
+PATH = click.Path(path_type=Path)
+PORT = click.IntRange(0, 65_535)
+
+_STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
+_PORTS = {"torchserve": 8080, "triton": 8000}
+_SAMPLE = Path("build/samples/street.jpg")
+# Of an engine that nobody else asks: none of its few pictures is refused for lack of room or time.
+_ALONE: dict[str, Any] = {
+    "max_inflight_tokens": 2**40, "max_inflight_mib": 2**20, "deadline_seconds": 86_400.0, "agreement_fraction": 0,
+    "agreement_min_fraction": 0,
+}  # fmt: skip
+_TRIES = 10  # at a server that is busy
+_INFLIGHT = 4  # pictures that `segment` has under way, whose windows are then computed together
+_MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npy": "application/x-npy"}
+
+
+class _Commands(click.Group):
+    """The commands below, and those that other packages offer, which are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(offered.name for offered in entry_points(group=GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if own := super().get_command(ctx, cmd_name):
+            return own
+        return next((_load(offered) for offered in entry_points(group=GROUP, name=cmd_name)), None)
+
+
+def _load(offered: EntryPoint) -> click.Command:
+    try:
+        return offered.load()
+    except ImportError as error:
+
+        def refuse(told: str = str(error)) -> None:
+            raise click.ClickException(told)
+
+        return click.Command(offered.name, callback=refuse, help=f"(not installed: {error})")
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion: eval "$(_MPM_COMPLETE=bash_source mpm)", or zsh_source, or fish_source.',
+)
+@click.version_option(package_name="mpm-segmenter")
+def commands() -> None:
+    """Segmenter, served faster by merging tokens.
+
+    The status is 0; 1 where the answer is no: a server ended, a picture was refused, a promise was broken; 2 for bad
+    input.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its status; what it refuses is a line on standard error.
+
+    Args:
+        argv: its arguments; those of this process by default.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
+    try:
+        returned = commands.main(None if argv is None else list(argv), "mpm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"{error}; see the extras of mpm-segmenter in its README", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except click.Abort:  # Ctrl-C
+        return 130
+    return returned if isinstance(returned, int) else 0
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model is served that is built of a checkpoint: options of `build` and of `serve`."""
+    for option in (
+        click.option("--config", type=PATH, help="YAML with more fields of handlers.config.ServingConfig."),
+        click.option("--metrics-port", type=PORT, help="Where Prometheus finds the model's metrics (nowhere)."),
+        click.option("--align", type=int, help="Token counts after a merge are multiples of this (1)."),
+        click.option("--schedule", help="Blocks before which tokens merge (2,5), or off."),
+        click.option("--name", help="Under which it is served (segmenter)."),
+    ):
+        command = option(command)
+    return command
+
+
+def _is_seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise click.BadParameter(f"expected seconds >= 0, got {value}")
+    return value
+
+
+@commands.command()
+@click.argument("model", required=False, type=PATH)
+@click.option("--server", type=click.Choice(["torchserve", "triton"]), help="As MODEL is built for, else torchserve.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where it listens.")
+@click.option("--port", type=PORT, help="Of HTTP (8080 on TorchServe, 8000 on Triton); 0 takes a free one.")
+@click.option("--grpc-port", type=PORT, help="Of Triton (8001).")
+@click.option("--triton-metrics-port", type=PORT, help="Of Triton's own metrics, refusals of its queue too (nowhere).")
+@click.option("--admin-secret-file", type=PATH, help="Of Triton: gets the secret of this start (none).")
+@click.option("--ready-port", type=PORT, default=0, help="Answers 200 while requests should be sent here, else 503.")
+@click.option(
+    "--lame-duck-seconds",
+    type=float,
+    default=0.0,
+    callback=_is_seconds,
+    help="From SIGTERM until requests are refused: what a proxy needs to see the 503 (0).",
+)
+@click.option("--sample", type=PATH, help="Picture to name in the examples printed when ready.")
+@model_options
+@click.option("--out", type=PATH, help="Where it is built, beside other models (alone in build/model_store).")
+def serve(
+    model: Path | None,
+    server: str | None,
+    host: str,
+    port: int | None,
+    ready_port: int,
+    lame_duck_seconds: float,
+    sample: Path | None,
+    grpc_port: int | None,
+    triton_metrics_port: int | None,
+    admin_secret_file: Path | None,
+    **build: Any,
+) -> int:
+    """Serve MODEL until Ctrl-C: a checkpoint, which is built before, or what `mpm build` made; else the demo model.
+
+    A checkpoint is a file with variant.yml beside it, or their folder. SIGTERM is an orderly end.
+    """
+    if model and not model.exists():
+        raise click.UsageError(f"MODEL: expected a checkpoint or what `mpm build` made, got {model}: no such file")
+    server = server or ("triton" if model and any(model.glob("*/config.pbtxt")) else "torchserve")
+    if server != "triton" and {grpc_port, triton_metrics_port, admin_secret_file} != {None}:
+        raise click.UsageError("--grpc-port, --triton-metrics-port, --admin-secret-file: expected with Triton only")
+    if model and (model / "checkpoint.pth").is_file():
+        model = model / "checkpoint.pth"
+    given = {name: value for name, value in build.items() if value is not None}
+    if model is None or model.is_file():
+        checkpoint = {"checkpoint": model} if model else {}
+        alone = [] if "out" in given else ["--alone"]
+        model = given.setdefault("out", _STORES[server])
+        if status := _run("build", {"target": server, **checkpoint, **given}, *alone):
+            return status
+        if sample is None:
+            sample = _SAMPLE
+            if not sample.is_file() and (status := _run("samples", {"out": sample.parent})):
+                return status
+    elif given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{names}: expected with a checkpoint, got {model}, which is built already")
+
+    from handlers.launch.processes import Server, run_in_foreground
+
+    start: Callable[[], Server]
+    where: dict[str, Any] = {"host": host, "port": _PORTS[server] if port is None else port}
+    if server == "torchserve":
+        from handlers.launch.torchserve import TorchServe
+
+        start = partial(TorchServe, model, **where)
+    else:
+        from handlers.launch.triton import Triton
+
+        start = partial(
+            Triton,
+            model,
+            **where,
+            grpc_port=8001 if grpc_port is None else grpc_port,
+            metrics_port=triton_metrics_port or 0,
+            admin_secret_file=admin_secret_file,
+        )
+    return run_in_foreground(
+        start,
+        sample=str(sample or "photo.jpg"),
+        host=host,
+        ready_port=ready_port,
+        lame_duck_seconds=lame_duck_seconds,
+    )
+
+
+def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:
+    """Run a command in a process of its own, whose memory is free afterwards; its status."""
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return subprocess.run([sys.executable, "-m", "handlers", command, *given, *flags]).returncode
+
+
+@commands.command()
+@click.argument("url")
+@click.option("--timeout", default=20.0, metavar="SECONDS", show_default=True, help="For everything.")
+@click.option("--metrics", metavar="URL", help="Of the model's metrics (port 8090 of the server's host); '' for none.")
+def health(url: str, timeout: float, metrics: str | None) -> int:
+    """Ask the model at URL for the mask of a tiny picture: is it alive?
+
+    URL is http://HOST:PORT/predictions/NAME (TorchServe) or http://HOST:PORT/v2/models/NAME (Triton). An overloaded
+    model that computes is alive, which its metrics tell.
+    """
+    from handlers.launch.health import UnhealthyError, check_model
+
+    if metrics is None:
+        host = urllib.parse.urlsplit(url).hostname
+        metrics = f"http://{host}:{METRICS_PORT}/metrics" if host else ""
+    try:
+        check_model(url, timeout_seconds=timeout, metrics_url=metrics)
+    except UnhealthyError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+Ask = Callable[[bytes], bytes]
+
+
+class RefusedError(Exception):
+    """A picture was not segmented; the message says why."""
+
+
+@commands.command()
+@click.argument("pictures", nargs=-1, required=True, type=PATH, metavar="PICTURE|FOLDER...")
+@click.option("--out", type=PATH, default=Path("masks"), show_default=True, help="Folder; made if missing.")
+@click.option("--url", help="Of a served model, which is asked instead: .../predictions/NAME or .../v2/models/NAME.")
+@click.option("--checkpoint", type=PATH, help="With variant.yml beside it; else the demo model.")
+@click.option("--format", "form", type=click.Choice([*_MEDIA_TYPES]), default="png", show_default=True)
+@click.option("--view", type=click.Choice(["overlay", "tokens", "confidence"]), help="A picture for people instead.")
+@click.option("--schedule", help="Blocks before which tokens merge (2,5), or off.")
+@click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
+@click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="(auto)")
+@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="(auto)")
+@click.option("--device", help="auto, cpu, cuda or one such as cuda:1 (auto).")
+def segment(
+    pictures: tuple[Path, ...],
+    out: Path,
+    url: str | None,
+    form: str,
+    view: str | None,
+    schedule: str | None,
+    checkpoint: Path | None,
+    **own: Any,
+) -> int:
+    """Write the mask of each PICTURE, or of all in a FOLDER, as OUT/NAME.png: class ids, with the classes' colours.
+
+    The model is loaded into this process, or asked at --url. What is refused is named, and the rest goes on; the
+    status is then 1.
+    """
+    given = [name for name, value in {"checkpoint": checkpoint, **own}.items() if value is not None]
+    if url and given:
+        raise click.UsageError(f"--{given[0]}: expected without --url, where the server has a model")
+    files = [file for path in pictures for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for file in files if not file.is_dir()]
+    targets = _targets(files, out, "png" if view else form)
+    headers = {"X-MPM-View": view} if view else {}
+    if url and schedule:
+        headers["X-MPM-Schedule"] = schedule
+    accept = _MEDIA_TYPES["png" if view else form]
+    fields = {"schedule": schedule, **own}
+    asking = _asking_server(url, accept, headers) if url else _asking_engine(checkpoint, accept, headers, fields)
+    with asking as ask, ExitStack() as stack:
+        pool = ThreadPoolExecutor(_INFLIGHT)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        out.mkdir(parents=True, exist_ok=True)
+        written = list(pool.map(partial(_write, ask), files, targets))
+    return 0 if all(written) else 1
+
+
+def _write(ask: Ask, file: Path, target: Path) -> bool:
+    """Segment one picture; False, and a line that says why, if it is refused."""
+    try:
+        target.write_bytes(ask(file.read_bytes()))
+    except (RefusedError, FileNotFoundError, PermissionError, TimeoutError) as error:
+        told = getattr(error, "strerror", None) or str(error) or "not answered in time"
+        print(f"{file}: {told}", file=sys.stderr)
+        return False
+    print(target)
+    return True
+
+
+def _targets(files: Sequence[Path], out: Path, suffix: str) -> list[Path]:
+    """Where each file's mask goes; names that several share keep their suffix.
+
+    Raises:
+        UsageError: there is no file, or a mask would replace one.
+    """
+    stems = [file.stem for file in files]
+    targets = [out / f"{file.stem if stems.count(file.stem) == 1 else file.name}.{suffix}" for file in files]
+    if not files:
+        raise click.UsageError("PICTURE: expected pictures, got folders without any")
+    if taken := {target.resolve() for target in targets} & {file.resolve() for file in files}:
+        raise click.UsageError(f"--out: expected a folder without the pictures, got one with {min(taken).name}")
+    if len(set(targets)) < len(targets):
+        raise click.UsageError("PICTURE: expected names that differ, since masks go into one folder")
+    return targets
+
+
+@contextmanager
+def _asking_server(url: str, accept: str, headers: Mapping[str, str]) -> Iterator[Ask]:
+    from handlers.client import connect
+
+    def ask(picture: bytes) -> bytes:
+        for _ in range(_TRIES):
+            answer = client.segment(picture, accept=accept, headers=headers)
+            if answer.status == 200:
+                return answer.body
+            if answer.status != 503:
+                break
+            time.sleep(int(answer.headers.get("retry-after", "1")))  # it is busy
+        raise RefusedError(answer.error)
+
+    with connect(url) as client:
+        yield ask
+
+
+@contextmanager
+def _asking_engine(
+    checkpoint: Path | None, accept: str, headers: Mapping[str, str], fields: Mapping[str, Any]
+) -> Iterator[Ask]:
+    """The servers' own engine in this process."""
+    from handlers.api.options import RequestOptions
+    from handlers.config import ServingConfig
+    from handlers.engine.loading import load_engine
+    from handlers.errors import ServingError
+    from mpm_ops.stages import parse_schedule
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "schedule" in given:
+        given["schedule"] = parse_schedule(given["schedule"])
+    config = ServingConfig(**given, **_ALONE)
+    named = {name.lower(): value for name, value in {"accept": accept, **headers}.items()}
+    options = RequestOptions.from_headers(named, "mpm")
+
+    def ask(picture: bytes) -> bytes:
+        try:
+            return bytes(engine.submit(picture, options).result().body)
+        except ServingError as error:
+            raise RefusedError(str(error)) from None
+
+    with closing(load_engine(checkpoint or DEMO, config)) as engine:
+        yield ask
+
+
+@commands.command()
+@click.option("--dataset", required=True, metavar="NAME", help="ade20k, camvid, cityscapes or pascal_context.")
+@click.option("--root", type=PATH, required=True, help="Folder of the dataset.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--checkpoint", type=PATH, required=True, help="With variant.yml beside it.")
+@click.option("--schedule", "schedules", multiple=True, help="2,5 or off; repeat to compare (off and 2,5).")
+@click.option("--align", default=1, show_default=True, help="Token counts after a merge are multiples of this.")
+@click.option("--merger", "mergers", multiple=True, help="tome:r=46, algm ...; repeat to compare.")
+@click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--skip", default=0, help="Leave out so many pictures at the start (0).")
+@click.option("--agreement", is_flag=True, help="Instead of scores: pixels as without merging, and its arithmetic.")
+@click.option("--out", type=PATH, help="Write the scores as JSON too.")
+def evaluate(**options: Any) -> None:
+    """Mean IoU of a checkpoint, with and without merging."""
+    from mpm_ops.evaluate import compare
+
+    compare(**options)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure on this machine: model, codec, end-to-end, servers or gpu.
+
+    `mpm bench QUESTION --help` lists the options of each.
+    """
+    from handlers.bench.__main__ import main as answer
+
+    return answer(arguments)

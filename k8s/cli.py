@@ -1,0 +1,65 @@
+"""Commands of `mpm` for a fleet: manifests checked, servers watched."""
+
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+import click
+
+from handlers.cli import METRICS_PORT, PATH, PORT
+
+_RATE = "20s"  # ten scrapes: curves appear soon after the start
+_SHOWN = "15m"
+
+
+@click.command("check-manifests")
+@click.option("--release", is_flag=True, help="Every image has to be named by its digest.")
+def check_manifests(release: bool) -> int:
+    """Say what is wrong with the manifests on standard input, a line each; the status is 1 if anything is.
+
+    kubectl kustomize k8s/overlays/h100-sxm/torchserve | mpm check-manifests
+    """
+    from .check import problems
+    from .manifests import Manifests
+
+    found = problems(Manifests.parse(sys.stdin.read()), release=release)
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+@click.command()
+@click.option("--target", "targets", multiple=True, default=[f"127.0.0.1:{METRICS_PORT}"], show_default=True,
+              metavar="HOST:PORT", help="A metrics port; repeatable.")  # fmt: skip
+@click.option("--port", type=PORT, default=9090, show_default=True, help="Prometheus's.")
+@click.option("--out", type=PATH, default=Path("build/monitor"), show_default=True, help="Folder for data and log.")
+def monitor(targets: tuple[str, ...], port: int, out: Path) -> int:
+    """Watch servers on this machine: a Prometheus with the project's rules, and links to the dashboards' queries."""
+    from .monitoring.boards import BOARDS
+    from .monitoring.prometheus import Prometheus
+
+    try:
+        with Prometheus(targets, out, scrape_seconds=2, port=port) as prometheus:
+            print(f"Prometheus on {prometheus.url}, watching {', '.join(targets)}; alerts: {prometheus.url}/alerts")
+            print("The dashboards' panels as graphs of Prometheus (docker/compose/compose.yml has Grafana):")
+            for board in BOARDS:
+                print(f"  {board.title}: {graph_url(prometheus.url, board.uid)}", flush=True)
+            while True:
+                time.sleep(60)
+    except KeyboardInterrupt:
+        return 0
+
+
+def graph_url(prometheus: str, uid: str) -> str:
+    """Prometheus's graph page with every query of a board."""
+    from .monitoring.boards import BOARDS, concrete
+
+    (board,) = (board for board in BOARDS if board.uid == uid)
+    queries = [query.expr for panel in board.panels for query in panel.queries]
+    fields = {
+        f"g{i}.{name}": value
+        for i, expr in enumerate(queries)
+        for name, value in (("expr", concrete(expr, rate=_RATE)), ("tab", "0"), ("range_input", _SHOWN))
+    }
+    return f"{prometheus}/graph?{urllib.parse.urlencode(fields)}"

@@ -1,0 +1,180 @@
+"""The command `mpm`: what it offers, how it starts, and `segment` in its own process."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from handlers import cli
+from handlers.api.decode import decode_image
+from handlers.api.formats.png import encode_mask_png
+from handlers.api.formats.views import encode_picture
+from handlers.cli import main
+from mpm_ops import load_segmenter
+from mpm_ops.classes import load_classes
+
+pytest_plugins = ("tiny_server",)
+
+COMMANDS = {
+    "bench", "build", "check-manifests", "evaluate", "health", "loadtest", "monitor", "samples", "segment", "serve",
+}  # fmt: skip
+OPTIONS = ("--schedule", "0,1", "--runtime", "torch", "--precision", "fp32")
+
+
+def mpm(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-X", "importtime", "-m", "handlers", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_help_lists_all_commands_and_imports_no_model() -> None:
+    done = mpm("--help")
+    assert done.returncode == 0
+    listed = re.findall(r"^  (\S+)", done.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert set(listed) >= COMMANDS
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not {"torch", "numpy", "PIL", "cv2", "mpm_ops", "locust", "gevent"} & imported
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("", "segment"),
+        ("serve --lame", "--lame-duck-seconds"),
+        ("serve --server ", "triton"),
+        ("loadtest ", "capacity"),
+    ],
+)
+def test_shells_complete(typed: str, offered: str) -> None:
+    words = f"mpm {typed}"
+    number = len(words.split()) - (not words.endswith(" "))
+    done = mpm(_MPM_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(number))
+    assert f"plain,{offered}" in done.stdout.splitlines()
+
+
+def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("k8s", "k8s.cli"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["monitor"]) == 2
+    assert "Error: import of k8s" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "(not installed: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["segment"], "Missing argument 'PICTURE|FOLDER...'"),
+        (
+            ["segment", ".", "--url", "http://h/predictions/x", "--runtime", "torch"],
+            "--runtime: expected without --url",
+        ),
+        (["segment", "empty"], "PICTURE: expected pictures, got folders without any"),
+        (["segment", "a.png", "--out", "."], "--out: expected a folder without the pictures, got one with a.png"),
+        (["segment", "a.png", "b/a.png"], "PICTURE: expected names that differ"),
+        (["segment", "a.png", "--schedule", "two"], "schedule: expected"),
+        (["segment", "a.png", "--schedule", "99"], "schedule: expected"),
+        (["segment", "a.png", "--checkpoint", "none.pth"], "none.pth"),
+        (["serve", "none"], "MODEL: expected a checkpoint or what `mpm build` made, got none: no such file"),
+        (["serve", "b", "--schedule", "off"], "--schedule: expected with a checkpoint, got b, which is built already"),
+        (["serve", "b", "--grpc-port", "1"], "--grpc-port, --triton-metrics-port, --admin-secret-file: expected with"),
+        (["health", "http://127.0.0.1:1/"], "url: expected http(s)://HOST:PORT/predictions/NAME"),
+        (["evaluate", "--dataset", "coco", "--root", ".", "--checkpoint", "x"], "dataset: expected one of ade20k, "),
+    ],
+)
+def test_bad_input_is_a_line(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "b"):
+        Path(folder).mkdir()
+    for file in ("a.png", "b/a.png"):
+        Path(file).write_bytes(b"")
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+class TestSegment:
+    @pytest.fixture
+    def folder(self, photo: Callable[..., np.ndarray], tmp_path: Path) -> Path:
+        folder = tmp_path / "pictures"
+        (folder / "deeper").mkdir(parents=True)
+        (folder / "a.png").write_bytes(encode_picture(photo(1, 60, 90), "image/png"))
+        (folder / "b.jpg").write_bytes(encode_picture(photo(2, 70, 50), "image/jpeg"))
+        (folder / "b.png").write_bytes(encode_picture(photo(3, 50, 70), "image/png"))
+        (folder / "notes.txt").write_text("no picture")
+        return folder
+
+    def test_a_folder_and_what_is_refused(
+        self, checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The bytes are those of the library, and so of the servers."""
+        out, missing = tmp_path / "out", tmp_path / "missing.jpg"
+        options = ["--checkpoint", str(checkpoint), "--out", str(out), *OPTIONS]
+        assert main(["segment", str(folder), str(missing), *options]) == 1
+        printed = capsys.readouterr()
+        refused = sorted(printed.err.splitlines())
+        assert refused[0] == f"{missing}: No such file or directory"
+        assert refused[1].startswith(f"{folder / 'notes.txt'}: image: expected JPEG")
+        written = {"a.png": "a.png", "b.jpg.png": "b.jpg", "b.png.png": "b.png"}
+        assert sorted(printed.out.split()) == [str(out / name) for name in written]
+        model = load_segmenter(checkpoint, (0, 1), runtime="torch", precision="fp32")
+        classes = load_classes(checkpoint.parent, model.config.n_cls)
+        for name, source in written.items():
+            image = decode_image((folder / source).read_bytes(), max_bytes=10**6, max_pixels=10**6)
+            assert (out / name).read_bytes() == encode_mask_png(model.segment(image), classes)
+
+    def test_other_forms(self, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+        picture, own = (
+            str(folder / "a.png"),
+            ["--checkpoint", str(checkpoint.parent), "--out", str(tmp_path), *OPTIONS],
+        )
+        assert main(["segment", picture, *own, "--view", "overlay"]) == 0
+        with Image.open(tmp_path / "a.png") as view:
+            assert (view.size, view.mode) == ((90, 60), "RGB")
+        assert main(["segment", picture, *own, "--format", "npy"]) == 0
+        assert np.load(tmp_path / "a.npy").shape == (60, 90)
+
+    def test_a_server_that_is_not_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["segment", str(folder), "--url", "http://127.0.0.1:1/predictions/x"]) == 2
+        assert capsys.readouterr().err == "ConnectionRefusedError: [Errno 111] Connection refused\n"
+
+
+def test_serve_builds_a_checkpoint_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `build` and `samples` are given, and that their failure ends it."""
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoint.pth").touch()
+    ran: list[list[str]] = []
+
+    def run(command: list[str]) -> "subprocess.CompletedProcess[bytes]":
+        ran.append(command[3:])
+        return subprocess.CompletedProcess(command, len(ran) > 1)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert main(["serve", ".", "--server", "triton", "--schedule", "off", "--metrics-port", "8090"]) == 1
+    (build, samples) = ran
+    assert build[0] == "build"
+    assert set(build[1:]) == {
+        "--target=triton", "--checkpoint=checkpoint.pth", "--schedule=off", "--metrics-port=8090",
+        "--out=build/model_repository", "--alone",
+    }  # fmt: skip
+    assert samples == ["samples", "--out=build/samples"]
+    group = cli.commands.get_command(click.Context(cli.commands), "build")
+    assert group is not None
+    assert group.make_context("build", build[1:])
