@@ -137,7 +137,9 @@ class OpenVINORuntime(Runtime):
             length = _TRACED_LENGTH if given.ndim == 2 else self._length(given)
             inputs.append(torch.ones(length))
             shapes.append(ov.PartialShape([-1 if given.ndim == 2 else length]))
-        return Piece(compile_graph(_converted(module, inputs, shapes), self.precision), takes_sizes=module.takes_sizes)
+        return Piece(
+            compile_graph(convert_graph(module, inputs, shapes), self.precision), takes_sizes=module.takes_sizes
+        )
 
     def _length(self, windows: Tensor) -> int:
         """Tokens of each window."""
@@ -145,7 +147,7 @@ class OpenVINORuntime(Runtime):
         return self._model.encoder.num_special + num_patches
 
 
-def _converted(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
+def convert_graph(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
     """A graph that holds a copy of the weights. (`openvino.convert_model` would also send usage data home.)"""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing says that lengths become constants: none that matters does
@@ -220,8 +222,8 @@ def resolve_precision(precision: str) -> str:
     return ("bf16" if native else "fp32") if precision == "auto" else precision
 
 
-def compile_graph(graph: ov.Model, precision: str) -> ov.CompiledModel:
-    """Compile for as many threads as torch has now."""
+def compile_graph(graph: ov.Model, precision: str, **options: object) -> ov.CompiledModel:
+    """Compile for as many threads as torch has now; options are OpenVINO's own."""
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -229,7 +231,7 @@ def compile_graph(graph: ov.Model, precision: str) -> ov.CompiledModel:
         "ENABLE_CPU_PINNING": False,  # several workers would be pinned to the same cores
         "CPU_RUNTIME_CACHE_CAPACITY": 16,  # lengths hardly repeat: remembering thousands took memory and saved no time
     }
-    return ov.Core().compile_model(graph, "CPU", config)
+    return ov.Core().compile_model(graph, "CPU", config | options)
 
 
 class Piece:
