@@ -162,7 +162,7 @@ class OpenVINORuntime(Runtime):
         return self._compile(module, inputs, [[-1, width], [-1]])
 
     def _compile(self, module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[list[int]]) -> "Piece":
-        graph = _converted(module, inputs, [*map(ov.PartialShape, shapes)])
+        graph = convert_graph(module, inputs, [*map(ov.PartialShape, shapes)])
         return Piece(compile_graph(graph, self.precision, self._threads))
 
     def _length(self, windows: Tensor) -> int:
@@ -171,7 +171,7 @@ class OpenVINORuntime(Runtime):
         return self._model.encoder.num_special + num_patches
 
 
-def _converted(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
+def convert_graph(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
     """A graph that holds a copy of the weights. (`openvino.convert_model` would also send usage data home.)"""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing says that lengths become constants: none that matters does
@@ -272,7 +272,8 @@ def resolve_precision(precision: str) -> str:
     return ("bf16" if native else "fp32") if precision == "auto" else precision
 
 
-def compile_graph(graph: ov.Model, precision: str, threads: int) -> ov.CompiledModel:
+def compile_graph(graph: ov.Model, precision: str, threads: int, **options: object) -> ov.CompiledModel:
+    """Compile for so many threads; options are OpenVINO's own."""
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -280,7 +281,7 @@ def compile_graph(graph: ov.Model, precision: str, threads: int) -> ov.CompiledM
         "ENABLE_CPU_PINNING": False,  # several workers would be pinned to the same cores
         "CPU_RUNTIME_CACHE_CAPACITY": 1024,  # primitives: those of all buckets of a window of 1,024 patches
     }
-    return ov.Core().compile_model(graph, "CPU", config)
+    return ov.Core().compile_model(graph, "CPU", config | options)
 
 
 class Piece:
