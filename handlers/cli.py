@@ -135,6 +135,10 @@ def _is_seconds(context: click.Context, parameter: click.Parameter, value: float
     callback=_is_seconds,
     help="From SIGTERM until requests are refused: what a proxy needs to see the 503 (0).",
 )
+@click.option("--no-edge", is_flag=True, help="Nothing strict in front of the server: for trusted clients only.")
+@click.option(
+    "--cors-origin", multiple=True, metavar="URL", help="Whose pages may call from browsers; * for all (none)."
+)
 @click.option("--sample", type=PATH, help="Picture to name in the examples printed when ready.")
 @model_options
 @click.option("--out", type=PATH, help="Where it is built, beside other models (alone in build/model_store).")
@@ -145,6 +149,8 @@ def serve(
     port: int | None,
     ready_port: int,
     lame_duck_seconds: float,
+    no_edge: bool,
+    cors_origin: tuple[str, ...],
     sample: Path | None,
     grpc_port: int | None,
     triton_metrics_port: int | None,
@@ -160,6 +166,8 @@ def serve(
     server = server or ("triton" if model and any(model.glob("*/config.pbtxt")) else "torchserve")
     if server != "triton" and {grpc_port, triton_metrics_port, admin_secret_file} != {None}:
         raise click.UsageError("--grpc-port, --triton-metrics-port, --admin-secret-file: expected with Triton only")
+    if cors_origin and no_edge:
+        raise click.UsageError("--cors-origin: expected with the edge, leave out --no-edge")
     if model and (model / "checkpoint.pth").is_file():
         model = model / "checkpoint.pth"
     given = {name: value for name, value in build.items() if value is not None}
@@ -177,9 +185,10 @@ def serve(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"{names}: expected with a checkpoint, got {model}, which is built already")
 
+    from handlers.launch.edge import Front
     from handlers.launch.processes import Server, run_in_foreground
 
-    start: Callable[[], Server]
+    start: Callable[..., Server]
     where: dict[str, Any] = {"host": host, "port": _PORTS[server] if port is None else port}
     if server == "torchserve":
         from handlers.launch.torchserve import TorchServe
@@ -198,6 +207,7 @@ def serve(
         )
     return run_in_foreground(
         start,
+        front=None if no_edge else lambda: Front(**where, server=server, origins=cors_origin),
         sample=str(sample or "photo.jpg"),
         host=host,
         ready_port=ready_port,

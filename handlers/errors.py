@@ -8,8 +8,12 @@ class ErrorKind(Enum):
     """Kinds of failure, each with its HTTP status and its code in Triton, which knows fewer."""
 
     BAD_REQUEST = 400
+    METHOD = 405
     NOT_ACCEPTABLE = 406
+    SLOW = 408
     TOO_LARGE = 413
+    MEDIA_TYPE = 415
+    HEADERS = 431
     INTERNAL = 500
     OVERLOADED = 503
     DEADLINE = 504

@@ -1,4 +1,8 @@
-"""Names of the request headers that carry options, for processes that need no more than that."""
+"""Request headers, for processes that need no more than that: names of those with options, and Accept."""
+
+import re
+
+from handlers.errors import ErrorKind, ServingError
 
 CONTEXT_HEADERS = ("traceparent", "tracestate")
 # All that Triton passes on of a request's headers, and takes as its parameters.
@@ -10,3 +14,34 @@ OPTION_HEADERS = (
     "x-request-id",
     *CONTEXT_HEADERS,
 )
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # safe to repeat in headers and logs
+
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+
+
+def negotiate(accept: str, offered: tuple[str, ...]) -> str:
+    """Choose the media type an Accept header likes best; the order of `offered` decides between equals.
+
+    Raises:
+        ServingError: nothing on offer is acceptable.
+
+    Source: RFC 9110, section 12.5.1.
+    """
+    weights = {}
+    for entry in (accept.strip() or "*/*").split(","):
+        media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[media_range] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
+
+    def weight(media_type: str) -> float:
+        for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
+            if media_range in weights:
+                return weights[media_range]
+        return 0.0
+
+    best = max(offered, key=weight)
+    if weight(best) <= 0:
+        raise ServingError(
+            ErrorKind.NOT_ACCEPTABLE, f"Accept: expected one of {', '.join(offered)}, got {accept[:80]!r}"
+        )
+    return best

@@ -1,6 +1,5 @@
 """What a client asks for beside its picture: headers in, typed options out."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,12 +7,11 @@ from handlers.errors import ErrorKind, ServingError
 from mpm_ops.stages import parse_schedule
 
 from .formats import FORMATS, MASKS, VIEWS
+from .headers import REQUEST_ID, negotiate
 
 PRIORITIES = ("interactive", "bulk")
 
 _MASK_TYPES = {FORMATS[name].media_types[0]: name for name in MASKS}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,32 +83,4 @@ def _one_of(header: str, value: str | None, allowed: tuple[str, ...]) -> str | N
 def request_id_from(headers: Mapping[str, str], default: str) -> str:
     """The client's X-Request-Id where it is safe to repeat in headers and logs, else the server's own."""
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else default
-
-
-def negotiate(accept: str, offered: tuple[str, ...]) -> str:
-    """Choose the media type an Accept header likes best; the order of `offered` decides between equals.
-
-    Raises:
-        ServingError: nothing on offer is acceptable.
-
-    Source: RFC 9110, section 12.5.1.
-    """
-    weights = {}
-    for entry in (accept.strip() or "*/*").split(","):
-        media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        weights[media_range] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
-
-    def weight(media_type: str) -> float:
-        for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
-            if media_range in weights:
-                return weights[media_range]
-        return 0.0
-
-    best = max(offered, key=weight)
-    if weight(best) <= 0:
-        raise ServingError(
-            ErrorKind.NOT_ACCEPTABLE, f"Accept: expected one of {', '.join(offered)}, got {accept[:80]!r}"
-        )
-    return best
+    return given if REQUEST_ID.fullmatch(given) else default

@@ -11,19 +11,26 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
 from .readiness import Readiness
 from .supervision import Supervised, supervise
 
+if TYPE_CHECKING:
+    from .edge import Front
+
 # TorchServe's own rule, and safe as Triton's folder name; a comma or a space would also break lists of models.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+ANSWER_MARGIN_SECONDS = 60.0  # from the models' deadline until there will be no answer
 _LOST_SECONDS = 5.0
+_HURRY_SECONDS = 1.0  # for what is in flight when a person stops everything
+_MAX_RESTARTS = 5  # within
+_RESTARTS_SECONDS = 600.0  # else whoever supervises this process should know
 _START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
 
@@ -38,24 +45,31 @@ class Server(Supervised):
         kind: what to call it in messages.
         host, port: where it listens; port 0 takes a free one.
         log: file for the server's output; None for this process's own.
+        front: the edge that clients ask instead; HTTP then listens where it looks for it.
 
     Raises:
         ServerError: the port is taken.
     """
 
-    def __init__(self, kind: str, host: str, port: int, log: Path | None) -> None:
+    max_body_bytes: int  # of a request
+    answer_seconds: float  # after which there will be no answer
+
+    def __init__(self, kind: str, host: str, port: int, log: Path | None, front: "Front | None" = None) -> None:
         self.host = host
-        self.port = port or free_port()
+        self.http_host = "127.0.0.1" if front else host
+        self.port = front.upstream_port if front else port or free_port()
         self.log = log
-        check_port(host, self.port)
+        check_port(self.http_host, self.port)
+        self._own_url = url_of(self.http_host, self.port)
+        self.url = front.url if front else self._own_url
         self._kind = kind
         self._stop_seconds = 10.0
         self._folder = Path(tempfile.mkdtemp(prefix=f"{kind.lower()}-"))
         self._process: subprocess.Popen[bytes]
 
     @property
-    def url(self) -> str:
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+    def kind(self) -> str:
+        return self._kind
 
     @property
     def pid(self) -> int:
@@ -138,19 +152,22 @@ class Server(Supervised):
 
 
 def run_in_foreground(
-    start: Callable[[], Server],
+    start: Callable[..., Server],
     *,
+    front: "Callable[[], Front] | None" = None,
     sample: str = "photo.jpg",
     host: str = "127.0.0.1",
     ready_port: int = 0,
     lame_duck_seconds: float = 0.0,
 ) -> int:
-    """Run a server until it ends, a model is dead for good, or SIGINT or SIGTERM comes; returns the exit status.
+    """Run a server until it is dead for good, or SIGINT or SIGTERM comes; returns the exit status.
 
-    Once it is ready it is said how to ask it, with `sample` as the picture.
+    Behind an edge (`front`), which lives on, a server that ended or whose model is dead is started again; without one
+    that is for whoever supervises this process. When it is ready it is said how to ask it, with `sample` as picture.
 
     SIGINT is a person's, and stops at once. SIGTERM is an orderly end: `ready_port` says 503 from now on, the
-    server goes on for `lame_duck_seconds`, in which whoever sends requests should notice, and drains.
+    server goes on for `lame_duck_seconds`, in which whoever sends requests should notice; the edge accepts no more and
+    finishes, and the server drains.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -163,26 +180,50 @@ def run_in_foreground(
     try:
         if ready_port:
             check_port(host, ready_port)
-        with Readiness(host, ready_port) as readiness, start() as server:
-            server.wait_ready(_START_SECONDS)
-            try:
-                readiness.ready = True
-                print(f"\nReady on {server.url}. Try:\n\n{server.examples(sample)}\n")
-                print("Ctrl-C stops the server.", flush=True)
-                status = supervise(server, readiness)
-                server.stop(_LOST_SECONDS)  # there is nobody left to be waited for
-                return status
-            except _Terminated:
-                readiness.ready = False
-                with suppress(subprocess.TimeoutExpired):
-                    server.wait(lame_duck_seconds)
-                server.drain()
-                return 0
+        with Readiness(host, ready_port) as readiness, front() if front else nullcontext() as edge:
+            restarts: list[float] = []
+            while True:
+                with start(front=edge) as server:
+                    status = _run(server, edge, readiness, sample, lame_duck_seconds)
+                restarts = [then for then in restarts if time.monotonic() - then < _RESTARTS_SECONDS]
+                if edge is None or status == 0 or len(restarts) == _MAX_RESTARTS:
+                    return status
+                restarts.append(time.monotonic())
+                print(f"{server.kind} ended with status {status}; starting it again", file=sys.stderr, flush=True)
+                edge.count_restart()
     except (KeyboardInterrupt, _Terminated):
         return 0
     except (ServerError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _run(server: Server, edge: "Front | None", readiness: Readiness, sample: str, lame_duck_seconds: float) -> int:
+    """Until the server is dead (status not 0), or has drained after SIGTERM."""
+    try:
+        if edge:
+            edge.open(server)
+        server.wait_ready(_START_SECONDS)
+        try:
+            readiness.ready = True
+            print(f"\nReady on {server.url}. Try:\n\n{server.examples(sample)}\n")
+            print("Ctrl-C stops the server.", flush=True)
+            status = supervise(server, readiness)
+            readiness.ready = False
+            server.stop(_LOST_SECONDS)  # there is nobody left to be waited for
+            return status
+        except _Terminated:
+            readiness.ready = False
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(lame_duck_seconds)
+            if edge:
+                edge.stop(server.answer_seconds)
+            server.drain()
+            return 0
+    except BaseException:
+        if edge:
+            edge.stop(_HURRY_SECONDS)
+        raise
 
 
 class _Terminated(BaseException):
@@ -198,9 +239,23 @@ def free_port() -> int:
 
 def check_port(host: str, port: int) -> None:
     """Raise a ServerError where nothing could listen."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended don't count
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    listen(host, port).close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; on `::` for IPv4 too. Raises a ServerError where nothing can."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=host == "::")
+    except OSError as error:
+        cause = (error.strerror or str(error)).partition(" (while")[0]
+        raise ServerError(f"cannot listen on {netloc(host, port)}: {cause}") from None
+
+
+def netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches what listens on a host."""
+    return "http://" + netloc({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

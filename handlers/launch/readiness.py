@@ -1,5 +1,6 @@
 """Should requests be sent here? A port of its own that says so, because both servers answer "healthy" to the end."""
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
@@ -36,6 +37,7 @@ class Readiness:
 
 class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], readiness: Readiness) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
         self.readiness = readiness
 

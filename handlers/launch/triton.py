@@ -22,9 +22,10 @@ import psutil
 
 from handlers.api.headers import OPTION_HEADERS
 
+from .edge import Front
 from .health import UnhealthyError, check_model
 from .models import Watch, read_repository
-from .processes import MODEL_NAME, Server, ServerError, check_port, free_port
+from .processes import ANSWER_MARGIN_SECONDS, MODEL_NAME, Server, ServerError, check_port, free_port, url_of
 
 ADMIN_HEADER = "x-admin"
 
@@ -50,6 +51,7 @@ class Triton(Server):
         exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end; the
             longest deadline of the models if None.
         log: file for the server's output; None for this process's own.
+        front: the edge that clients of HTTP ask instead.
 
     Raises:
         ValueError: the repository holds no model.
@@ -68,6 +70,7 @@ class Triton(Server):
         admin_secret_file: Path | None = None,
         exit_seconds: int | None = None,
         log: Path | None = None,
+        front: Front | None = None,
     ) -> None:
         self.models = sorted(path.parent.name for path in model_repository.glob("*/config.pbtxt"))
         if not self.models:
@@ -84,7 +87,7 @@ class Triton(Server):
             raise ServerError(
                 f"TMPDIR: expected letters, digits, '/', '.', '_' and '-', got {tempfile.gettempdir()!r}"
             )
-        super().__init__("Triton", host, port, log)
+        super().__init__("Triton", host, port, log, front)
         self.grpc_port = grpc_port or free_port()
         check_port(host, self.grpc_port)
         self._metrics_host = host if metrics_port else "127.0.0.1"
@@ -95,6 +98,8 @@ class Triton(Server):
             _write_secret(admin_secret_file, self.admin_secret)
         configs = {name: read_repository(model_repository / name) for name in self.models}
         longest = math.ceil(max(config.deadline_seconds for config in configs.values()))
+        self.max_body_bytes = max(config.max_body_bytes for config in configs.values())
+        self.answer_seconds = longest + ANSWER_MARGIN_SECONDS
         self._exit_seconds = longest if exit_seconds is None else exit_seconds
         self._stop_seconds += self._exit_seconds
         self._patience = max(config.stall_seconds for config in configs.values()) + _STALL_MARGIN_SECONDS
@@ -105,7 +110,7 @@ class Triton(Server):
 
     @property
     def grpc_url(self) -> str:
-        return self.url.removeprefix("http://").rpartition(":")[0] + f":{self.grpc_port}"
+        return url_of(self.host, self.grpc_port).removeprefix("http://")
 
     def wait_ready(self, timeout_seconds: float = 180.0) -> None:
         """Return once every model has answered a real picture.
@@ -170,11 +175,11 @@ class Triton(Server):
             "load-model": "*",
             "backend-directory": backend.parent,
             "cache-directory": installed / "caches",
-            "http-address": self.host,
+            "http-address": _event_address(self.http_host),
             "http-port": self.port,
-            "grpc-address": self.host,
+            "grpc-address": f"[{self.host}]" if ":" in self.host else self.host,
             "grpc-port": self.grpc_port,
-            "metrics-address": self._metrics_host,
+            "metrics-address": _event_address(self._metrics_host),
             "metrics-port": self.metrics_port,
             "allow-gpu-metrics": "false",
             "pinned-memory-pool-byte-size": 0,
@@ -200,6 +205,11 @@ class Triton(Server):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         libraries = str(sysconfig.get_config_var("LIBDIR"))
         self._spawn(command, {"PATH": path, "LD_LIBRARY_PATH": libraries, **self._metrics.environment})
+
+
+def _event_address(host: str) -> str:
+    """As libevent, below Triton's HTTP, wants it."""
+    return f"ipv6:{host}" if ":" in host else host
 
 
 def _zombies(pid: int) -> set[int]:

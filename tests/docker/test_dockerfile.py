@@ -147,13 +147,20 @@ class TestCommands:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, server: type
     ) -> None:
         starts: list[Any] = []
-        monkeypatch.setattr(processes, "run_in_foreground", lambda start, **_: starts.append(start))
+        fronts: list[Any] = []
+
+        def run(start: Any, *, front: Any, **_: Any) -> None:
+            starts.append(start)
+            fronts.append(front)
+
+        monkeypatch.setattr(processes, "run_in_foreground", run)
         command = command_of(target)
         assert command[:3] == ["mpm", "serve", "/models"]
         assert main(["serve", str(tmp_path), *command[3:]]) == 0
         (start,) = starts
         assert start.func is server
         assert start.keywords["host"] == "0.0.0.0"
+        assert fronts == [None]
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_health_check_is_an_inference(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:

@@ -49,10 +49,12 @@ class Launched:
 
 
 @contextmanager
-def launched(server: str, folder: Path, log: Path, *options: object) -> Iterator[Launched]:
+def launched(server: str, folder: Path, log: Path, *options: object, edge: bool = False) -> Iterator[Launched]:
     """Start a launcher on its model store or repository; it is stopped in the end, and leaves no process."""
     port, ready_port = free_port(), free_port()
     command = [sys.executable, "-m", "handlers", "serve", str(folder), "--server", server, "--port", str(port)]
+    if not edge:
+        command.append("--no-edge")
     if server == "triton":
         command += ["--grpc-port", "0"]
     command += ["--ready-port", str(ready_port), *map(str, options)]

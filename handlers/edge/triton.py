@@ -1,0 +1,80 @@
+"""TorchServe's plain call made Triton's binary one, and what Triton must not be sent."""
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from handlers.api.headers import negotiate
+from handlers.errors import ErrorKind, ServingError
+
+from .bodies import check_json, too_long
+from .limits import Limits
+
+LENGTH_HEADER = "Inference-Header-Content-Length"
+OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON", "application/x-npy": "MASK"}
+
+_INFER = re.compile(r"/v2/models/[^/]+(/versions/[0-9]+)?/infer")
+_NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
+
+
+def check_body(path: str, headers: Mapping[str, str], data: bytes, limits: Limits) -> None:
+    """Refuse JSON that would end Triton, whose parser recurses; in binary requests it is what comes first.
+
+    Raises:
+        ServingError: with the field, what was expected and what came.
+    """
+    given = headers.get(LENGTH_HEADER)
+    length = len(data)
+    if given is not None and _INFER.fullmatch(path):
+        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", given) or int(given) > len(data):
+            raise ServingError(
+                ErrorKind.BAD_REQUEST, f"{LENGTH_HEADER}: expected a number within 0..{len(data)}, got {given[:40]!r}"
+            )
+        length = int(given)
+    document = data[:length]
+    if document and document.lstrip()[:1] not in (b"{", b"["):
+        raise ServingError(
+            ErrorKind.BAD_REQUEST,
+            f"body: expected JSON, got {length} other bytes; send a picture with '{LENGTH_HEADER}: 0'",
+        )
+    if length > limits.json_bytes:
+        raise too_long("JSON", limits.json_bytes, str(length))
+    check_json(document, limits)
+
+
+def infer_path(name: str, version: str | None) -> str:
+    return f"/v2/models/{name}/versions/{version}/infer" if version else f"/v2/models/{name}/infer"
+
+
+def infer_headers(headers: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]:
+    """The media type of the answer, and headers that ask Triton for it.
+
+    Raises:
+        ServingError: nothing on offer is acceptable.
+    """
+    offered = tuple(OUTPUTS) if "X-MPM-View" not in headers else ("image/png",)
+    media_type = negotiate(accept, offered)
+    asked = {LENGTH_HEADER: "0", "X-MPM-Outputs": OUTPUTS[media_type], "Content-Type": "application/octet-stream"}
+    return media_type, asked
+
+
+def unpack(reply: bytes, length: str, media_type: str) -> bytes:
+    """The only output of a binary reply, whose JSON comes first; an array as a NumPy file."""
+    body = reply[int(length) :]
+    if media_type != "application/x-npy":
+        return body[4:]  # the length of the only value
+    output: dict[str, Any] = json.loads(reply[: int(length)])["outputs"][0]
+    shape = tuple(output["shape"][1:])
+    described = f"{{'descr': '{_NPY_TYPES[output['datatype']]}', 'fortran_order': False, 'shape': {shape}, }}"
+    padding = -(10 + len(described) + 1) % 64
+    head = f"{described}{' ' * padding}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
+
+
+def error_of(reply: bytes) -> str:
+    try:
+        return str(json.loads(reply)["error"])
+    except (ValueError, KeyError, TypeError):
+        return reply[:200].decode(errors="replace") or "the server gave no reason"

@@ -1,0 +1,347 @@
+"""The edge in front of a server that writes down what reaches it."""
+
+import base64
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+import requests
+from fronting import Front, Upstream, ask, fronted
+
+PICTURE = b"\xff\xd8\xff\xe0 a picture \x00\r\n\r\n--x" + bytes(range(256)) * 40
+LIMIT = 2**20
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def _edges(upstream: Upstream) -> Iterator[tuple[Front, Front]]:
+    options = ("--max-body-bytes", str(LIMIT), "--cors-origin", "http://a.example")
+    with fronted(upstream.url, "torchserve", *options) as first, fronted(upstream.url, "triton", *options) as second:
+        yield first, second
+
+
+@pytest.fixture
+def edge(_edges: tuple[Front, Front], upstream: Upstream) -> Front:
+    """In front of what it takes for TorchServe."""
+    upstream.seen.clear()
+    return _edges[0]
+
+
+@pytest.fixture
+def triton_edge(_edges: tuple[Front, Front], upstream: Upstream) -> Front:
+    upstream.seen.clear()
+    return _edges[1]
+
+
+def test_passes_requests_on_unchanged(edge: Front, upstream: Upstream) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    headers = {"X-Request-Id": "mine", "traceparent": trace, "X-Own": "é", "Content-Type": "image/jpeg"}
+    for target in ("/predictions/m?a=%20b&c=%2F", "/predictions/a%2Fb", "/any/../where;x?y"):
+        reply = ask(edge.url, target, PICTURE, headers)
+        method, path, seen, body = upstream.seen[-1]
+        assert (method, path, body) == ("POST", target, PICTURE)
+        assert seen["traceparent"] == trace
+        assert seen["x-request-id"] == reply.headers["X-Request-Id"] == "mine"
+        assert reply.headers["X-MPM-Tokens"] == "in=5, out=3"
+        assert reply.content == PICTURE
+    assert requests.get(f"{edge.url}/ping").headers["X-Request-Id"] == upstream.seen[-1][2]["x-request-id"]
+
+
+def test_what_is_long_or_in_chunks_arrives_with_one_length(edge: Front, upstream: Upstream) -> None:
+    data = PICTURE * 100
+    reply = requests.post(f"{edge.url}/predictions/m", data=iter([data[:70_000], data[70_000:]]))
+    assert reply.content == data == upstream.seen[-1][3]
+    assert "transfer-encoding" not in upstream.seen[-1][2]
+    too_long = requests.post(f"{edge.url}/predictions/m", data=iter([bytes(2**19)] * 3))
+    assert_refused(too_long, 413, "body: expected at most 1048576 bytes, got more")
+    too_long = requests.post(f"{edge.url}/predictions/m", data=bytes(LIMIT + 1))
+    assert_refused(too_long, 413, "body: expected at most 1048576 bytes, got 1048577")
+    expecting = b"POST /predictions/m HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    assert edge.send(expecting % (2**30)).startswith(b"HTTP/1.1 413")  # before anything was sent
+    assert edge.send(expecting.replace(b"Host", b"Connection: close\r\nHost") % 4, b"abcd").startswith(
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200"
+    )
+    assert len(upstream.seen) == 2
+
+
+HEAD = b"POST /predictions/m HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+        HEAD + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
+        HEAD + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"Content-Length: 4, 4\r\n\r\nabcd",
+        HEAD + b"Content-Length: +4\r\n\r\nabcd",
+        HEAD + b"Content-Length: 0x4\r\n\r\nabcd",
+        HEAD + b"Content-Length: -4\r\n\r\nabcd",
+        HEAD + b"Content-Length : 4\r\n\r\nabcd",
+        HEAD + b"Content-Length: 4 4\r\n\r\nabcd",
+        HEAD + b"X-A: b\r\n Content-Length: 4\r\n\r\nabcd",
+        HEAD + b"X-A: b\r\n\tc\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b" X-A: b\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x4\r\nabcd\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4 4\r\nabcd\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4\nabcd\n0\n\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n10000000000000004\r\nabcd\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4;a=\"\n\r\nabcd\r\n0\r\n\r\n",
+        HEAD.replace(b"\r\n", b"\n") + b"Content-Length: 4\n\nabcd",
+        HEAD + b"X-A: b\x00c\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"X-A: b\rc\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"X-\xff: b\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"Host: b\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"Content-Type: a/b\r\nContent-Type: c/d\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"X-Request-Id: a\xff\xfe\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"1.1", b"1.2") + b"Content-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"1.1", b"2.0") + b"Content-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"/pred", b"http://other/pred") + b"Content-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"tions/m", b"tions/\x01m") + b"Content-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"tions/m", b"tions/m#a") + b"Content-Length: 4\r\n\r\nabcd",
+        HEAD.replace(b"POST", b"CONNECT") + b"\r\n",
+        HEAD.replace(b"POST", b"TRACE") + b"\r\n",
+        HEAD + b"".join(b"X-%d: a\r\n" % i for i in range(200)) + b"\r\n",
+        HEAD + b"X-A: " + b"a" * 10_000 + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)  # fmt: skip
+def test_refuses_what_two_servers_could_read_differently(edge: Front, upstream: Upstream, data: bytes) -> None:
+    answer = edge.send(data, timeout=2)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1] in (b"400", b"405", b"431"), answer[:300]
+    assert not upstream.seen
+    fields = json.loads(body.splitlines()[0])
+    assert fields["code"] == int(head.split()[1])
+    assert "expected" in fields["error"]
+    assert fields["request_id"]
+    assert b"Traceback" not in answer
+
+
+def test_takes_pictures_from_forms_and_json(edge: Front, upstream: Upstream) -> None:
+    url, encoded = f"{edge.url}/predictions/m", base64.b64encode(PICTURE).decode()
+    for name in ("image", "data", "body", "file"):
+        assert requests.post(url, files={name: ("a.jpg", PICTURE, "image/jpeg")}).content == PICTURE
+    for document in (
+        {"data": encoded},
+        {"image": "data:image/jpeg;base64," + encoded},
+        {"instances": [{"b64": encoded}]},
+        {"instances": [{"data": {"b64": encoded}}]},
+        {"instances": [encoded]},
+    ):
+        assert requests.post(url, json=document).content == PICTURE
+    assert requests.post(url, PICTURE, headers={"Content-Type": "application/x-www-form-urlencoded"}).ok
+    assert {seen[2]["content-type"] for seen in upstream.seen} == {"application/octet-stream"}
+    assert {seen[3] for seen in upstream.seen} == {PICTURE}
+    upstream.answer = b'{"height": 3}\n'
+    answer = requests.post(f"{edge.url}/v1/models/m:predict", json={"instances": [{"b64": encoded}]})
+    upstream.answer = b""
+    assert answer.json() == {"predictions": [{"height": 3}]}
+    assert upstream.seen[-1][1] == "/predictions/m"
+    assert upstream.seen[-1][2]["accept"] == "application/json"
+
+
+def test_refuses_by_name_what_holds_no_single_picture(edge: Front, upstream: Upstream) -> None:
+    url, encoded = f"{edge.url}/predictions/m", base64.b64encode(PICTURE).decode()
+    two = [("image", ("a.jpg", PICTURE)), ("image", ("b.jpg", PICTURE))]
+    assert_refused(requests.post(url, files=two), 400, "got 'image', 'image'")
+    assert_refused(requests.post(url, files={"photo": PICTURE}), 400, "named image, data, body or file, got 'photo'")
+    assert_refused(requests.post(url, files=[("image", b"")] * 3000), 400, "got 'image'")
+    form = {"Content-Type": "multipart/form-data"}
+    assert_refused(requests.post(url, data=PICTURE, headers=form), 400, "form: expected one picture")
+    form = {"Content-Type": "multipart/form-data; boundary=a"}
+    assert_refused(requests.post(url, data=PICTURE, headers=form), 400, "form: expected one picture")
+    for document, told in (
+        ({"instances": [{"b64": encoded}] * 2}, "instances: expected a list of one picture, got 2"),
+        ({"instances": []}, "instances: expected a list of one picture, got 0"),
+        ({"data": encoded, "image": encoded}, "got 'data', 'image'"),
+        ({"url": "http://a.example"}, "got 'url'"),
+        ({"data": 5}, "data: expected base64, got int"),
+        ({"data": "&&&"}, "data: expected base64, got '&&&'"),
+        ([encoded], "JSON: expected base64, got list"),
+    ):
+        assert_refused(requests.post(url, json=document), 400, told)
+    as_json = {"Content-Type": "application/json"}
+    assert_refused(requests.post(url, data=PICTURE, headers=as_json), 400, "JSON: expected a document")
+    assert_refused(requests.post(url, data="[" * 99, headers=as_json), 400, "JSON: expected nesting of at most 64")
+    assert_refused(requests.post(url, data="[" + "[]," * 99_999, headers=as_json), 413, "JSON: expected at most")
+    assert_refused(requests.post(url, data="https://a.example/cat.jpg"), 400, "got a URL; nothing is fetched")
+    assert not upstream.seen
+
+
+def test_unpacks_gzip_within_the_limit(edge: Front, upstream: Upstream) -> None:
+    url, packed = f"{edge.url}/predictions/m", {"Content-Encoding": "gzip", "Content-Type": "image/jpeg"}
+    assert requests.post(url, data=gzip.compress(PICTURE), headers=packed).content == PICTURE
+    assert "content-encoding" not in upstream.seen[-1][2]
+    bomb = requests.post(url, data=gzip.compress(bytes(2**27)), headers=packed)
+    assert_refused(bomb, 413, "expected at most 1048576 bytes, got more, unpacked")
+    assert_refused(requests.post(url, data=PICTURE, headers=packed), 400, "Content-Encoding: expected gzip")
+    assert_refused(requests.post(url, data=gzip.compress(PICTURE)[:-9], headers=packed), 400, "one whole gzip stream")
+    brotli = requests.post(url, data=PICTURE, headers={"Content-Encoding": "br"})
+    assert_refused(brotli, 415, "Content-Encoding: expected gzip or none, got 'br'")
+    assert len(upstream.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "nest", ['{"inputs":' + "[" * 300_000, '{"a":' * 65, "[" * 65 + "]" * 65, '{"a":"\\\\","b":' + "[" * 64]
+)
+def test_refuses_deep_json_before_triton(triton_edge: Front, upstream: Upstream, nest: str) -> None:
+    for target, headers in (
+        ("/v2/models/m/infer", {}),
+        ("/v2/models/m/infer", {"Inference-Header-Content-Length": str(len(nest))}),
+        ("/v2/models/m/%69nfer", {"Inference-Header-Content-Length": "0"}),
+        ("/v2/models/m/generate", {"Inference-Header-Content-Length": "0"}),
+        ("/v2/repository/index", {}),
+    ):
+        for packed in (False, True):
+            encoding = {"Content-Encoding": "gzip"} if packed else {}
+            body = gzip.compress(nest.encode()) if packed else nest
+            answer = ask(triton_edge.url, target, body, headers | encoding)
+            assert_refused(answer, 400, "JSON: expected nesting of at most 64, got deeper")
+    assert not upstream.seen
+
+
+def test_triton_gets_json_and_binary_requests_unchanged(triton_edge: Front, upstream: Upstream) -> None:
+    shallow = '{"id":"' + '[\\"{' * 200 + '","inputs":' + "[" * 63 + "]" * 63 + "}"
+    url, length = f"{triton_edge.url}/v2/models/m/infer", "Inference-Header-Content-Length"
+    assert requests.post(url, data=shallow).text == shallow
+    mixed = shallow.encode() + b"[" * 100_000
+    assert requests.post(url, data=mixed, headers={length: str(len(shallow))}).content == mixed
+    assert requests.post(url, data=PICTURE, headers={length: "0"}).content == PICTURE
+    assert requests.post(f"{triton_edge.url}/v2/repository/index").ok
+    assert len(upstream.seen) == 4
+    assert_refused(requests.post(url, data=PICTURE), 400, "send a picture with 'Inference-Header-Content-Length: 0'")
+    for wrong in ("+0", "-1", "0x10", "99999", "00", "\u0660".encode()):
+        answer = requests.post(url, data=shallow, headers={length: wrong})
+        assert_refused(answer, 400, "Inference-Header-Content-Length: expected a number")
+    assert_refused(requests.post(url, data='"' + "a" * LIMIT + '"'), 413, "expected at most 1048576 bytes")
+    assert len(upstream.seen) == 4
+
+
+def test_only_named_origins_may_call_from_pages(edge: Front, upstream: Upstream) -> None:
+    url, origin = f"{edge.url}/predictions/m", {"Origin": "http://a.example"}
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-mpm-view"}
+    preflight = requests.options(url, headers=origin | asking)
+    assert preflight.status_code == 204
+    assert preflight.headers["Access-Control-Allow-Origin"] == "http://a.example"
+    assert preflight.headers["Access-Control-Allow-Headers"] == "x-mpm-view"
+    assert not upstream.seen
+    for answer in (requests.post(url, PICTURE, headers=origin), requests.post(url, json={}, headers=origin)):
+        assert answer.headers["Access-Control-Allow-Origin"] == "http://a.example"
+        assert "X-MPM-Tokens" in answer.headers["Access-Control-Expose-Headers"]
+        assert answer.headers["Vary"] == "Origin"
+    for headers in ({"Origin": "http://b.example"}, {"Origin": "null"}, {}):
+        for answer in (requests.options(url, headers=headers | asking), requests.post(url, b"a", headers=headers)):
+            assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+def test_a_client_that_leaves_ends_its_request_behind(edge: Front, upstream: Upstream) -> None:
+    with socket.create_connection(edge.address) as client:
+        client.sendall(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nabcd")
+        assert upstream.asked.wait(5)
+        left = time.monotonic()
+    assert upstream.left.wait(5)
+    assert time.monotonic() - left < 0.5
+
+
+def test_slow_clients_are_ended_and_hold_nobody_up(upstream: Upstream) -> None:
+    """100 of each kind: silent, half a head, half a body; good ones meanwhile are as fast as before."""
+    with fronted(upstream.url, "torchserve", "--patience-seconds", "1") as edge:
+
+        def percentile() -> float:
+            seconds = []
+            with requests.Session() as session:
+                for _ in range(100):
+                    begin = time.monotonic()
+                    assert session.post(f"{edge.url}/predictions/m", PICTURE).content == PICTURE
+                    seconds.append(time.monotonic() - begin)
+            return sorted(seconds)[-2]
+
+        percentile()
+        before = percentile()
+        starts = (
+            b"",
+            HEAD,
+            HEAD + b"Content-Length: 10\r\n\r\nabcd",
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n4\r\nab",
+        )
+        slow = [(socket.create_connection(edge.address, timeout=10), start) for start in starts for _ in range(100)]
+        for connection, start in slow:
+            connection.sendall(start)
+        num_before = len(upstream.seen)
+        during = percentile()
+        assert len(upstream.seen) == num_before + 100, "a part of a request reached the server"
+        expected = {b"": b"", HEAD: b"408"}
+        for connection, start in slow:
+            answer = connection.recv(4096)
+            assert answer[9:12] == expected.get(start, b"408"), answer
+            connection.close()
+        assert during < 2 * before + 0.02, (before, during)
+
+
+def test_at_the_end_accepts_no_more_and_finishes(upstream: Upstream) -> None:
+    upstream.asked.clear()
+    with fronted(upstream.url, "torchserve") as edge, ThreadPoolExecutor() as pool, requests.Session() as session:
+        session.get(f"{edge.url}/ping")  # leaves an idle connection, which must not hold the end
+        waiting = pool.submit(requests.post, f"{edge.url}/wait", PICTURE)
+        assert upstream.asked.wait(5)
+        with socket.create_connection(edge.address, timeout=5) as uploading:
+            uploading.sendall(HEAD + b"Content-Length: 4\r\n\r\nab")
+            time.sleep(0.1)
+            edge.process.terminate()
+            time.sleep(0.2)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(edge.address)
+            uploading.sendall(b"cd")
+            assert b"Connection: close" in uploading.recv(4096)
+        upstream.release.set()
+        assert waiting.result().content == PICTURE
+        assert edge.process.wait(2) == 0
+
+
+def test_says_so_while_no_server_is_behind() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with fronted(f"http://127.0.0.1:{port}", "torchserve") as edge:
+        answer = requests.post(f"{edge.url}/predictions/m", PICTURE)
+        assert_refused(answer, 503, "the server is being started; ask again")
+        assert answer.headers["Retry-After"] == "2"
+
+
+def test_counts_and_stays_small(edge: Front) -> None:
+    requests.post(f"{edge.url}/predictions/m", PICTURE)
+    text = requests.get(f"{edge.url}/metrics").text
+    assert 'mpm_edge_requests_total{status="200"}' in text
+    assert "mpm_edge_connections" in text
+    assert "mpm_edge_held_bytes 0.0" in text
+    assert psutil.Process(edge.process.pid).memory_info().rss < 60 * 2**20
+
+
+def assert_refused(answer: requests.Response, status: int, told: str) -> None:
+    assert answer.status_code == status, answer.text
+    fields = answer.json()
+    assert told in fields["error"]
+    assert fields["code"] == status
+    assert fields["request_id"] == answer.headers["X-Request-Id"]

@@ -1,0 +1,167 @@
+"""The edge in front of real servers: the same bytes, and attacks that would end them."""
+
+import base64
+import io
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from asking_triton import infer_raw
+from fronting import Front, fronted
+from launched import Launched, launched
+
+from handlers.api.formats import FORMATS, MASKS
+from handlers.api.formats.views import encode_picture
+from handlers.edge.triton import OUTPUTS
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
+
+pytest_plugins = ("tiny_server",)
+
+LENGTH = "Inference-Header-Content-Length"
+
+
+@pytest.fixture(scope="module")
+def edges(server: TorchServe, triton: Triton) -> Iterator[dict[str, Front]]:
+    with fronted(server.url, "torchserve") as first, fronted(triton.url, "triton") as second:
+        yield {"torchserve": first, "triton": second}
+
+
+@pytest.fixture(scope="module")
+def picture(photo: Callable[..., np.ndarray]) -> bytes:
+    return encode_picture(photo(3), "image/png")
+
+
+def test_edge_offers_what_the_formats_are() -> None:
+    assert {FORMATS[name].media_types[0]: FORMATS[name].output for name in MASKS} == OUTPUTS
+
+
+@pytest.mark.parametrize("accept", ["image/png", "application/x-npy", "overlay"])
+def test_pictures_are_answered_alike_in_every_form(
+    edges: dict[str, Front], server: TorchServe, picture: bytes, accept: str
+) -> None:
+    headers = {"X-MPM-View": accept} if accept == "overlay" else {"Accept": accept}
+    url = f"{server.url}/predictions/tiny"
+    direct = requests.post(url, data=picture, headers=headers | {"Content-Type": "image/png"}).content
+    assert len(direct) > 100
+    encoded = base64.b64encode(picture).decode()
+    for edge in edges.values():
+        url = f"{edge.url}/predictions/tiny"
+        for answer in (
+            requests.put(url, data=picture, headers=headers),
+            requests.post(url, files={"image": picture}, headers=headers),
+            requests.post(url, files={"file": picture}, headers=headers),
+            requests.post(url, json={"data": encoded}, headers=headers),
+            requests.post(url, json={"instances": [{"b64": encoded}]}, headers=headers),
+        ):
+            assert answer.status_code == 200, answer.text
+            assert answer.content == direct
+            assert answer.headers["Content-Type"] == (accept if "/" in accept else "image/png")
+        (prediction,) = requests.post(
+            f"{edge.url}/v1/models/tiny:predict", json={"instances": [{"b64": encoded}]}
+        ).json()["predictions"]
+        assert (prediction["height"], prediction["width"]) == (96, 128)
+
+
+@pytest.mark.parametrize("server_name", ["torchserve", "triton"])
+def test_errors_have_one_form(edges: dict[str, Front], server_name: str, picture: bytes) -> None:
+    url = f"{edges[server_name].url}/predictions/tiny"
+    for data, headers, told in (
+        (b"no picture", {}, "expected JPEG, PNG"),
+        (picture, {"X-MPM-Schedule": "99"}, "X-MPM-Schedule"),
+        (picture, {"X-MPM-View": "none"}, "X-MPM-View"),
+    ):
+        answer = requests.post(url, data=data, headers={"X-Request-Id": "mine", **headers})
+        assert answer.status_code == 400
+        fields = answer.json()
+        assert told in fields.pop("error")
+        assert fields == {"code": 400, "request_id": "mine"}
+    refused = requests.post(url, data=picture, headers={"Accept": "text/html"})
+    assert (refused.status_code, refused.json()["code"]) == (406, 406)
+
+
+def test_triton_answers_its_own_protocol_unchanged(edges: dict[str, Front], triton: Triton, picture: bytes) -> None:
+    import tritonclient.http as client
+
+    url = edges["triton"].url
+    through, direct = (infer_raw(each, "tiny", picture, X_MPM_Outputs="MASK") for each in (url, triton.url))
+    assert (through.status, through.body) == (200, direct.body)
+    image = client.InferInput("IMAGE", [1, 1], "BYTES")
+    image.set_data_from_numpy(np.array([[picture]], object))
+    with client.InferenceServerClient(url.removeprefix("http://")) as asking:
+        assert asking.is_model_ready("tiny")
+        masks = asking.infer("tiny", [image], outputs=[client.InferRequestedOutput("MASK")]).as_numpy("MASK")
+    answer = requests.post(f"{url}/predictions/tiny", data=picture, headers={"Accept": "application/x-npy"})
+    np.testing.assert_array_equal(masks[0], np.load(io.BytesIO(answer.content)))
+
+
+def test_triton_survives_nested_json(edges: dict[str, Front], triton: Triton, picture: bytes) -> None:
+    """300 KB of it end a Triton without an edge."""
+    edge, pid = edges["triton"], triton.pid
+    for start in ('{"inputs":', '{"inputs":[{"name":"IMAGE","parameters":{"a":', '{"parameters":'):
+        for nest in ("[", '{"a":'):
+            body = start + nest * (300_000 // len(nest))
+            for headers in ({}, {LENGTH: str(len(body))}):
+                answer = requests.post(f"{edge.url}/v2/models/tiny/infer", data=body, headers=headers)
+                assert answer.status_code == 400
+                assert "JSON: expected nesting of at most 64, got deeper" in answer.json()["error"]
+    assert infer_raw(edge.url, "tiny", picture).status == 200
+    assert triton.pid == pid
+
+
+def test_triton_that_ends_is_started_again_and_drains_in_the_end(
+    repository: Path, tmp_path: Path, picture: bytes
+) -> None:
+    """On an IPv6 address, which takes IPv4 too."""
+    with launched("triton", repository, tmp_path / "log", "--host", "::", edge=True) as running:
+        port = running.url.rpartition(":")[2]
+        assert f"Ready on http://[::1]:{port}" in running.told
+        (server,) = running.children("bin/tritonserver")
+        (edge,) = running.children("handlers.edge")
+        server.send_signal(signal.SIGSEGV)
+        running.wait_until(lambda: not running.is_ready, 10)
+        answer = requests.post(f"{running.url}/predictions/tiny", data=picture)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "2"
+        running.wait_until(lambda: running.is_ready)
+        edge.kill()
+        edge.wait(10)
+        assert requests.post(f"{running.url}/predictions/tiny", data=picture).status_code == 200  # waits for the next
+        counted = requests.get(f"http://[::1]:{port}/metrics").text
+        assert 'mpm_restarts_total{process="server"} 1' in counted
+        assert 'mpm_restarts_total{process="edge"} 1' in counted
+        check_drain(running, picture)
+    assert running.process.returncode == 0
+    assert "Triton ended with status -11; starting it again" in running.told
+    assert "the edge ended with status -9; starting it again" in running.told
+    assert "Traceback" not in running.told
+
+
+@pytest.mark.slow
+def test_torchserve_drains_behind_the_edge(store: Path, tmp_path: Path, picture: bytes) -> None:
+    with launched("torchserve", store, tmp_path / "log", edge=True) as running:
+        check_drain(running, picture)
+    assert running.process.returncode == 0
+
+
+def check_drain(running: Launched, picture: bytes) -> None:
+    """What was accepted is answered, a body that is still on its way too."""
+    port = int(running.url.rpartition(":")[2])
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(picture)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client, ThreadPoolExecutor() as pool:
+        client.sendall(head + picture[:100])
+        others = [pool.submit(requests.post, f"{running.url}/predictions/tiny", data=picture) for _ in range(4)]
+        time.sleep(0.3)
+        running.process.terminate()
+        time.sleep(0.5)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        client.sendall(picture[100:])
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        assert {other.result().status_code for other in others} == {200}
