@@ -200,9 +200,9 @@ def serve(
 
 
 def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:
-    """Run a command in a process of its own, whose memory is free afterwards; its status."""
+    """Run a command in a process of its own, whose memory is free afterwards, and return its status."""
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return subprocess.run([sys.executable, "-m", "handlers", command, *given, *flags]).returncode
+    return subprocess.run([sys.executable, "-P", "-m", "handlers", command, *given, *flags]).returncode
 
 
 @commands.command()

@@ -162,7 +162,7 @@ def test_serve_builds_a_checkpoint_with_its_options(
     ran: list[list[str]] = []
 
     def run(command: list[str]) -> "subprocess.CompletedProcess[bytes]":
-        ran.append(command[3:])
+        ran.append(command[4:])
         return subprocess.CompletedProcess(command, len(ran) > 1)
 
     monkeypatch.setattr(cli.subprocess, "run", run)
