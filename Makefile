@@ -88,7 +88,7 @@ image:
 		--tag mpm-segmenter-$(SERVER):$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
 
 test: $(TRITON)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup
 
 test-all: $(TRITON)
 	$(BIN)/python -m pytest

@@ -33,7 +33,7 @@ class Manifests:
             ValueError: the text isn't YAML, or holds something else than manifests.
         """
         try:
-            documents = tuple(document for document in yaml.safe_load_all(text) if document)
+            documents = tuple(document for document in yaml.load_all(text, yaml.CSafeLoader) if document)
         except yaml.YAMLError as error:
             raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from None
         for document in documents:

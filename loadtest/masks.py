@@ -10,7 +10,6 @@ client has to stay light, and the server needs the cores while there is load.
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,12 @@ import numpy as np
 from PIL import Image
 
 from handlers.client import Answer, NoAnswerError
+from handlers.png import SIGNATURE, png_size
 
 from .pictures import Item, read_frame
 from .protocols import Servers
 
 OK = "ok"
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class MaskError(ValueError):
@@ -70,7 +69,7 @@ def read_mask(png: bytes) -> np.ndarray:
     Raises:
         MaskError: it is not a palette or grey PNG, or an index lies outside of the palette.
     """
-    if png[:8] != _PNG:
+    if png[:8] != SIGNATURE:
         raise MaskError("not a PNG")
     try:
         labels, colors = decode_mask(png)
@@ -137,10 +136,9 @@ def _check_refusal(answer: Answer) -> str:
 def _check_png(item: Item, body: bytes, reference: Reference | None) -> float | None:
     if reference is not None and body == reference.png:
         return 1.0  # as deterministic servers answer: nothing to decode
-    if body[:8] != _PNG or len(body) < 33:
+    if (size := png_size(body)) is None:
         raise MaskError("not a PNG")
-    width, height = struct.unpack(">II", body[16:24])
-    if (height, width) != item.size:
+    if size[::-1] != item.size:
         raise MaskError("another size than the picture")
     labels = read_mask(body)
     if reference is None:

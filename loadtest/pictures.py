@@ -3,7 +3,6 @@
 import fnmatch
 import io
 import random
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from handlers.png import png_file
 
 from .arrivals import Arrival
 from .checks import check_number
@@ -185,14 +186,10 @@ def _forms(path: Path, *, raw: bool) -> list[Item]:
 
 def _bad_items(good: Item) -> list[Item]:
     """What must be refused: noise, half a picture, and one that says to be huge."""
-    huge = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in ((b"IHDR", huge), (b"IDAT", zlib.compress(b"\0" * 9)), (b"IEND", b""))
-    )
+    huge = png_file(60_000, 60_000, 8, 2, (b"IDAT", zlib.compress(b"\0" * 9)))
     bodies = {
         "noise": random.Random(0).randbytes(4096),
         "half a picture": good.body[: len(good.body) // 2],
-        "60000x60000 in 70 bytes": png,
+        "60000x60000 in 70 bytes": huge,
     }
     return [Item(name, "bad", body, "application/octet-stream", (0, 0)) for name, body in bodies.items()]

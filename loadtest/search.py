@@ -10,13 +10,12 @@ trial, and in each repeat get the same arrivals: what disturbs the machine distu
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -24,12 +23,13 @@ from typing import Any, Self
 import click
 import yaml
 
-from handlers.client import NoAnswerError, connect
-from handlers.launch.processes import free_port
+from handlers.launch.processes import Server, ServerError, free_port
+from handlers.launch.torchserve import TorchServe
+from handlers.launch.triton import Triton
 
 from .checks import check_integer, check_number, parse_pairs, parse_seconds, parse_share
 from .cli import LOCUSTFILE
-from .masks import Library, environment
+from .masks import Library, environment, run_module
 from .page import alike, library_of, render_search
 from .pictures import PAINTED, draw_sample, ensure_pictures, load_mix
 from .protocols import PROTOCOLS
@@ -47,7 +47,7 @@ PRESETS = {
     "replicas": ("replicas=1", "replicas=2"),
 }
 _GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
-_READY_SECONDS, _STOP_SECONDS, _DRAIN_SECONDS = 180.0, 90.0, 120.0
+_READY_SECONDS, _DRAIN_SECONDS = 180.0, 120.0
 _MAX_INFLIGHT = 512
 _OWN = ("protocol", "schedule", "align", "replicas")
 
@@ -109,55 +109,45 @@ class Configuration:
 
 
 class Served:
-    """The servers of one configuration, as child processes on free loopback ports; a context manager that stops them.
+    """The servers of one configuration on free loopback ports; a context manager that stops them.
 
     Args:
         checkpoint: checkpoint.pth with its variant.yml beside it.
         folder: for archives and logs; made if missing.
 
     Raises:
-        RunError: the checkpoint can't be built for the server.
+        ValueError: the checkpoint can't be built for the server.
     """
 
     def __init__(self, configuration: Configuration, checkpoint: Path, folder: Path) -> None:
         self.configuration = configuration
         self.hosts: list[str] = []
         self.metrics: list[str] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._logs: list[Path] = []
+        self._servers: list[Server] = []
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        (folder / "serving.yml").write_text(yaml.safe_dump(dict(configuration.serving)), encoding="utf-8")
+        with ExitStack() as stack:
             for i in range(configuration.replicas):
-                self._start(checkpoint, folder, i)
-        except BaseException:
-            self.stop()
-            raise
+                self._servers.append(stack.enter_context(self._start(checkpoint, folder, i)))
+            self._running = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._running.close()
 
-    def wait_ready(self, picture: bytes) -> None:
+    def wait_ready(self) -> None:
         """Return once every server has answered a picture.
 
         Raises:
             RunError: one ended, or did not in time.
         """
-        deadline = time.monotonic() + _READY_SECONDS
-        for host, process, log in zip(self.hosts, self._processes, self._logs, strict=True):
-            with connect(PROTOCOLS[self.configuration.protocol].url(host, MODEL)) as client:
-                while True:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        words = log.read_text(errors="replace").splitlines()[-15:]
-                        raise RunError(f"{self.configuration.name} did not become ready:\n" + "\n".join(words))
-                    try:
-                        if client.is_ready() and client.segment(picture, timeout_seconds=30).status == 200:
-                            break
-                    except (NoAnswerError, TimeoutError):
-                        pass
-                    time.sleep(0.2)
+        try:
+            for server in self._servers:
+                server.wait_ready(_READY_SECONDS)
+        except ServerError as error:
+            raise RunError(f"{self.configuration.name} did not become ready: {error}") from None
 
     def wait_idle(self) -> None:
         """Return once nothing is in flight: what a run left behind must not slow the next.
@@ -167,61 +157,35 @@ class Served:
         """
         deadline = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < deadline:
-            try:
+            with suppress(OSError):
                 if sample_metrics(self.metrics).metrics.total("mpm_inflight_requests") == 0:
                     return
-            except OSError:
-                pass
             time.sleep(0.1)
         raise RunError(f"{self.configuration.name}: still busy {_DRAIN_SECONDS:g} s after the load ended")
 
-    def stop(self) -> None:
-        """SIGTERM for each, which ends it in order."""
-        for process in self._processes:
-            process.send_signal(signal.SIGTERM)
-        for process in self._processes:
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def _start(self, checkpoint: Path, folder: Path, number: int) -> None:
-        configuration = self.configuration
-        triton = configuration.protocol.startswith("triton")
-        port, grpc_port, metrics_port = (free_port() for _ in range(3))
-        config, out = folder / f"serving-{number}.yml", folder / f"models-{number}"
-        config.write_text(yaml.safe_dump(dict(configuration.serving)), encoding="utf-8")
+    def _start(self, checkpoint: Path, folder: Path, number: int) -> Server:
+        """Build the model and start its server."""
+        protocol, port = self.configuration.protocol, free_port()
+        out, log = folder / f"models-{number}", folder / f"server-{number}.log"
         options = {
-            "target": "triton" if triton else "torchserve",
+            "target": "torchserve" if protocol == "torchserve" else "triton",
             "checkpoint": checkpoint,
             "name": MODEL,
             "out": out,
-            "schedule": configuration.schedule,
-            "align": configuration.align,
-            "metrics-port": metrics_port,
-            "config": config,
+            "schedule": self.configuration.schedule,
+            "align": self.configuration.align,
+            "metrics-port": port,
+            "config": folder / "serving.yml",
         }
-        build = [sys.executable, "-m", "handlers", "build", *flags(options)]
-        built = subprocess.run(build, env=environment(), capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise RunError(f"{configuration.name}: {built.stderr.strip()}")
-        launch = ["handlers", "serve", str(out), *(flags({"grpc-port": grpc_port}) if triton else [])]
-        self._logs.append(folder / f"server-{number}.log")
-        with self._logs[-1].open("wb") as output:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", *launch, "--port", str(port)],
-                    env=environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-        grpc = configuration.protocol == "triton-grpc"
-        self.hosts.append(f"127.0.0.1:{grpc_port}" if grpc else f"http://127.0.0.1:{port}")
-        self.metrics.append(f"http://127.0.0.1:{metrics_port}/metrics")
+        run_module("handlers", "build", *flags(options))
+        self.metrics.append(f"http://127.0.0.1:{port}/metrics")
+        if protocol == "torchserve":
+            torchserve = TorchServe(out, log=log)
+            self.hosts.append(torchserve.url)
+            return torchserve
+        triton = Triton(out, log=log)
+        self.hosts.append(triton.grpc_url if protocol == "triton-grpc" else triton.url)
+        return triton
 
 
 def flags(options: Mapping[str, object]) -> list[str]:
@@ -292,7 +256,7 @@ def search(
             for i, configuration in enumerate(configurations)
         ]
         for server in servers:
-            server.wait_ready(mix.pictures[0].body)
+            server.wait_ready()
         probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
         for server, probe in zip(servers, probes, strict=True):
             rate, library = probe["answered_per_second"], library_of(probe)

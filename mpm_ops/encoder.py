@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         if windows.is_cuda:
             patches = self._project(windows)
         else:
+            windows = windows.contiguous()  # channels that lie last are added in another order
             patches = self.patch_embed["proj"](windows).flatten(2).transpose(1, 2)
         special = [self.cls_token] if self.num_special == 1 else [self.cls_token, self.dist_token]
         x = torch.cat([token.expand(len(windows), -1, -1) for token in special] + [patches], dim=1)

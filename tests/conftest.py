@@ -23,6 +23,8 @@ _SERVING = (
     "tritonclient", "ts", "zlib_ng",
 )  # fmt: skip
 
+_SERVERS = ("server", "triton")  # fixtures of `tiny_server`
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
@@ -38,9 +40,16 @@ def pytest_make_collect_report(
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of kernels run in triton's interpreter without a GPU, and with one belong to `-m gpu`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of kernels run in triton's interpreter without a GPU, and with one belong to `-m gpu`.
+
+    With `-n`, one process runs all tests of a server, which starts once, and all tests of a file.
+    """
+    parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
+        if parallel:
+            server = next((name for name in _SERVERS if name in getattr(item, "fixturenames", ())), None)
+            item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
         if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
 

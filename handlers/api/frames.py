@@ -4,7 +4,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,15 @@ class Frame:
     num_bytes: int
     _data: bytes
     _offset: int
+
+    # As an EncodedPicture has them.
+    reduction: ClassVar[int] = 1
+    decoding_bytes: ClassVar[int] = 0
+    is_apart: ClassVar[bool] = False
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        return self.size
 
     def decode(self) -> np.ndarray:
         """uint8 RGB [H, W, 3], read-only and not copied."""

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from handlers.api.decode import FORMATS, decode_image
+from handlers.api.containers import OFFERED
+from handlers.api.decode import decode_image
 from handlers.api.formats.png import encode_mask_png
 from handlers.client import connect
 from handlers.launch.torchserve import TorchServe
@@ -52,7 +53,7 @@ def bench_servers(
     files = sorted(path for path in images.iterdir() if path.is_file()) if images.is_dir() else [images]
     pictures = [file.read_bytes() for file in files]
     if not pictures:
-        raise FileNotFoundError(f"{images}: no pictures, which may be {', '.join(FORMATS)}")
+        raise FileNotFoundError(f"{images}: no pictures, which may be {OFFERED}")
     serving = {"max_inflight_tokens": _UNLIMITED, **serving, "schedule": list(schedule)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

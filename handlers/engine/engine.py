@@ -144,6 +144,7 @@ class Engine:
         )
         own_stream: dict[str, Any] = {"initializer": use_own_stream, "initargs": (device,)}
         self._decoders = ThreadPoolExecutor(config.codec_threads, "decode", **own_stream)
+        self._apart = ThreadPoolExecutor(config.codec_threads, "decode apart", **own_stream)  # may wait for long
         self._encoders = ThreadPoolExecutor(config.codec_threads, "encode", **own_stream)
         self._stopped = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -231,7 +232,8 @@ class Engine:
             admitted = self._admit(request, pictures, options)
             for picture in admitted:
                 try:
-                    self._decoders.submit(self._guard, self._prepare, picture)
+                    threads = self._apart if picture.source.is_apart else self._decoders
+                    threads.submit(self._guard, self._prepare, picture)
                 except RuntimeError:  # closed in between
                     raise ServingError(ErrorKind.OVERLOADED, "the server is shutting down") from None
 
@@ -239,6 +241,7 @@ class Engine:
         """Refuse new requests, finish those that were accepted, then stop."""
         self._admission.close()
         self._decoders.shutdown()
+        self._apart.shutdown()
         self._loop.close()
         self._encoders.shutdown()
         self._stopped.set()
@@ -308,6 +311,7 @@ class Engine:
             plan,
             monotonic(),
             source=source,
+            reduced_from=source.original_size if source.reduction > 1 else None,
             index=index,
             num_pictures=num_pictures,
             tokens=plan.num_windows * self._tokens_of_window,
@@ -336,7 +340,7 @@ class Engine:
         """Decode a picture, cut it into windows and have them computed."""
         needs_image = any(FORMATS[name].needs_image for name in picture.options.formats)
         source, picture.source = picture.source, None
-        with self._admission.working(decode.DECODING_BYTES * picture.num_pixels):
+        with self._admission.working(source.decoding_bytes):
             image = source.decode()
             if image.shape[:2] != picture.plan.original_size:  # its orientation stood behind its pixels
                 picture.plan = self._plan(*image.shape[:2])
@@ -461,7 +465,8 @@ class Engine:
         picture.request.span.step("labels", middle, picture.seconds["labels"])
         picture.request.span.step("encode", stop, stop - middle)
         media_type = picture.options.media_type
-        reply = Reply(bodies, media_type, picture.tokens_per_stage, picture.seconds, picture.plan.num_windows)
+        tokens, num_windows = picture.tokens_per_stage, picture.plan.num_windows
+        reply = Reply(bodies, media_type, tokens, picture.seconds, num_windows, picture.reduced_from)
         self._admission.leave(picture)
         picture.request.complete(picture, reply)
         if agreement is not None and picture.schedule:

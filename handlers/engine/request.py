@@ -34,6 +34,7 @@ class Reply:
         tokens: of the whole picture, at the start and after each merge.
         seconds: that each step took.
         num_windows: of the picture.
+        reduced_from: height and width of the picture that came, if it was decoded smaller.
     """
 
     bodies: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Reply:
     tokens: tuple[int, ...]
     seconds: Mapping[str, float]
     num_windows: int
+    reduced_from: tuple[int, int] | None = None
 
     @property
     def body(self) -> bytes:
@@ -165,6 +167,7 @@ class Picture:
         plan: where its windows lie.
         arrived: when it was admitted, on the clock of `time.monotonic`.
         source: the encoded picture, until it is decoded.
+        reduced_from: its height and width, if they are more than may be decoded.
         index, num_pictures: its place in the request.
         tokens: of its windows before merging; what it counts for in admission.
         held_bytes: bytes of it that are kept: its body until it is decoded, its pixels where they are needed later.
@@ -185,6 +188,7 @@ class Picture:
     plan: WindowPlan
     arrived: float
     source: Any = None
+    reduced_from: tuple[int, int] | None = None
     index: int = 0
     num_pictures: int = 1
     tokens: int = 0

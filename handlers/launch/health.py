@@ -6,15 +6,14 @@ something in the meantime. Its metrics tell that, so they have to be exported; w
 asked again until the time is over, because it is alive if room comes.
 """
 
-import struct
 import time
 import urllib.parse
 import zlib
 from typing import NamedTuple
 
 from handlers.client import connect, read_metrics
+from handlers.png import png_file, png_size
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _SIDE = 16
 _PAUSE_SECONDS = 0.2
 _NO_ROOM = (503, 504, 507)  # refused, late, or bodies on their way in are too many
@@ -102,14 +101,8 @@ def _computes(before: Progress | None, metrics_url: str, model_url: str) -> bool
 
 def tiny_picture() -> bytes:
     """A black PNG, made without a codec: a probe that runs every few seconds should start fast."""
-    header = struct.pack(">IIBBBBB", _SIDE, _SIDE, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(_SIDE * (1 + _SIDE)))
-    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    return _PNG + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    return png_file(_SIDE, _SIDE, 8, 0, (b"IDAT", zlib.compress(bytes(_SIDE * (1 + _SIDE)))))
 
 
 def _is_mask(data: bytes) -> bool:
-    return data[:8] == _PNG and data[16:24] == struct.pack(">II", _SIDE, _SIDE)
+    return png_size(data) == (_SIDE, _SIDE)

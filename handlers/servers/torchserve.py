@@ -146,6 +146,9 @@ def _succeed(context: Any, i: int, request: Request, reply: Reply) -> bytes:
     context.set_response_header(i, _REQUEST_ID_HEADER, request.request_id)
     context.set_response_header(i, "Server-Timing", ", ".join(timings))
     context.set_response_header(i, "X-MPM-Tokens", f"in={reply.tokens[0]}, out={reply.tokens[-1]}")
+    if reply.reduced_from is not None:
+        height, width = reply.reduced_from
+        context.set_response_header(i, "X-MPM-Reduced-From", f"{width}x{height}")
     return reply.body
 
 

@@ -282,10 +282,10 @@ class TestFailures:
             return halves(number)
 
         with FakeServer(late) as new:
-            status, written = run(torchserve(old), torchserve(new), "--timeout", "5", "--repeats", "1")
+            status, written = run(torchserve(old), torchserve(new), "--timeout", "1", "--repeats", "1")
             ended.set()
         assert status == 0
-        assert written["pictures"][2]["new_error"] == "no answer within 5 s"
+        assert written["pictures"][2]["new_error"] == "no answer within 1 s"
         assert [picture["agreement"] for picture in written["pictures"]] == [1.0, 1.0, None, 1.0]
 
     def test_nobody_there(

@@ -105,12 +105,14 @@ class TestCommand:
         for name, png in masks.items():
             np.testing.assert_array_equal(decode_mask(png)[0], model.segment(read_frame(pictures / name)))
 
-    def test_what_is_wrong_is_named(self, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-        picture = [pictures / "0.png"]
-        with pytest.raises(ValueError, match=r"loadtest masks: .*missing\.pth"):
-            Library(checkpoint=checkpoint.with_name("missing.pth"), schedule="off").masks(picture)
+    def test_what_is_wrong_is_named(
+        self, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        masks = ["masks", str(pictures / "0.png"), "--out", str(tmp_path), "--checkpoint"]
+        assert main([*masks, str(checkpoint.with_name("missing.pth"))]) == 2
+        assert "missing.pth" in capsys.readouterr().err
         with pytest.raises(ValueError, match=r"loadtest masks: schedule: expected .* got 'never'"):
-            Library(checkpoint=checkpoint, schedule="never").masks(picture)
+            Library(checkpoint=checkpoint, schedule="never").masks([pictures / "0.png"])
         with pytest.raises(ValueError, match=r"library-masks: expected what `python -m loadtest masks` writes"):
             read_masks(tmp_path)
 

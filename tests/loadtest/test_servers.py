@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.masks import OK, Library
-from loadtest.pictures import ensure_pictures, load_mix
+from loadtest.pictures import ensure_pictures
 from loadtest.search import Configuration, RunError, SearchSettings, Served, run_locust, search
 from loadtest.slo import Slo
 
@@ -39,7 +39,7 @@ def load(server: Served, scenes: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("protocol", ["torchserve", "triton", "triton-grpc"])
 def test_every_protocol_gives_the_masks_of_the_idle_server(protocol: str, scenes: Path, tmp_path: Path) -> None:
     with Served(Configuration(protocol=protocol), DEMO, tmp_path) as server:
-        server.wait_ready(load_mix(scenes).pictures[0].body)
+        server.wait_ready()
         summary = load(server, scenes, rate=3, run_time=10)
     assert set(summary["outcomes"]) == {OK}
     kinds = {row["name"]: row["requests"] for row in summary["kinds"]}
@@ -60,7 +60,7 @@ def test_every_protocol_gives_the_masks_of_the_idle_server(protocol: str, scenes
 
 def test_a_short_soak_loses_nothing_and_leaks_nothing(scenes: Path, tmp_path: Path) -> None:
     with Served(Configuration(), DEMO, tmp_path) as server:
-        server.wait_ready(load_mix(scenes).pictures[0].body)
+        server.wait_ready()
         load(server, scenes, users=12, spawn_rate=12, run_time=15)  # more at once than the soak: what that takes stays
         summary = load(server, scenes, rate=1.2, run_time=100, shape="soak")
     assert summary["held"], summary["checks"]
@@ -113,5 +113,5 @@ def test_a_search_stops_at_masks_that_are_not_the_library_s(scenes: Path, monkey
 
 
 def test_a_checkpoint_that_is_not_there(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"expected variant\.yml beside the checkpoint"):
+    with pytest.raises(ValueError, match=r"expected variant\.yml beside the checkpoint"):
         Served(Configuration(), tmp_path / "missing.pth", tmp_path)

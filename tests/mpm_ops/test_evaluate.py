@@ -142,7 +142,8 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "val" / kind).mkdir(parents=True)
         for file in sorted((data_root / "camvid/val" / kind).iterdir())[:2]:
             (tmp_path / "val" / kind / file.name).symlink_to(file)
-    options = {"dataset": "camvid", "root": tmp_path, "checkpoint": DEMO, "out": tmp_path / "out.json"}
+    paths = {"root": tmp_path, "out": tmp_path / "out.json"}
+    options = paths | {"dataset": "camvid", "checkpoint": DEMO, "runtime": "torch"}
     assert main(["evaluate", *(f"--{name}={value}" for name, value in options.items())]) == 0
     assert [scores["schedule"] for scores in json.loads((tmp_path / "out.json").read_text())] == [[], [2, 5]]
     told = capsys.readouterr().out

@@ -68,6 +68,7 @@ def _encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
         "request_id": picture.options.request_id,
         "height": height,
         "width": width,
+        **({"reduced_from": picture.reduced_from} if picture.reduced_from else {}),
         "classes": describe_classes(picture.labels, classes),
         "tokens_per_window": [window.lengths for window in picture.windows],
         "timings_ms": {step: round(1000 * duration, 3) for step, duration in picture.seconds.items()},

@@ -1,12 +1,11 @@
 """Masks as PNG: written here, because what is known of masks makes it faster than a writer for all pictures."""
 
-import struct
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 from zlib_ng import zlib_ng
 
+from handlers.png import png_file
 from mpm_ops.classes import Classes
 
 from .base import Format
@@ -14,7 +13,6 @@ from .base import Format
 if TYPE_CHECKING:
     from handlers.engine.request import Picture
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3
 _UP = 2  # the filter that stores what changed since the row above, which in a mask is next to nothing
 
@@ -39,14 +37,10 @@ def encode_mask_png(labels: np.ndarray, classes: Classes) -> bytes:
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     deflate = zlib_ng.compressobj(1, zlib_ng.DEFLATED, 15, 9, zlib_ng.Z_RLE)
     pixels = deflate.compress(filtered) + deflate.flush()
-    kind = (8, _PALETTE) if is_palette else (16, _GREY)
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *kind, 0, 0, 0))
-    palette = _chunk(b"PLTE", classes.colors.astype(np.uint8).tobytes()) if is_palette else b""
-    return b"".join((_SIGNATURE, header, palette, _chunk(b"IDAT", pixels), _chunk(b"IEND", b"")))
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+    if not is_palette:
+        return png_file(width, height, 16, _GREY, (b"IDAT", pixels))
+    palette = classes.colors.astype(np.uint8).tobytes()
+    return png_file(width, height, 8, _PALETTE, (b"PLTE", palette), (b"IDAT", pixels))
 
 
 def _encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:

@@ -14,8 +14,8 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco
 
-from handlers.api import decode as decoding
-from handlers.api.decode import FORMATS, decode_image
+from handlers.api import colours
+from handlers.api.decode import decode_image
 from handlers.api.formats.json import describe_classes, regions
 from handlers.api.formats.npy import encode_npy
 from handlers.api.formats.png import encode_mask_png
@@ -49,10 +49,10 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= CLOSE
 
 
-@pytest.fixture(params=[decoding._STRIP_PIXELS, 100], ids=["whole", "in strips"])
+@pytest.fixture(params=[colours.STRIP_PIXELS, 100], ids=["whole", "in strips"])
 def _strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are converted as a whole, and a few rows at a time."""
-    monkeypatch.setattr(decoding, "_STRIP_PIXELS", request.param)
+    monkeypatch.setattr(colours, "STRIP_PIXELS", request.param)
 
 
 @pytest.mark.usefixtures("_strips")
@@ -197,7 +197,7 @@ class TestJpeg:
             exif[ExifTags.Base.Orientation] = orientation
             body = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
             data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         got = decode(data)
         np.testing.assert_array_equal(got, expected)
@@ -207,7 +207,9 @@ class TestJpeg:
         files = sorted((data_root / "photos").glob("*.jpg"))[:40]
         assert files
         for file in files:
-            np.testing.assert_array_equal(decode(file.read_bytes()), np.asarray(Image.open(file).convert("RGB")))
+            with Image.open(file) as image:
+                if "icc_profile" not in image.info:
+                    np.testing.assert_array_equal(decode(file.read_bytes()), np.asarray(image.convert("RGB")))
 
     @pytest.mark.filterwarnings("ignore")
     def test_broken_ones_are_judged_by_pillow(self) -> None:
@@ -224,7 +226,7 @@ class TestJpeg:
         kept = 0
         for one in many:
             try:
-                expected = np.asarray(Image.open(io.BytesIO(one), formats=FORMATS).convert("RGB"))
+                expected = np.asarray(Image.open(io.BytesIO(one), formats=["JPEG"]).convert("RGB"))
             except Exception:
                 with pytest.raises(ServingError):
                     decode(one)
@@ -276,7 +278,7 @@ class TestRefusals:
 
     def test_formats_that_are_not_offered(self) -> None:
         for file_format in ("PPM", "ICO", "TGA", "PCX", "PDF"):
-            with pytest.raises(ServingError, match="expected JPEG, PNG, WebP, GIF, BMP or TIFF"):
+            with pytest.raises(ServingError, match="expected JPEG, PNG, WebP, GIF, BMP, TIFF"):
                 decode(encode(Image.fromarray(ramp()), file_format))
 
     def test_too_many_bytes(self) -> None:
@@ -318,9 +320,12 @@ class TestRefusals:
         bomb = chunk(chunk_type, b"k" + between + zlib.compress(bytes(50 * 2**20)))
         pixels = idat(b"\0" + bytes(3))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(ServingError) as caught:
-            decode(png(1, 1, *((bomb, pixels) if place == "before" else (pixels, bomb))))
-        assert caught.value.kind is ErrorKind.BAD_REQUEST
+        data = png(1, 1, *((bomb, pixels) if place == "before" else (pixels, bomb)))
+        if chunk_type == b"iCCP":
+            with pytest.raises(ServingError, match="colour profile of at most 4194304 bytes"):
+                decode(data)
+        else:
+            np.testing.assert_array_equal(decode(data), np.zeros((1, 1, 3)))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB
 
     def test_jpeg_of_endless_scans(self) -> None:
@@ -333,8 +338,8 @@ class TestRefusals:
 
     def test_jpeg_of_endless_segments(self) -> None:
         jpeg = encode(Image.fromarray(ramp()), "JPEG")
-        with pytest.raises(ServingError, match="at most 64 scans"):
-            decode(jpeg[:2] + 10_000 * b"\xff\xfe\0\2" + jpeg[2:])
+        with pytest.raises(ServingError, match="at most 50000 segments"):
+            decode(jpeg[:2] + 50_000 * b"\xff\xfe\0\2" + jpeg[2:])
 
 
 def lossy_and_lossless() -> dict[str, bytes]:
