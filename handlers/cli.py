@@ -368,6 +368,8 @@ def _asking_engine(
 @click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--skip", default=0, help="Leave out so many pictures at the start (0).")
+@click.option("--agreement", is_flag=True, help="Instead of scores: pixels as without merging, and its arithmetic.")
 @click.option("--out", type=PATH, help="Write the scores as JSON too.")
 def evaluate(**options: Any) -> None:
     """Mean IoU of a checkpoint, with and without merging."""

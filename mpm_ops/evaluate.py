@@ -1,4 +1,4 @@
-"""Mean IoU of a checkpoint, with and without merging."""
+"""Mean IoU of a checkpoint, with and without merging, and what merging changes for which arithmetic."""
 
 import json
 from collections.abc import Sequence
@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .classes import load_classes
+from .labels import label_map
+from .merging import Merger, NoMerging, make_merger
 from .models import load_segmenter
-from .segmenter import Segmenter
-from .stages import parse_schedule
+from .segmenter import Segmenter, SegmenterConfig
+from .stages import Decoded, Stage, WindowBatch, parse_schedule
+from .windows import cut_windows, plan_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,68 @@ def score(confusion: np.ndarray) -> Scores:
         return Scores(hits / np.where(union, union, np.nan), float(hits.sum() / max(confusion.sum(), 1)))
 
 
+def agreements(
+    model: Segmenter, mergers: Sequence[Merger], pictures: Sequence[Path]
+) -> dict[str, tuple[float, float]]:
+    """What merging changes, and what it saves.
+
+    Returns:
+        By merger: the mean share of a picture's pixels whose class is that of the unmerged network, and the
+        operations of embedding, blocks and decoder as a share of its own, see `stage_flops`.
+    """
+    contestants = (NoMerging(tower=model.tower), *mergers)
+    equal = np.zeros((len(contestants), len(pictures)))
+    flops = np.zeros(len(contestants))
+    for i, path in enumerate(pictures):
+        image = np.asarray(Image.open(path).convert("RGB"))
+        labels = []
+        for k, merger in enumerate(contestants):
+            found, spent = _labels_and_flops(model, merger, image)
+            labels.append(found)
+            equal[k, i] = (found == labels[0]).mean()
+            flops[k] += spent
+    return {str(m): (float(equal[k].mean()), flops[k] / flops[0]) for k, m in enumerate(contestants)}
+
+
+@torch.inference_mode()
+def _labels_and_flops(model: Segmenter, merger: Merger, image: np.ndarray) -> tuple[np.ndarray, float]:
+    plan = plan_windows(image.shape[0], image.shape[1], model.inference)
+    windows = cut_windows(image, plan, model.inference).to(model.encoder.pos_embed.device)
+    patches_across = -(-windows.shape[3] // model.config.patch_size)
+    num_patches = -(-windows.shape[2] // model.config.patch_size) * patches_across
+    lengths: Sequence[int] = (num_patches + model.encoder.num_special,) * len(windows)
+    flops = len(windows) * 6.0 * num_patches * model.config.d_model * model.config.patch_size**2
+    given: Tensor | WindowBatch = windows
+    for stage in merger.stages:
+        flops += stage_flops(model.config, stage, lengths)
+        launched = model.launch(stage, given)
+        if not isinstance(launched, Decoded):
+            given = launched()
+            lengths = given.tokens.lengths
+    assert isinstance(launched, Decoded)
+    logits = launched.logits.transpose(1, 2).unflatten(2, (-1, patches_across))
+    return label_map(logits, plan, model.config.patch_size).labels, flops
+
+
+def stage_flops(config: SegmenterConfig, stage: Stage, lengths: Sequence[int]) -> float:
+    """Operations of a stage's blocks, and of the decoder if it is the last; two for a multiplication and a sum.
+
+    Args:
+        lengths: tokens of every window, special ones included.
+    """
+    width, classes = config.d_model, config.n_cls
+    total = len(stage.parts) / 2 * sum(_block_flops(length, width) for length in lengths)
+    if not stage.merges:
+        for length in lengths:
+            total += config.decoder_layers * _block_flops(length - 1 + classes, width)
+            total += 2.0 * width * (width * (2 * (length - 1) + classes) + classes * (length - 1))
+    return total
+
+
+def _block_flops(length: int, width: int) -> float:
+    return 24.0 * length * width**2 + 4.0 * length**2 * width
+
+
 def find_pairs(root: Path, split: str, dataset: Dataset) -> list[tuple[Path, Path]]:
     """Pictures of a split with their label PNGs, sorted by name.
 
@@ -136,15 +202,19 @@ def compare(
     runtime: str = "auto",
     precision: str = "auto",
     device: str = "cpu",
+    skip: int = 0,
+    agreement: bool = False,
     out: Path | None = None,
 ) -> list[dict[str, object]]:
-    """Evaluate a checkpoint with several mergers; prints the scores of each.
+    """Evaluate a checkpoint with several mergers; prints the scores of each, or its agreement.
 
     Args:
         dataset: of DATASETS.
         root: its folder.
         schedules: of MPM, such as "2,5" or "off"; these two where nothing is named.
         mergers: such as "tome:r=46".
+        skip: pictures at the start that are left out.
+        agreement: instead of scores, see `agreements`.
         out: where the scores are written as JSON.
 
     Raises:
@@ -154,11 +224,22 @@ def compare(
         raise ValueError(f"dataset: expected one of {', '.join(sorted(DATASETS))}, got {dataset!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: torch sees no GPU, expected cpu")
-    pairs = find_pairs(root, split, DATASETS[dataset])
+    pairs = find_pairs(root, split, DATASETS[dataset])[skip:]
     schedules = schedules or ([] if mergers else ["off", "2,5"])
     chosen: list[dict[str, Any]] = [{"schedule": parse_schedule(text), "align": align} for text in schedules]
+    chosen += [{"merger": text} for text in mergers]
     results = []
-    for merging in [*chosen, *({"merger": text} for text in mergers)]:
+    if agreement:
+        model = load_segmenter(checkpoint, runtime=runtime, precision=precision, device=device)
+        used = f"{model.runtime.name} {model.runtime.precision}"
+        built = [make_merger(m["merger"], model.tower) if "merger" in m else model.mpm(**m) for m in chosen]
+        print(f"{len(pairs)} pictures, {used}: agreement with no merging, share of its arithmetic")
+        for name, (share, arithmetic) in agreements(model, built, [image for image, _ in pairs]).items():
+            print(f"  {name:44} {share:8.4f} {arithmetic:8.3f}")
+            told = {"merger": name, "agreement": round(share, 5), "arithmetic": round(arithmetic, 4), "runtime": used}
+            results.append(told)
+        chosen = []
+    for merging in chosen:
         model = load_segmenter(checkpoint, runtime=runtime, precision=precision, device=device, **merging)
         used = f"{model.runtime.name} {model.runtime.precision}"
         scores = evaluate(model, pairs, DATASETS[dataset])

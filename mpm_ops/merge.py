@@ -1,6 +1,7 @@
-"""Mutual Pair Merging: Algorithm 1 of the paper in plain torch, one image at a time.
+"""Mutual Pair Merging: Algorithm 1 of the paper in plain torch, one image at a time, and what we add to it.
 
-This file is the specification. Faster implementations are held against it.
+This file is the specification. Faster implementations are held against it. With the defaults of `align`, `keep` and
+`sizes` it is the paper's method and nothing else.
 Source: MPM (arXiv 2604.05718), Algorithm 1 and section 3.4.
 """
 
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KEEP_STEPS = 1_000_000  # `keep` is rounded to so many parts, so that every implementation counts in integers
 
-def merge_tokens(x: Tensor, *, align: int = 1) -> tuple[Tensor, Tensor]:
+
+def merge_tokens(x: Tensor, *, align: int = 1, keep: float = 1, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Average mutually nearest token pairs of one image.
 
     Two tokens merge when each is the other's most similar token by cosine similarity (ties go to
@@ -25,22 +28,24 @@ def merge_tokens(x: Tensor, *, align: int = 1) -> tuple[Tensor, Tensor]:
         x: [N, D] float tokens, special tokens excluded.
         align: merge only the most similar pairs, so that M is a multiple of it; 1 merges all.
             Nothing merges where no multiple lies between the fully merged length and N.
+        keep: share of the mutual pairs that merges, in (0, 1], the most similar ones: `num_kept` of them. Of pairs
+            of equal similarity, those whose first token comes first. `align` then leaves out further ones.
+        sizes: [N], how many patches each token stands for: means are weighted by them. None for plain means.
 
     Returns:
         merged [M, D] in the dtype of x, and merge_map [N] int64, the row of `merged` that stands
         for each token. Rows keep the order of each pair's first token.
 
     Raises:
-        ValueError: x is not a floating-point matrix, or align < 1.
+        ValueError: x is not a floating-point matrix, align < 1, keep is not in (0, 1], or sizes does not fit x.
 
-    Source: MPM, Algorithm 1 (arXiv 2604.05718); `align` is ours.
+    Source: MPM, Algorithm 1 (arXiv 2604.05718); `align` and `keep` are ours, means weighted by sizes are ToMe's.
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x: expected a floating-point matrix [N, D], got {x.dtype} {list(x.shape)}")
-    if align < 1:
-        raise ValueError(f"align: expected an integer >= 1, got {align}")
+    check_choice(x, align, keep, sizes)
     work = x if x.dtype == torch.float64 else x.float()
-    first, second = _mutual_pairs(work, align)
+    first, second = _mutual_pairs(work, align, keep)
 
     index = torch.arange(len(x), device=x.device)
     partner = index.clone()
@@ -50,8 +55,44 @@ def merge_tokens(x: Tensor, *, align: int = 1) -> tuple[Tensor, Tensor]:
 
     kept = representative == index
     merge_map = (kept.cumsum(0) - 1)[representative]
-    merged = 0.5 * work[kept] + 0.5 * work[partner[kept]]  # a singleton is its own partner
+    share = work.new_full((), 0.5) if sizes is None else _shares(sizes.to(work.dtype), partner)[kept, None]
+    merged = share * work[kept] + (1 - share) * work[partner[kept]]  # a singleton is its own partner
     return merged.to(x.dtype), merge_map
+
+
+def num_kept(num_pairs: int, keep: float) -> int:
+    """How many of the mutual pairs merge: their number times keep, rounded up, with keep in millionths."""
+    return -(-num_pairs * keep_steps(keep) // KEEP_STEPS)
+
+
+def keep_steps(keep: float) -> int:
+    """keep in units of 1 / KEEP_STEPS.
+
+    Raises:
+        ValueError: keep is not in (0, 1], or rounds to 0.
+    """
+    steps = round(keep * KEEP_STEPS) if 0 < keep <= 1 else 0
+    if steps < 1:
+        raise ValueError(f"keep: expected a number in (0, 1], got {keep}")
+    return steps
+
+
+def check_choice(x: Tensor, align: int, keep: float, sizes: Tensor | None) -> None:
+    """Refuse what says how the tokens x merge.
+
+    Raises:
+        ValueError: see `merge_tokens`.
+    """
+    if align < 1:
+        raise ValueError(f"align: expected an integer >= 1, got {align}")
+    keep_steps(keep)
+    if sizes is not None and sizes.shape != x.shape[:1]:
+        raise ValueError(f"sizes: expected one for each of {len(x)} tokens, got {list(sizes.shape)}")
+
+
+def _shares(sizes: Tensor, partner: Tensor) -> Tensor:
+    """[N], the weight of each token in the mean with its partner."""
+    return sizes / (sizes + sizes[partner])
 
 
 def compose_maps(first: Tensor, second: Tensor) -> Tensor:
@@ -99,7 +140,7 @@ def reconstruct(merged: Tensor, merge_map: Tensor) -> Tensor:
     return merged[merge_map]
 
 
-def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
+def _mutual_pairs(x: Tensor, align: int, keep: float) -> tuple[Tensor, Tensor]:
     """First and second indices of the pairs to merge, first < second."""
     num_tokens = len(x)
     none = torch.empty(0, dtype=torch.int64, device=x.device)
@@ -117,12 +158,12 @@ def _mutual_pairs(x: Tensor, align: int) -> tuple[Tensor, Tensor]:
     mutual = (nearest[nearest] == index) & finite & finite[nearest] & (index < nearest)
     first = index[mutual]
 
+    num_pairs = num_kept(len(first), keep)
     if align > 1:
-        merged_length = num_tokens - len(first)
-        aligned_length = -(-merged_length // align) * align
+        aligned_length = -(-(num_tokens - num_pairs) // align) * align
         num_pairs = max(num_tokens - aligned_length, 0)
-        strongest = best[first].sort(descending=True, stable=True).indices[:num_pairs]
-        first = first[strongest]
+    if num_pairs < len(first):
+        first = first[best[first].sort(descending=True, stable=True).indices[:num_pairs]]
     return first, nearest[first]
 
 

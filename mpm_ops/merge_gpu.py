@@ -20,7 +20,9 @@ def can_merge_on_gpu(x: Tensor) -> bool:
     return x.dtype in DTYPES
 
 
-def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1) -> tuple[PackedTokens, Tensor]:
+def merge_windows_gpu(
+    tokens: PackedTokens, *, num_special: int, align: int = 1, keep: float = 1, sizes: Tensor | None = None
+) -> tuple[PackedTokens, Tensor]:
     """Do what `merge_tokens` does to the image tokens of every sequence, and choose the same pairs.
 
     Pairs may differ where two cosines are closer than float32 rounding (1e-6). Waits for the device once, to
@@ -29,21 +31,22 @@ def merge_windows_gpu(tokens: PackedTokens, *, num_special: int, align: int = 1)
     Args:
         tokens: float32, bfloat16 or float16 sequences, special tokens first.
         num_special: special tokens of each sequence, left as they are.
-        align: see `merge_tokens`.
+        align, keep: see `merge_tokens`.
+        sizes: [T], see `merge_tokens`; those of special tokens may be anything.
 
     Returns:
         The shorter sequences, and [T] int64: of each token the row that stands for it, image and special
         tokens counted apart, each from 0 in its sequence.
 
     Raises:
-        ValueError: a sequence lacks its special tokens, the tokens have another type, or align < 1.
+        ValueError: a sequence lacks its special tokens, the tokens have another type, or as `merge_tokens`.
     """
-    merged, merge_map = launch_merge_gpu(tokens, num_special=num_special, align=align)
+    merged, merge_map = launch_merge_gpu(tokens, num_special=num_special, align=align, keep=keep, sizes=sizes)
     return merged(), merge_map
 
 
 def launch_merge_gpu(
-    tokens: PackedTokens, *, num_special: int, align: int = 1
+    tokens: PackedTokens, *, num_special: int, align: int = 1, keep: float = 1, sizes: Tensor | None = None
 ) -> tuple[Callable[[], PackedTokens], Tensor]:
     """Launch `merge_windows_gpu` and wait for nothing; what gives the shorter sequences waits for their lengths."""
     from .kernels.merging import merge_packed
@@ -51,7 +54,9 @@ def launch_merge_gpu(
     if min(tokens.lengths, default=num_special) < num_special:
         raise ValueError(f"tokens: expected at least {num_special} a sequence, got {min(tokens.lengths)}")
     values = tokens.values.detach().contiguous()
-    merged, merge_map, bounds = merge_packed(values, tokens.cu_seqlens, tokens.max_seqlen, num_special, align)
+    merged, merge_map, bounds = merge_packed(
+        values, tokens.cu_seqlens, tokens.max_seqlen, num_special, align, keep, sizes
+    )
     arriving = fetch(bounds)
 
     def wait() -> PackedTokens:

@@ -121,14 +121,19 @@ class WindowBatch:
         tokens = PackedTokens(self.tokens.values[first : first + sum(own)], own)
         return WindowBatch(tokens, None if self.maps is None else self.maps[start:stop])
 
-    def log_sizes(self, num_special: int) -> Tensor | None:
-        """[T] float32, log of the patches that each token stands for, 0 for special tokens; None before a merge."""
+    def sizes(self, num_special: int) -> Tensor | None:
+        """[T] float32, how many patches each token stands for, 1 for special tokens; None before a merge."""
         if self.maps is None:
             return None
         starts = self.tokens.cu_seqlens[: len(self.maps)] + num_special
-        rows = packed_rows(self.maps, starts)
+        rows = packed_rows(self.maps, starts).clamp_(max=len(self.tokens.values) - 1)  # see `extended`
         sizes = torch.zeros(len(self.tokens.values), device=rows.device)
-        return sizes.scatter_add_(0, rows, torch.ones(rows.shape, device=rows.device)).clamp_(min=1).log_()
+        return sizes.scatter_add_(0, rows, torch.ones(rows.shape, device=rows.device)).clamp_(min=1)
+
+    def log_sizes(self, num_special: int) -> Tensor | None:
+        """The logarithm of `sizes`."""
+        sizes = self.sizes(num_special)
+        return None if sizes is None else sizes.log_()
 
     def with_tokens(self, tokens: PackedTokens) -> "WindowBatch":
         """The same windows with other tokens."""
@@ -138,21 +143,32 @@ class WindowBatch:
         """The windows one by one."""
         return [WindowView(self, i) for i in range(len(self.tokens.lengths))]
 
-    def merged(self, *, num_special: int, align: int) -> "WindowBatch":
-        """Merge the image tokens of every window and extend its map."""
-        return self.merging(num_special=num_special, align=align)()
+    def merged(self, *, num_special: int, align: int = 1, keep: float = 1, weighted: bool = False) -> "WindowBatch":
+        """Merge the image tokens of every window and extend its map.
 
-    def merging(self, *, num_special: int, align: int) -> Callable[[], "WindowBatch"]:
+        Args:
+            num_special: special tokens of each window, left as they are.
+            align, keep: see `merge_tokens`.
+            weighted: means are weighted by `sizes`.
+        """
+        return self.merging(num_special=num_special, align=align, keep=keep, weighted=weighted)()
+
+    def merging(self, *, num_special: int, align: int, keep: float, weighted: bool) -> Callable[[], "WindowBatch"]:
         """Launch `merged`; the call that is returned gives its result, and waits for it where a GPU merges."""
+        sizes = self.sizes(num_special) if weighted else None
         if can_merge_on_gpu(self.tokens.values):
-            merging, merge_map = launch_merge_gpu(self.tokens, num_special=num_special, align=align)
+            merging, merge_map = launch_merge_gpu(
+                self.tokens, num_special=num_special, align=align, keep=keep, sizes=sizes
+            )
             longer = extended(self.maps, merge_map, self.tokens, num_special)
             return lambda: WindowBatch(merging(), longer)
         merge = merge_tokens_cpu if can_merge_on_cpu(self.tokens.values) else merge_tokens
         sequences, maps, before = [], [], self.merge_maps
+        counts = [None] * len(self.tokens.lengths) if sizes is None else sizes.split(self.tokens.lengths)
         for i, sequence in enumerate(self.tokens.split()):
             special, image = sequence[:num_special], sequence[num_special:]
-            image, merge_map = merge(image, align=align)
+            own = counts[i]
+            image, merge_map = merge(image, align=align, keep=keep, sizes=None if own is None else own[num_special:])
             sequences.append(torch.cat([special, image]))
             maps.append(merge_map if before is None else compose_maps(before[i], merge_map))
         longer = torch.stack(maps) if len({len(m) for m in maps}) == 1 else tuple(maps)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpm_ops.evaluate import stage_flops
 from mpm_ops.labels import label_maps
 from mpm_ops.merging import Mpm, ToMe, Tower
 from mpm_ops.runtime import Runtime
@@ -511,20 +512,10 @@ def flops(
     Args:
         lengths: per stage, tokens of every window, special ones included.
     """
-    width, classes = config.d_model, config.n_cls
-    tower = Tower(num_blocks=config.n_layers, width=width, num_special=1)
+    tower = Tower(num_blocks=config.n_layers, width=config.d_model, num_special=1)
     stages = Mpm(tower=tower, schedule=tuple(schedule[: len(lengths) - 1])).stages
-    total = len(lengths[0]) * 2.0 * num_patches * width * 3 * config.patch_size**2
-    for stage, of_windows in zip(stages, lengths, strict=True):
-        total += len(stage.parts) / 2 * sum(_block_flops(length, width) for length in of_windows)
-    for length in lengths[-1]:
-        total += config.decoder_layers * _block_flops(length - 1 + classes, width)
-        total += 2.0 * width * (width * (2 * (length - 1) + classes) + classes * (length - 1))
-    return total
-
-
-def _block_flops(length: int, width: int) -> float:
-    return 24.0 * length * width**2 + 4.0 * length**2 * width
+    embedding = len(lengths[0]) * 6.0 * num_patches * config.d_model * config.patch_size**2
+    return embedding + sum(stage_flops(config, s, of_windows) for s, of_windows in zip(stages, lengths, strict=True))
 
 
 @torch.inference_mode()

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpm_ops.merge import KEEP_STEPS, check_choice, keep_steps
+
 from .nearest import NOTHING, check_packed, nearest
 
 _NOTHING = tl.constexpr(NOTHING)
+_KEEP_STEPS = tl.constexpr(KEEP_STEPS)
 BLOCK = 64  # tokens of a program that compares pairs; twice that spills registers
 CHUNK = 1024  # tokens of a step of the running count
 _SEQUENCES = tl.constexpr(128)  # whose lengths are added up at once
@@ -26,14 +29,14 @@ def _pairs(p_best, start, i, length):
 
 
 @triton.jit
-def _partners(p_best, p_cu, p_partner, num_special, align, is_aligned: tl.constexpr, block: tl.constexpr):
+def _partners(p_best, p_cu, p_partner, num_special, align, kept_steps, takes_all: tl.constexpr, block: tl.constexpr):
     """Whom each token merges with, itself if nobody; a pair stays whose rank is below the number of pairs wanted."""
     start = tl.load(p_cu + tl.program_id(1)).to(tl.int64) + num_special
     length = tl.load(p_cu + tl.program_id(1) + 1).to(tl.int64) - start
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     if tl.program_id(0) * block < length:
         nearest, mutual, strength = _pairs(p_best, start, i, length)
-        if is_aligned:
+        if not takes_all:
             rank = tl.zeros([block], tl.int32)
             num_pairs = tl.zeros([], tl.int32)
             for first in range(0, length, block):
@@ -43,7 +46,8 @@ def _partners(p_best, p_cu, p_partner, num_special, align, is_aligned: tl.conste
                 stronger = counted[None, :] & (strength_j[None, :] > strength[:, None])
                 rank += tl.sum(stronger.to(tl.int32), axis=1)
                 num_pairs += tl.sum(counted.to(tl.int32), axis=0)
-            aligned_length = (length - num_pairs + align - 1) // align * align
+            kept = (num_pairs.to(tl.int64) * kept_steps + _KEEP_STEPS - 1) // _KEEP_STEPS
+            aligned_length = (length - kept + align - 1) // align * align
             mutual &= rank < length - aligned_length
         tl.store(p_partner + start + i, tl.where(mutual, nearest, i), mask=i < length)
 
@@ -65,8 +69,8 @@ def _positions(p_partner, p_cu, p_position, p_lengths, num_special, chunk: tl.co
 
 @triton.jit
 def _average(
-    p_x, p_cu, p_partner, p_position, p_lengths, p_cu_merged, p_merged, p_map, num_special, width,
-    block: tl.constexpr, block_width: tl.constexpr,
+    p_x, p_cu, p_partner, p_position, p_lengths, p_cu_merged, p_merged, p_map, p_sizes, num_special, width,
+    is_weighted: tl.constexpr, block: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
     """Means of pairs and copies of all else, each where it belongs, the map, and the new bounds."""
     start = tl.load(p_cu + tl.program_id(1)).to(tl.int64)
@@ -96,13 +100,23 @@ def _average(
     mask = written[:, None] & (d < width)[None, :]
     one = tl.load(p_x + (start + row)[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
     two = tl.load(p_x + (start + other)[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = 0.5 * one + 0.5 * two
+    share = tl.full([block], 0.5, tl.float32)
+    if is_weighted:
+        size = tl.load(p_sizes + start + row, mask=written, other=1.0)
+        share = size / (size + tl.load(p_sizes + start + other, mask=written, other=1.0))
+    mean = share[:, None] * one + (1 - share)[:, None] * two
     tl.store(p_merged + target[:, None] * width + d[None, :], mean.to(p_merged.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("mpm::merge_packed", mutates_args=())
 def merge_packed(
-    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int
+    values: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_special: int,
+    align: int,
+    keep: float = 1.0,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do to every sequence what `merge_tokens` does to one, and choose the same pairs.
 
@@ -114,7 +128,8 @@ def merge_packed(
         cu_seqlens: [B + 1] int32 on the same device, where each sequence starts.
         max_seqlen: an upper bound of the sequences' lengths, special tokens included.
         num_special: tokens at the start of each sequence that are copied.
-        align: see `merge_tokens`; special tokens are not counted.
+        align, keep: see `merge_tokens`; special tokens are not counted.
+        sizes: [T], see `merge_tokens`; those of special tokens may be anything.
 
     Returns:
         merged [T, D], of which rows below the last bound are written;
@@ -122,13 +137,12 @@ def merge_packed(
         tokens that its sequence has left; and the new bounds, [B + 1] int32.
 
     Raises:
-        ValueError: an argument has another type, shape or device, or align < 1.
+        ValueError: an argument has another type, shape or device, or as `merge_tokens`.
 
-    Source: MPM, Algorithm 1 (arXiv 2604.05718); `align` is ours.
+    Source: MPM, Algorithm 1 (arXiv 2604.05718); `align` and `keep` are ours, weighted means are ToMe's.
     """
     check_packed(values, cu_seqlens, max_seqlen, num_special)
-    if align < 1:
-        raise ValueError(f"align: expected an integer >= 1, got {align}")
+    check_choice(values, align, keep, sizes)
     num_tokens, width = values.shape
     num_sequences = len(cu_seqlens) - 1
     merged = torch.empty_like(values)
@@ -144,21 +158,29 @@ def merge_packed(
     blocks = triton.cdiv(max(max_seqlen - num_special, 1), BLOCK)
     with torch.cuda.device_of(values):  # kernels start on the current device, whatever their tensors are on
         _partners[(blocks, num_sequences)](
-            best, cu_seqlens, partner, num_special, align, is_aligned=align > 1, block=BLOCK
-        )
+            best, cu_seqlens, partner, num_special, align, keep_steps(keep),
+            takes_all=align == 1 and keep_steps(keep) == KEEP_STEPS, block=BLOCK,
+        )  # fmt: skip
         _positions[(num_sequences,)](partner, cu_seqlens, position, lengths, num_special, chunk=CHUNK)
         block_width = triton.next_power_of_2(width)
         block = max(1, 4096 // block_width)
         _average[(triton.cdiv(max_seqlen, block), num_sequences)](
-            values, cu_seqlens, partner, position, lengths, cu_merged, merged, merge_map, num_special, width,
-            block=block, block_width=block_width,
+            values, cu_seqlens, partner, position, lengths, cu_merged, merged, merge_map,
+            values if sizes is None else sizes.float().contiguous(), num_special, width,
+            is_weighted=sizes is not None, block=block, block_width=block_width,
         )  # fmt: skip
     return merged, merge_map, cu_merged
 
 
 @merge_packed.register_fake
 def _(
-    values: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_special: int, align: int
+    values: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_special: int,
+    align: int,
+    keep: float = 1.0,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(values),

@@ -1,7 +1,8 @@
 """Ways to merge tokens, by name: where each cuts the network, what it does there, and how patches get their results.
 
-A merger is written as its name and its parameters, `none`, `mpm:2,5`, `mpm:2,5,align=16`, `tome:r=46`: numbers alone
-are the blocks of its schedule. To add one: write its file here, and name its class in MERGERS.
+A merger is written as its name and its parameters, `none`, `mpm:2,5`, `mpm:1,3,keep=0.75,weighted`, `tome:r=46`:
+numbers alone are the blocks of its schedule, names alone are flags. To add one: write its file here, and name its
+class in MERGERS.
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,12 @@ def make_merger(text: str, tower: Tower) -> Merger:
     values: dict[str, Any] = {}
     for item in rest.split(",") if rest else ():
         key, equals, value = item.strip().partition("=")
-        if not equals:
+        if not equals and key in known and known[key] is bool:
+            value = key  # a flag
+        elif not equals:
             key, value = "schedule", key
+        elif known.get(key) is bool:
+            raise ValueError(f"merger: expected {key} alone, a flag, got {item.strip()!r} in {text!r}")
         if key not in known:
             named = ", ".join(known) or "none"
             raise ValueError(f"merger: {name} has no parameter {key}, expected one of: {named}; got {text!r}")

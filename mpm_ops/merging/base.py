@@ -25,14 +25,12 @@ class Merger(ABC):
     Attributes:
         name: its key in MERGERS.
         wants_keys: it compares the mean over heads of the keys of the attention before each cut.
-        attention_counts, decoder_counts: attention of the encoder, and of the decoder, counts each token as often as
-            the patches it stands for.
+        decoder_counts: attention of the decoder counts each token as often as the patches it stands for.
         tower: the encoder.
     """
 
     name: ClassVar[str]
     wants_keys: ClassVar[bool] = False
-    attention_counts: ClassVar[bool] = False
     decoder_counts: ClassVar[bool] = True
     tower: Tower
 
@@ -43,6 +41,11 @@ class Merger(ABC):
     @abstractmethod
     def cuts(self) -> tuple[int, ...]:
         """Where it merges, in half blocks: 2 i before block i, 2 i + 1 between that block's attention and its MLP."""
+
+    @property
+    def attention_counts(self) -> bool:
+        """Attention of the encoder counts each token as often as the patches it stands for."""
+        return False
 
     @abstractmethod
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
@@ -73,13 +76,21 @@ class Merger(ABC):
             value = getattr(self, entry.name)
             if "parse" not in entry.metadata or value == entry.default:
                 continue
-            told.append(",".join(map(str, value)) if entry.name == "schedule" else f"{entry.name}={value}")
+            if entry.name == "schedule":
+                told.append(",".join(map(str, value)))
+            else:
+                told.append(entry.name if entry.metadata["parse"] is bool else f"{entry.name}={value}")
         return ":".join([self.name, ",".join(told)]) if told else self.name
 
 
 def parameter(parse: Callable[[str], Any], default: Any) -> Any:
     """A field that a merger's text sets; `parse` reads its value, or one item of a schedule."""
     return field(default=default, metadata={"parse": parse})
+
+
+def flag() -> Any:
+    """A field that is False unless a merger's text has its name."""
+    return parameter(bool, False)
 
 
 def _check_cuts(cuts: Sequence[int], num_blocks: int) -> None:

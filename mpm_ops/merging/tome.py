@@ -30,7 +30,6 @@ class ToMe(Merger):
 
     name: ClassVar[str] = "tome"
     wants_keys: ClassVar[bool] = True
-    attention_counts: ClassVar[bool] = True
     r: int = parameter(int, 0)
 
     def __post_init__(self) -> None:
@@ -39,6 +38,10 @@ class ToMe(Merger):
         if self.r < 1:
             raise ValueError(f"r: expected an integer >= 1 (for a width of {self.tower.width}), got {self.r}")
         super().__post_init__()
+
+    @property
+    def attention_counts(self) -> bool:
+        return True
 
     @property
     def cuts(self) -> tuple[int, ...]:

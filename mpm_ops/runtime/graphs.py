@@ -348,12 +348,14 @@ class GraphRuntime(TorchRuntime):
 
     def _stage(self, stage: Stage, tokens: PackedTokens, maps: Tensor | None) -> Results:
         """A stage that waits for nothing: logits and whether they are finite, or merged rows, maps and bounds."""
-        tokens, _ = self._network.run_parts(stage.parts, tokens)
-        if isinstance(stage.merger, Mpm):
+        batch = self._network.run_blocks(stage, WindowBatch(tokens, maps))
+        tokens, merger = batch.tokens, stage.merger
+        if isinstance(merger, Mpm):
             from mpm_ops.kernels.merging import merge_packed
 
+            sizes = batch.sizes(self._special) if merger.weighted else None
             merged, merge_map, bounds = merge_packed(
-                tokens.values, tokens.cu_seqlens, tokens.max_seqlen, self._special, stage.merger.align
+                tokens.values, tokens.cu_seqlens, tokens.max_seqlen, self._special, merger.align, merger.keep, sizes
             )
             longer = extended(maps, merge_map, tokens, self._special)
             assert isinstance(longer, Tensor)

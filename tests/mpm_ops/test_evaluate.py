@@ -1,6 +1,7 @@
 """Mean IoU against plain loops, and where the datasets keep their pictures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from handlers.cli import main
 from mpm_ops import Segmenter
-from mpm_ops.evaluate import DATASETS, Dataset, evaluate, find_pairs, score
+from mpm_ops.evaluate import DATASETS, Dataset, agreements, evaluate, find_pairs, score
+from mpm_ops.merging import make_merger
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store/demo/checkpoint.pth"
 
@@ -150,3 +152,21 @@ def test_the_command(data_root: Path, tmp_path: Path, capsys: Any) -> None:
     assert "none, " in told
     assert "mpm:2,5, " in told
     assert "pedestrian" in told
+
+
+def test_agreement_and_arithmetic_are_those_of_the_network_without_merging(
+    tiny_model: Callable[..., Segmenter], tmp_path: Path
+) -> None:
+    model = tiny_model(image_size=(64, 64), n_layers=4)
+    picture = tmp_path / "picture.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    mergers = [make_merger(text, model.tower) for text in ("mpm:1", "mpm:1,2,keep=0.5,weighted,proportional")]
+    found = agreements(model, mergers, [picture])
+    assert found["none"] == (1, 1)
+    expected = model.segment(noise)
+    for merger in mergers:
+        model.merger = merger
+        agreement, arithmetic = found[str(merger)]
+        assert agreement == (model.segment(noise) == expected).mean()
+        assert 0.4 < arithmetic < 1

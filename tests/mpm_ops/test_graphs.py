@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpm_ops import Segmenter
 from mpm_ops.kernels import has_triton
+from mpm_ops.merging import make_merger
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
@@ -128,12 +129,20 @@ def window_groups(sizes: Sequence[int]) -> list[Tensor]:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize(
     "fields",
-    [{"schedule": (1, 2)}, {"schedule": (2,), "distilled": True}, {"schedule": ()}, {"decoder": "linear"}],
+    [
+        {"schedule": (1, 2)},
+        {"schedule": (2,), "distilled": True},
+        {"schedule": ()},
+        {"decoder": "linear"},
+        {"merger": "mpm:1,2,keep=0.6,weighted,proportional"},
+    ],
     ids=str,
 )
 @torch.inference_mode()
 def test_graphs_give_what_packed_execution_gives(fields: dict[str, Any], tiny_model: Make) -> None:
-    model = tiny_model(**fields)
+    model = tiny_model(**{name: value for name, value in fields.items() if name != "merger"})
+    if "merger" in fields:
+        model.merger = make_merger(fields["merger"], model.tower)
     plain, graphs = TorchRuntime(model, attention="flash"), graph_runtime(model)
     graphs.policy._patience = 1
     for windows in window_groups([1, 2, 3, 2, 1, 1, 2, 3, 1, 2]):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -230,6 +231,52 @@ def test_align_keeps_the_strongest_pairs_that_reach_the_next_multiple(num_tokens
     assert min(kept, default=1.0) > max(held_back, default=-1.0) - NEAR_TIE
 
 
+def kept_pairs(x: Tensor, all_pairs: set[tuple[int, int]], align: int, keep: Fraction) -> set[tuple[int, int]]:
+    """The most similar pairs, one by one, by cosines in float64."""
+    similarity = cosines(x).tolist()
+    left = sorted(all_pairs, key=lambda pair: (-similarity[pair[0]][pair[1]], pair[0]))
+    while len(left) - 1 >= keep * len(all_pairs):
+        left.pop()
+    while left and (len(x) - len(left)) % align:
+        left.pop()
+    return set(left) if (len(x) - len(left)) % align == 0 else set()
+
+
+@pytest.mark.parametrize("keep", ["1", "0.75", "0.5", "0.29", "0.07", "0.000001"])
+@pytest.mark.parametrize("align", [1, 7, 16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 63, 197])
+def test_keep_merges_the_most_similar_share(num_tokens: int, align: int, keep: str) -> None:
+    x = clustered(num_tokens, 24, seed=num_tokens).float()
+    all_pairs = {(i, p) for i, p in enumerate(partners(merge_tokens(x)[1])) if i < p}
+    merged, merge_map = merge_tokens(x, align=align, keep=float(keep))
+    pairs = {(i, p) for i, p in enumerate(partners(merge_map)) if i < p}
+    assert pairs == kept_pairs(x, all_pairs, align, Fraction(keep))
+    assert len(merged) == num_tokens - len(pairs)
+
+
+def test_of_equally_similar_pairs_the_first_are_kept() -> None:
+    x = torch.eye(6).repeat_interleave(2, dim=0)[[0, 2, 4, 1, 6, 3, 8, 5, 7, 9, 10, 11]]
+    assert merge_tokens(x)[1].tolist() == [0, 1, 2, 0, 3, 1, 4, 2, 3, 4, 5, 5]
+    assert merge_tokens(x, keep=0.5)[1].tolist() == [0, 1, 2, 0, 3, 1, 4, 2, 5, 6, 7, 8]
+    assert merge_tokens(x, keep=0.51)[1].tolist() == [0, 1, 2, 0, 3, 1, 4, 2, 3, 5, 6, 7]
+    assert merge_tokens(x, keep=0.51, align=5)[1].tolist() == [0, 1, 2, 0, 3, 1, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_means_are_those_of_all_patches(dtype: torch.dtype) -> None:
+    patches = clustered(160, 16, seed=6).to(dtype)
+    merged, merge_map = merge_tokens(patches, sizes=torch.ones(160))
+    assert torch.equal(merged, merge_tokens(patches)[0])
+    for _ in range(2):
+        merged, step = merge_tokens(merged, keep=0.75, sizes=merge_map.bincount())
+        merge_map = compose_maps(merge_map, step)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for row, token in enumerate(merged):
+        members = patches[merge_map == row].double()
+        torch.testing.assert_close(token.double(), members.mean(dim=0), rtol=tolerance, atol=tolerance)
+    assert merge_map.bincount().max() > 2
+
+
 @pytest.mark.parametrize(("num_tokens", "align"), [(5, 7), (31, 16), (30, 32), (3, 1000)])
 def test_nothing_merges_where_no_multiple_is_in_reach(num_tokens: int, align: int) -> None:
     x = clustered(num_tokens, 8, seed=4).float()
@@ -273,6 +320,17 @@ def test_refuses_what_is_no_matrix_of_floats(x: Tensor, got: str) -> None:
 def test_refuses_align_below_one(align: int) -> None:
     with pytest.raises(ValueError, match=f"^align: expected an integer >= 1, got {align}$"):
         merge_tokens(torch.zeros(4, 2), align=align)
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.001, 1e-7, math.nan])
+def test_refuses_a_share_outside_of_0_to_1(keep: float) -> None:
+    with pytest.raises(ValueError, match=rf"^keep: expected a number in \(0, 1\], got {keep}$"):
+        merge_tokens(torch.zeros(4, 2), keep=keep)
+
+
+def test_refuses_sizes_of_other_tokens() -> None:
+    with pytest.raises(ValueError, match=r"^sizes: expected one for each of 4 tokens, got \[5\]$"):
+        merge_tokens(torch.zeros(4, 2), sizes=torch.ones(5))
 
 
 def test_refuses_maps_that_do_not_fit() -> None:

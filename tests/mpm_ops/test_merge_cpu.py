@@ -45,9 +45,10 @@ def partners(merge_map: Tensor) -> Tensor:
     return partner
 
 
-def check_same(x: Tensor, align: int = 1) -> None:
-    merged, merge_map = merge_tokens_cpu(x, align=align)
-    expected, expected_map = merge_tokens(x, align=align)
+def check_same(x: Tensor, align: int = 1, keep: float = 1, *, weighted: bool = False) -> None:
+    sizes = torch.arange(len(x)) % 5 + 1 if weighted else None
+    merged, merge_map = merge_tokens_cpu(x, align=align, keep=keep, sizes=sizes)
+    expected, expected_map = merge_tokens(x, align=align, keep=keep, sizes=sizes)
     assert merged.dtype == x.dtype
     assert merge_map.dtype == torch.int64
     assert torch.equal(merge_map, expected_map)
@@ -76,6 +77,15 @@ def test_aligns_and_rounds_as_the_specification(num_tokens: int, dtype: torch.dt
     check_same(x, align)
 
 
+@pytest.mark.parametrize("align", [1, 7, 16])
+@pytest.mark.parametrize("keep", [0.75, 1 / 3, 0.01])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 63, 301, 788])
+def test_keeps_and_weights_as_the_specification(num_tokens: int, keep: float, align: int) -> None:
+    x = vit_like(num_tokens, 96, seed=1, spread=1.0)  # its pairs differ by more than rounding
+    check_same(x, align, keep, weighted=True)
+    check_same(x.bfloat16(), align, keep)
+
+
 def test_long_sequences(threads: int) -> None:
     num_tokens = 2179
     x = vit_like(num_tokens, 32, seed=2)
@@ -90,6 +100,7 @@ def test_exact_ties_go_to_the_lowest_index(num_tokens: int, align: int, threads:
     # Entries of +-1 and a width of 16 make every norm 4 and every cosine a multiple of 1/8, with many equal rows.
     x = 2.0 * torch.randint(2, (num_tokens, 16), generator=torch.Generator().manual_seed(num_tokens)) - 1
     check_same(x, align)
+    check_same(x, align, 0.4, weighted=True)
 
 
 @pytest.mark.parametrize("num_tokens", [12, 65, 129, 300])
@@ -110,6 +121,7 @@ def test_equal_rows(width: int, copies: int, threads: int) -> None:
     shuffled = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(copies))]
     check_same(shuffled)
     check_same(torch.cat([mixed, mixed]))
+    check_same(token.repeat(copies, 1), keep=0.5, weighted=True)
 
 
 def test_rows_that_begin_alike_are_not_equal() -> None:
@@ -127,6 +139,7 @@ def test_tokens_that_are_not_finite_stay_alone(value: float, align: int) -> None
     x = vit_like(200, 24, seed=5)
     x[[0, 7, 128, 199], [3, 0, 11, 23]] = value
     check_same(x, align)
+    check_same(x, align, 0.6, weighted=True)
     check_same(torch.full((5, 3), value))
     check_same(torch.stack([x[0], x[1]]))
     check_same(torch.stack([x[0], x[1], x[2]]))
@@ -203,12 +216,17 @@ def test_repeats_to_the_bit_and_between_thread_counts(num_tokens: int) -> None:
 
 def test_mates_make_no_difference(threads: int) -> None:
     sequences = [vit_like(n, 64, seed=n) for n in (300, 129, 300, 64)]
-    together = WindowBatch(PackedTokens.pack(sequences)).merged(num_special=1, align=1)
+    together = merged_twice(sequences)
     for sequence, found, merge_map in zip(sequences, together.tokens.split(), together.merge_maps or (), strict=True):
-        alone = WindowBatch(PackedTokens.pack([sequence])).merged(num_special=1, align=1)
+        alone = merged_twice([sequence])
         assert torch.equal(alone.tokens.values, found)
         assert alone.merge_maps is not None
         assert torch.equal(alone.merge_maps[0], merge_map)
+
+
+def merged_twice(sequences: list[Tensor]) -> WindowBatch:
+    batch = WindowBatch(PackedTokens.pack(sequences)).merged(num_special=1)
+    return batch.merged(num_special=1, keep=0.7, weighted=True)
 
 
 def test_float64_and_gradients_go_to_the_specification() -> None:

@@ -110,6 +110,12 @@ def test_refuses_schedules_the_encoder_cannot_follow(schedule: tuple[int, ...]) 
         ("none", NoMerging(tower=TOWER), "none"),
         ("mpm:2,5", Mpm(tower=TOWER, schedule=(2, 5)), "mpm:2,5"),
         ("mpm: 2, 5, align=16", Mpm(tower=TOWER, schedule=(2, 5), align=16), "mpm:2,5,align=16"),
+        (
+            "mpm:proportional,1,3,keep=.50,weighted",
+            Mpm(tower=TOWER, schedule=(1, 3), keep=0.5, weighted=True, proportional=True),
+            "mpm:1,3,keep=0.5,weighted,proportional",
+        ),
+        ("mpm:2,5,keep=1", Mpm(tower=TOWER, schedule=(2, 5)), "mpm:2,5"),
         ("tome", ToMe(tower=TOWER, r=30), "tome:r=30"),
         ("tome:r=46", ToMe(tower=TOWER, r=46), "tome:r=46"),
         ("algm", Algm(tower=TOWER, threshold=0.9), "algm:threshold=0.9"),
@@ -133,6 +139,10 @@ def test_mergers_are_read_and_written_as_text(text: str, merger: Merger, written
         ("tome:r=many", "merger: expected int for r, got 'many' in 'tome:r=many'"),
         ("mpm:two", "merger: expected a block's number, got 'two' in 'mpm:two'"),
         ("mpm:2,", "merger: expected a block's number, got '' in 'mpm:2,'"),
+        ("mpm:2,keep=half", "merger: expected float for keep, got 'half' in 'mpm:2,keep=half'"),
+        ("mpm:2,keep=1.5", "keep: expected a number in (0, 1], got 1.5"),
+        ("mpm:2,weighted=1", "merger: expected weighted alone, a flag, got 'weighted=1' in 'mpm:2,weighted=1'"),
+        ("mpm:2,weighted,weighted", "merger: weighted is given twice in 'mpm:2,weighted,weighted'"),
         ("mpm:5,2", "schedule: expected strictly increasing block numbers within 0..11, got (5, 2)"),
         ("mpm:2,align=0", "align: expected an integer >= 1, got 0"),
         ("tome:r=-1", "r: expected an integer >= 1"),
@@ -158,6 +168,21 @@ def test_bipartite_matching_merges_the_best_even_tokens_into_odd_ones(num_specia
     assert windows.keys is not None
     clusters = [bipartite(keys, num_special, lambda _: r) for keys in windows.keys.split(length)]
     check_clusters(windows, merge_windows(windows, num_special, find), clusters, num_special)
+
+
+def test_attention_counts_patches_where_it_is_proportional(tiny_model: Callable[..., Segmenter]) -> None:
+    model = tiny_model(image_size=(96, 96)).double()
+    windows = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    model.merger = make_merger("mpm:1,keep=0.6,proportional", model.tower)
+    with torch.inference_mode():
+        merged = run_stages(model, windows)[-1]
+        last = model.run_blocks(model.stages[-1], merged)
+        assert merged.merge_maps is not None
+        maps = merged.merge_maps
+        full = [torch.cat([x[:1], x[1:][m]]) for x, m in zip(merged.tokens.split(), maps, strict=True)]
+        copied = model.run_blocks(model.stages[-1], WindowBatch(PackedTokens.pack(full))).tokens
+    for found, m, expected in zip(last.tokens.split(), maps, copied.split(), strict=True):
+        torch.testing.assert_close(torch.cat([found[:1], found[1:][m]]), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -238,7 +263,7 @@ def test_cutting_inside_blocks_changes_nothing(
     close(model.window_logits(windows), expected)
 
 
-@pytest.mark.parametrize("text", ["tome:r=5", "algm:threshold=0.2"])
+@pytest.mark.parametrize("text", ["tome:r=5", "algm:threshold=0.2", "mpm:1,2,4,keep=0.5,weighted,proportional"])
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_windows_do_not_see_each_other(text: str, runtime: str, tiny_model: Callable[..., Segmenter]) -> None:
     model = tiny_model(image_size=(160, 160), n_layers=5)
@@ -251,7 +276,10 @@ def test_windows_do_not_see_each_other(text: str, runtime: str, tiny_model: Call
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("text", ["tome:r=5", "algm:threshold=0.2", "mpm:1,3,align=8", "none"])
+@pytest.mark.parametrize(
+    "text",
+    ["tome:r=5", "algm:threshold=0.2", "mpm:1,3,align=8", "mpm:1,2,4,align=4,keep=0.5,weighted,proportional", "none"],
+)
 def test_every_merger_gives_the_same_on_every_runtime(
     text: str, distilled: bool, tiny_model: Callable[..., Segmenter]
 ) -> None:
