@@ -1,7 +1,7 @@
 """Is an answer right? Masks under load are compared with those of the same pictures from the idle server, and these
 with the library's.
 
-    python -m loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER PICTURE...
+    mpm loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER PICTURE...
 
 writes the library's masks: `PICTURE.png`, class ids as grey values. It loads torch, so it is a process of its own: the
 client has to stay light, and the server needs the cores while there is load.
@@ -267,14 +267,14 @@ class Library:
 
 
 def read_masks(folder: Path) -> dict[str, bytes]:
-    """Masks that `python -m loadtest masks` wrote, by the names of their pictures.
+    """Masks that `mpm loadtest masks` wrote, by the names of their pictures.
 
     Raises:
         ValueError: there is none.
     """
     masks = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
     if not masks:
-        raise ValueError(f"library-masks: expected what `python -m loadtest masks` writes in {folder}, got nothing")
+        raise ValueError(f"library-masks: expected what `mpm loadtest masks` writes in {folder}, got nothing")
     return masks
 
 

@@ -101,7 +101,7 @@ class Engine:
             graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
-        stages = {schedule: merger.stages for schedule, merger in mergers.items()}
+        stages = self._stages = {schedule: merger.stages for schedule, merger in mergers.items()}
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
@@ -161,11 +161,13 @@ class Engine:
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Compute pictures before requests come; no metric counts them and none is sampled.
 
-        Where graphs are captured, each as often as it takes until those of its shapes are: in full groups, then alone.
+        The runtime prepares the lengths that windows may come to first. Where graphs are captured, each picture is
+        computed as often as it takes until those of its shapes are: in full groups, then alone.
 
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
+        self._runtime.warm_up({stage for schedule in self._offered for stage in self._stages[schedule]})
         metrics, agreement = self.metrics, self._agreement
         self.metrics = self._loop.metrics = Metrics("warm-up", grid=self._grid, info={})
         self._agreement = None
