@@ -388,8 +388,8 @@ def test_a_route_without_triton_s_paths(match: int) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        (DEPLOYMENT, (*SERVER, "args", 4), "--lame-duck-seconds=0"),
-        (DEPLOYMENT, (*SERVER, "args", 4), "--triton-metrics-port=8003"),
+        (DEPLOYMENT, (*SERVER, "args", 5), "--lame-duck-seconds=0"),
+        (DEPLOYMENT, (*SERVER, "args", 5), "--triton-metrics-port=8003"),
         (DEPLOYMENT, (*SERVER, "ports", 2), {"name": "metrics", "containerPort": 8090}),
         (DEPLOYMENT, (*SERVER, "ports", 2, "containerPort"), 8003),
     ],
