@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
     try:
         returned = commands.main(None if argv is None else list(argv), "mpm", standalone_mode=False)
+    except click.Abort:  # Ctrl-C; a RuntimeError
+        return 130
     except click.ClickException as error:
         error.show()
         return 2
@@ -85,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    except click.Abort:  # Ctrl-C
-        return 130
     return returned if isinstance(returned, int) else 0
 
 

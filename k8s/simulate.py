@@ -120,7 +120,8 @@ def simulate(load: Sequence[float], scaler: Scaler, *, start_seconds: float, que
         start_seconds: from the creation of a pod to its first answer.
         queue_seconds: of work that a replica holds before it refuses.
     """
-    ready, starting, waiting = scaler.low, [], 0.0
+    ready, waiting = scaler.low, 0.0
+    starting: list[float] = []  # when each will be ready
     served, refused, queued, ready_sum = [0.0], [0.0], [0.0], [0.0]  # since midnight, at every second
     wishes: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
     steps: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
@@ -203,7 +204,8 @@ def read_day(path: Path) -> list[float]:
     Raises:
         ValueError: a line is none of `HH:MM,NUMBER`, or times don't rise.
     """
-    times, rates = [], []
+    times: list[int] = []
+    rates: list[float] = []
     for number, row in enumerate(csv.reader(path.read_text().splitlines()), 1):
         try:
             (hours, minutes), rate = map(int, row[0].split(":")), float(row[1])
@@ -237,7 +239,7 @@ def read_rate(text: str) -> tuple[float, float | None]:
 
 def component(scaler: Scaler, cores: float | None) -> str:
     """A kustomize component that sets what was chosen."""
-    ops = [("minReplicaCount", scaler.low), ("maxReplicaCount", scaler.high)]
+    ops: list[tuple[str, int | str]] = [("minReplicaCount", scaler.low), ("maxReplicaCount", scaler.high)]
     ops += [(f"triggers/{i}/metadata/threshold", f"{t:g}") for i, t in enumerate((scaler.waiting, scaler.use))]
     patches = [
         {

@@ -219,10 +219,9 @@ class Edge:
             headers["Content-Length"] = str(len(data))
             content = data if len(data) <= _WHOLE_BYTES else _pieces(data)
         url = URL(self._upstream + target, encoded=True)
+        method = "POST" if triton.LENGTH_HEADER in changed else request.method  # Triton infers on POST alone
         try:
-            return await self._session.request(
-                request.method, url, data=content, headers=headers, allow_redirects=False
-            )
+            return await self._session.request(method, url, data=content, headers=headers, allow_redirects=False)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _unanswered(error) from None
 

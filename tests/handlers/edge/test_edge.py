@@ -224,6 +224,8 @@ def test_refuses_deep_json_before_triton(triton_edge: Front, upstream: Upstream,
 
 
 def test_triton_gets_json_and_binary_requests_unchanged(triton_edge: Front, upstream: Upstream) -> None:
+    requests.put(f"{triton_edge.url}/predictions/m", PICTURE)
+    assert upstream.seen.pop()[:2] == ("POST", "/v2/models/m/infer")
     shallow = '{"id":"' + '[\\"{' * 200 + '","inputs":' + "[" * 63 + "]" * 63 + "}"
     url, length = f"{triton_edge.url}/v2/models/m/infer", "Inference-Header-Content-Length"
     assert requests.post(url, data=shallow).text == shallow
