@@ -96,6 +96,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--config", type=PATH, help="YAML with more fields of handlers.config.ServingConfig."),
         port_option("--metrics-port", help="Where Prometheus finds the model's metrics (nowhere)."),
         click.option("--align", type=int, help="Token counts after a merge are multiples of this (1)."),
+        click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule."),
         click.option("--schedule", help="Blocks before which tokens merge (2,5), or off."),
         click.option("--name", help="Name under which the model is served (segmenter)."),
     ):
@@ -254,6 +255,7 @@ class RefusedError(Exception):
 @click.option("--view", type=click.Choice(["overlay", "tokens", "confidence"]), help="A picture for people instead.")
 @click.option("--schedule", help="Blocks before which tokens merge (2,5), or off.")
 @click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
+@click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule.")
 @click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="What computes (auto).")
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="Of the network (auto).")
 @click.option("--device", help="auto, cpu, cuda or one such as cuda:1 (auto).")
@@ -264,6 +266,7 @@ def segment(
     form: str,
     view: str | None,
     schedule: str | None,
+    merger: str | None,
     checkpoint: Path | None,
     **own: Any,
 ) -> int:
@@ -279,10 +282,11 @@ def segment(
     files = [file for file in files if not file.is_dir()]
     targets = _targets(files, out, "png" if view else form)
     headers = {"X-MPM-View": view} if view else {}
-    if url and schedule:
-        headers["X-MPM-Schedule"] = schedule
+    if url:
+        asked = {"X-MPM-Schedule": schedule, "X-MPM-Merger": merger}
+        headers |= {name: value for name, value in asked.items() if value}
     accept = _MEDIA_TYPES["png" if view else form]
-    fields = {"schedule": schedule, **own}
+    fields = {"schedule": schedule, "merger": merger, **own}
     asking = _asking_server(url, accept, headers) if url else _asking_engine(checkpoint, accept, headers, fields)
     with asking as ask, ExitStack() as stack:
         pool = ThreadPoolExecutor(_INFLIGHT)
@@ -353,7 +357,7 @@ def _asking_engine(
     given = {name: value for name, value in fields.items() if value is not None}
     if "schedule" in given:
         given["schedule"] = parse_schedule(given["schedule"])
-    config = ServingConfig(**given, **_ALONE)
+    config = ServingConfig.from_mapping(given | _ALONE)
     named = {name.lower(): value for name, value in {"accept": accept, **headers}.items()}
     options = RequestOptions.from_headers(named, "mpm")
 

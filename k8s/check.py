@@ -565,7 +565,8 @@ def models(manifests: Manifests) -> Iterator[str]:
             continue
         options = _build_options(server)
         try:
-            parse_schedule(options.get("schedule", ""))
+            if "merger" not in options:
+                parse_schedule(options.get("schedule", ""))
         except ValueError as error:
             yield f"{where}: --schedule: {error}"
         offered = {port.get("name"): port["containerPort"] for port in server_of(server).get("ports", [])}

@@ -80,6 +80,11 @@ def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["segment", "a.png", "b/a.png"], "PICTURE: expected names that differ"),
         (["segment", "a.png", "--schedule", "two"], "schedule: expected"),
         (["segment", "a.png", "--schedule", "99"], "schedule: expected"),
+        (["segment", "a.png", "--merger", "tome:46"], "merger: tome has no parameter schedule, expected one of: r"),
+        (
+            ["segment", "a.png", "--merger", "none", "--align", "8"],
+            "merger: expected without align, got 'none' beside them",
+        ),
         (["segment", "a.png", "--checkpoint", "none.pth"], "none.pth"),
         (["serve", "none"], "MODEL: expected a checkpoint or what `mpm build` made, got none: no such file"),
         (["serve", "b", "--schedule", "off"], "--schedule: expected with a checkpoint, got b, which is built already"),
@@ -136,6 +141,15 @@ class TestSegment:
         for name, source in written.items():
             image = decode_image((folder / source).read_bytes(), max_bytes=10**6, max_pixels=10**6)
             assert (out / name).read_bytes() == encode_mask_png(model.segment(image), classes)
+
+    def test_another_merger(self, checkpoint: Path, folder: Path, tmp_path: Path, merger: str) -> None:
+        source = folder / "a.png"
+        options = ["--checkpoint", str(checkpoint), "--out", str(tmp_path), *OPTIONS[2:], "--merger", merger]
+        assert main(["segment", str(source), *options]) == 0
+        model = load_segmenter(checkpoint, merger=merger)
+        image = decode_image(source.read_bytes(), max_bytes=10**6, max_pixels=10**6)
+        mask = encode_mask_png(model.segment(image), load_classes(checkpoint.parent, model.config.n_cls))
+        assert (tmp_path / "a.png").read_bytes() == mask
 
     def test_other_forms(self, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
         picture, own = (
