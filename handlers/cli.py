@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ DEMO = Path(__file__).resolve().parents[1] / "model_store" / "demo" / "checkpoin
 METRICS_PORT = 8090  # of the Makefile, the images and the manifests
 PATH = click.Path(path_type=Path)
 PORT = click.IntRange(0, 65_535)
+port_option = partial(click.option, type=PORT, metavar="PORT")
 
 _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
 _PORTS = {"torchserve": 8080, "triton": 8000}
@@ -48,24 +49,13 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if own := super().get_command(ctx, cmd_name):
-            return own
-        return next((_load(offered) for offered in entry_points(group=GROUP, name=cmd_name)), None)
-
-
-def _load(offered: EntryPoint) -> click.Command:
-    try:
-        return offered.load()
-    except ImportError as error:
-
-        def refuse(told: str = str(error)) -> None:
-            raise click.ClickException(told)
-
-        return click.Command(offered.name, callback=refuse, help=f"(not installed: {error})")
+            return own  # without reading what every installed package offers
+        return next((offered.load() for offered in entry_points(group=GROUP, name=cmd_name)), None)
 
 
 @click.group(
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog='Completion: eval "$(_MPM_COMPLETE=bash_source mpm)", or zsh_source, or fish_source.',
 )
 @click.version_option(package_name="mpm-segmenter")
@@ -86,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started has to be stopped
     try:
         returned = commands.main(None if argv is None else list(argv), "mpm", standalone_mode=False)
+    except click.Abort:  # Ctrl-C; a RuntimeError
+        return 130
     except click.ClickException as error:
         error.show()
         return 2
@@ -95,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    except click.Abort:  # Ctrl-C
-        return 130
     return returned if isinstance(returned, int) else 0
 
 
@@ -104,10 +94,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How a model is served that is built of a checkpoint: options of `build` and of `serve`."""
     for option in (
         click.option("--config", type=PATH, help="YAML with more fields of handlers.config.ServingConfig."),
-        click.option("--metrics-port", type=PORT, help="Where Prometheus finds the model's metrics (nowhere)."),
+        port_option("--metrics-port", help="Where Prometheus finds the model's metrics (nowhere)."),
         click.option("--align", type=int, help="Token counts after a merge are multiples of this (1)."),
+        click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule."),
         click.option("--schedule", help="Blocks before which tokens merge (2,5), or off."),
-        click.option("--name", help="Under which it is served (segmenter)."),
+        click.option("--name", help="Name under which the model is served (segmenter)."),
     ):
         command = option(command)
     return command
@@ -121,27 +112,30 @@ def _is_seconds(context: click.Context, parameter: click.Parameter, value: float
 
 @commands.command()
 @click.argument("model", required=False, type=PATH)
-@click.option("--server", type=click.Choice(["torchserve", "triton"]), help="As MODEL is built for, else torchserve.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where it listens.")
-@click.option("--port", type=PORT, help="Of HTTP (8080 on TorchServe, 8000 on Triton); 0 takes a free one.")
-@click.option("--grpc-port", type=PORT, help="Of Triton (8001).")
-@click.option("--triton-metrics-port", type=PORT, help="Of Triton's own metrics, refusals of its queue too (nowhere).")
-@click.option("--admin-secret-file", type=PATH, help="Of Triton: gets the secret of this start (none).")
-@click.option("--ready-port", type=PORT, default=0, help="Answers 200 while requests should be sent here, else 503.")
+@click.option(
+    "--server", type=click.Choice(["torchserve", "triton"]), help="Default: what MODEL is built for, else torchserve."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@port_option("--port", help="HTTP (8080 on TorchServe, 8000 on Triton); 0 takes a free one.")
+@port_option("--grpc-port", help="gRPC, on Triton (8001).")
+@port_option("--triton-metrics-port", help="Triton's own metrics, with what its queue refused (nowhere).")
+@click.option("--admin-secret-file", type=PATH, help="Triton: file that gets the secret of this start (none).")
+@port_option("--ready-port", default=0, help="Answers 200 while requests should be sent here, else 503 (none).")
 @click.option(
     "--lame-duck-seconds",
     type=float,
     default=0.0,
     callback=_is_seconds,
+    metavar="SECONDS",
     help="From SIGTERM until requests are refused: what a proxy needs to see the 503 (0).",
 )
 @click.option("--no-edge", is_flag=True, help="Nothing strict in front of the server: for trusted clients only.")
 @click.option(
     "--cors-origin", multiple=True, metavar="URL", help="Whose pages may call from browsers; * for all (none)."
 )
-@click.option("--sample", type=PATH, help="Picture to name in the examples printed when ready.")
+@click.option("--sample", type=PATH, help="Picture named in the examples that are printed when ready.")
 @model_options
-@click.option("--out", type=PATH, help="Where it is built, beside other models (alone in build/model_store).")
+@click.option("--out", type=PATH, help="Folder to build into, whose other models are served too (one of its own).")
 def serve(
     model: Path | None,
     server: str | None,
@@ -157,9 +151,10 @@ def serve(
     admin_secret_file: Path | None,
     **build: Any,
 ) -> int:
-    """Serve MODEL until Ctrl-C: a checkpoint, which is built before, or what `mpm build` made; else the demo model.
+    """Serve a model until Ctrl-C or SIGTERM.
 
-    A checkpoint is a file with variant.yml beside it, or their folder. SIGTERM is an orderly end.
+    MODEL is a checkpoint (a file with variant.yml beside it, or their folder), which is built before, or a model store
+    or repository that `mpm build` made. Without it the demo model is served.
     """
     if model and not model.exists():
         raise click.UsageError(f"MODEL: expected a checkpoint or what `mpm build` made, got {model}: no such file")
@@ -216,9 +211,9 @@ def serve(
 
 
 def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:
-    """Run a command in a process of its own, whose memory is free afterwards; its status."""
+    """Run a command in a process of its own, whose memory is free afterwards, and return its status."""
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return subprocess.run([sys.executable, "-m", "handlers", command, *given, *flags]).returncode
+    return subprocess.run([sys.executable, "-P", "-m", "handlers", command, *given, *flags]).returncode
 
 
 @commands.command()
@@ -226,7 +221,7 @@ def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:
 @click.option("--timeout", default=20.0, metavar="SECONDS", show_default=True, help="For everything.")
 @click.option("--metrics", metavar="URL", help="Of the model's metrics (port 8090 of the server's host); '' for none.")
 def health(url: str, timeout: float, metrics: str | None) -> int:
-    """Ask the model at URL for the mask of a tiny picture: is it alive?
+    """Ask a served model for the mask of a tiny picture.
 
     URL is http://HOST:PORT/predictions/NAME (TorchServe) or http://HOST:PORT/v2/models/NAME (Triton). An overloaded
     model that computes is alive, which its metrics tell.
@@ -254,14 +249,15 @@ class RefusedError(Exception):
 @commands.command()
 @click.argument("pictures", nargs=-1, required=True, type=PATH, metavar="PICTURE|FOLDER...")
 @click.option("--out", type=PATH, default=Path("masks"), show_default=True, help="Folder; made if missing.")
-@click.option("--url", help="Of a served model, which is asked instead: .../predictions/NAME or .../v2/models/NAME.")
+@click.option("--url", help="A served model, asked instead: .../predictions/NAME, .../v2/models/NAME, grpc://...")
 @click.option("--checkpoint", type=PATH, help="With variant.yml beside it; else the demo model.")
 @click.option("--format", "form", type=click.Choice([*_MEDIA_TYPES]), default="png", show_default=True)
 @click.option("--view", type=click.Choice(["overlay", "tokens", "confidence"]), help="A picture for people instead.")
 @click.option("--schedule", help="Blocks before which tokens merge (2,5), or off.")
 @click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
-@click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="(auto)")
-@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="(auto)")
+@click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule.")
+@click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="What computes (auto).")
+@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="Of the network (auto).")
 @click.option("--device", help="auto, cpu, cuda or one such as cuda:1 (auto).")
 def segment(
     pictures: tuple[Path, ...],
@@ -270,13 +266,14 @@ def segment(
     form: str,
     view: str | None,
     schedule: str | None,
+    merger: str | None,
     checkpoint: Path | None,
     **own: Any,
 ) -> int:
-    """Write the mask of each PICTURE, or of all in a FOLDER, as OUT/NAME.png: class ids, with the classes' colours.
+    """Write the masks of pictures and folders.
 
-    The model is loaded into this process, or asked at --url. What is refused is named, and the rest goes on; the
-    status is then 1.
+    OUT/NAME.png holds class ids, with the classes' colours. The model is loaded into this process, or asked at --url.
+    A picture that is refused is named, and the rest goes on; the status is then 1.
     """
     given = [name for name, value in {"checkpoint": checkpoint, **own}.items() if value is not None]
     if url and given:
@@ -285,10 +282,11 @@ def segment(
     files = [file for file in files if not file.is_dir()]
     targets = _targets(files, out, "png" if view else form)
     headers = {"X-MPM-View": view} if view else {}
-    if url and schedule:
-        headers["X-MPM-Schedule"] = schedule
+    if url:
+        asked = {"X-MPM-Schedule": schedule, "X-MPM-Merger": merger}
+        headers |= {name: value for name, value in asked.items() if value}
     accept = _MEDIA_TYPES["png" if view else form]
-    fields = {"schedule": schedule, **own}
+    fields = {"schedule": schedule, "merger": merger, **own}
     asking = _asking_server(url, accept, headers) if url else _asking_engine(checkpoint, accept, headers, fields)
     with asking as ask, ExitStack() as stack:
         pool = ThreadPoolExecutor(_INFLIGHT)
@@ -359,7 +357,7 @@ def _asking_engine(
     given = {name: value for name, value in fields.items() if value is not None}
     if "schedule" in given:
         given["schedule"] = parse_schedule(given["schedule"])
-    config = ServingConfig(**given, **_ALONE)
+    config = ServingConfig.from_mapping(given | _ALONE)
     named = {name.lower(): value for name, value in {"accept": accept, **headers}.items()}
     options = RequestOptions.from_headers(named, "mpm")
 
@@ -397,7 +395,7 @@ def evaluate(**options: Any) -> None:
 @commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...")
 def bench(arguments: tuple[str, ...]) -> int:
-    """Measure on this machine: model, codec, end-to-end, servers or gpu.
+    """Measure speed: model, codec, end-to-end, servers or gpu.
 
     `mpm bench QUESTION --help` lists the options of each.
     """

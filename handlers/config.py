@@ -16,6 +16,7 @@ _GONE = {
     "jpeg_draft": "pictures are always decoded at their whole size",
 }
 _GRAPH_BYTES = 4 * 2**30  # on a GPU, unless told otherwise
+_MERGER = re.compile(r"\w+(:[^:]+)?")
 _MAX_PORT = 65_535
 _MAX_INT = 2**31 - 1  # of Java, and so of a length in TorchServe
 
@@ -27,6 +28,8 @@ class ServingConfig:
     Attributes:
         schedule: encoder blocks before which tokens merge; empty for no merging.
         align: token counts after a merge are multiples of this; 1 merges all pairs.
+        merger: another way to merge, such as "tome:r=46", in place of `schedule` and `align`; its name and parameters
+            are those of `mpm_ops.merging.make_merger`. Empty for none.
         runtime: what the network runs on, "auto" or one of `mpm_ops.runtime.RUNTIMES`.
         precision: "auto", or one of `mpm_ops.runtime.PRECISIONS`.
         device: "auto" for a GPU where there is one, or torch's name of a device, such as cpu or cuda:1.
@@ -36,6 +39,7 @@ class ServingConfig:
         max_image_bytes: larger pictures are refused; the server in front may have a limit of its own.
         max_image_pixels: larger pictures are refused before they are decoded.
         allowed_schedules: schedules that a request may ask for, beside `schedule`.
+        allowed_mergers: mergers that a request may ask for, beside those.
         deterministic: compute every window alone, so that no mate can move the last bits of its answer.
         max_batch_tokens: tokens computed together.
         max_group_windows: windows computed together.
@@ -58,6 +62,7 @@ class ServingConfig:
 
     schedule: tuple[int, ...] = (2, 5)
     align: int = 1
+    merger: str = ""
     runtime: str = "auto"
     precision: str = "auto"
     device: str = "auto"
@@ -66,6 +71,7 @@ class ServingConfig:
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64_000_000
     allowed_schedules: tuple[tuple[int, ...], ...] = ((),)
+    allowed_mergers: tuple[str, ...] = ()
     deterministic: bool = False
     max_batch_tokens: int = 16_384
     max_group_windows: int = 8
@@ -120,6 +126,12 @@ class ServingConfig:
             raise ValueError(f"allowed_schedules: expected a list of schedules, got {self.allowed_schedules!r}")
         for schedule in self.allowed_schedules:
             _check_schedule("allowed_schedules", schedule)
+        if self.merger != "":
+            _check_merger("merger", self.merger)
+        if not isinstance(self.allowed_mergers, tuple):
+            raise ValueError(f"allowed_mergers: expected a list of mergers, got {self.allowed_mergers!r}")
+        for merger in self.allowed_mergers:
+            _check_merger("allowed_mergers", merger)
         if not isinstance(self.inference, Mapping):
             raise ValueError(f"inference: expected a mapping, got {self.inference!r}")
 
@@ -128,6 +140,11 @@ class ServingConfig:
         if isinstance(self.graph_mib, int):
             return self.graph_mib * 2**20
         return _GRAPH_BYTES if device_type == "cuda" and not self.deterministic else 0
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """Arguments of `mpm_ops.load_segmenter` that say how tokens merge."""
+        return {"merger": self.merger} if self.merger else {"schedule": self.schedule, "align": self.align}
 
     @property
     def max_body_bytes(self) -> int:
@@ -156,7 +173,9 @@ class ServingConfig:
         if unknown:
             raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         values = dict(values)
-        for name in ("schedule", "allowed_schedules"):
+        if "merger" in values and (beside := [name for name in ("schedule", "align") if name in values]):
+            raise ValueError(f"merger: expected without {' and '.join(beside)}, got {values['merger']!r} beside them")
+        for name in ("schedule", "allowed_schedules", "allowed_mergers"):
             if name in values:
                 values[name] = _as_tuples(values[name])
         return cls(**values)
@@ -183,6 +202,12 @@ def _check_schedule(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected block numbers, got {value!r}")
     for block in value:
         _check_integer(name, block, minimum=0)
+
+
+def _check_merger(name: str, value: Any) -> None:
+    """As far as can be told without the network."""
+    if not isinstance(value, str) or not _MERGER.fullmatch(value):
+        raise ValueError(f"{name}: expected a name and its parameters such as tome:r=46, got {value!r}")
 
 
 def _as_tuples(value: Any) -> Any:

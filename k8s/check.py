@@ -1,5 +1,6 @@
 """Find what is wrong in rendered manifests and what their schemas let pass, see `mpm check-manifests`."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +34,12 @@ CLUSTER_WIDE = (
     "ValidatingAdmissionPolicyBinding",
 )
 
-_DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
+IMAGE_VOLUMES = (1, 35)  # the first Kubernetes that has them by default; older ones drop them without a word
+SILENT_SECONDS = 60  # that pods may stay bound to a node of which nothing is heard
+
+_DIGEST = re.compile(r"[^@]+@sha256:[0-9a-f]{64}")
+_PLACEHOLDER = re.compile(r"YOUR-[\w-]*")
+_EXAMPLE = re.compile(r"[\w.-]*\bexample\.(?:com|org|net)")
 
 
 # Checks: each takes manifests and yields a sentence per problem
@@ -174,7 +180,7 @@ def gpus(manifests: Manifests) -> Iterator[str]:
             yield f"{name_of(server)}: tolerations: expected one for the taint nvidia.com/gpu"
         rollout = server["spec"].get("strategy", {}).get("rollingUpdate", {})
         if rollout.get("maxSurge") != 0 or rollout.get("maxUnavailable") in (None, 0):
-            yield f"{name_of(server)}: strategy: expected maxSurge 0 and maxUnavailable 1, got {rollout}"
+            yield f"{name_of(server)}: strategy: expected maxSurge 0 and maxUnavailable 10%, got {rollout}"
         yield from _products(server, shared="nvidia.com/gpu" in limits)
 
 
@@ -363,16 +369,32 @@ def _lame_duck_seconds(server: Manifest) -> float:
 
 
 def disruptions(manifests: Manifests) -> Iterator[str]:
-    """A drained node always leaves a replica, and may always be drained in the end."""
+    """A drain leaves a replica where there are two, and ends; pods of a silent node are soon replaced."""
     fewest = {name: low for name, low, _ in _scaled(manifests)}
     for budget in manifests.of("PodDisruptionBudget"):
         for workload in manifests.selected_by(budget["spec"]["selector"]):
             replicas = fewest.get(workload["metadata"]["name"], workload["spec"].get("replicas", 1))
-            away = budget["spec"].get("maxUnavailable")
-            if not isinstance(away, int) or away < 1:
-                yield f"{name_of(budget)}: maxUnavailable: expected >= 1, or nodes can't be drained, got {away}"
-            elif away >= replicas:
-                yield f"{name_of(budget)}: maxUnavailable: expected below {replicas} replicas, got {away}"
+            given = budget["spec"].get("maxUnavailable")
+            away = math.ceil(_share(given, replicas))
+            if away < 1:
+                yield f"{name_of(budget)}: maxUnavailable: expected >= 1, or nodes can't be drained, got {given}"
+            elif away >= replicas > 1:
+                yield f"{name_of(budget)}: maxUnavailable: expected below {replicas} replicas, got {given}"
+    for server in manifests.servers:
+        for key in ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"):
+            borne = [t.get("tolerationSeconds") for t in pod_of(server).get("tolerations", []) if t.get("key") == key]
+            if not borne or borne[0] is None or borne[0] > SILENT_SECONDS:
+                yield (
+                    f"{name_of(server)}: tolerations: expected {key} for {SILENT_SECONDS} s at most, "
+                    f"since without it is 300, got {borne[0] if borne else 'none'}"
+                )
+
+
+def _share(amount: object, replicas: int) -> float:
+    """A number of replicas, given as such or in per cent; 0 if it is neither."""
+    if isinstance(amount, str) and re.fullmatch(r"\d+%", amount):
+        return int(amount[:-1]) * replicas / 100
+    return amount if isinstance(amount, int) else 0
 
 
 def _scaled(manifests: Manifests) -> Iterator[tuple[str, int, int]]:
@@ -454,19 +476,27 @@ def _most_replicas(manifests: Manifests) -> dict[str, int]:
 
 
 def _quota(manifests: Manifests) -> Iterator[str]:
-    replicas = _most_replicas(manifests)
-    needed: dict[str, Decimal] = {}
+    """Pods that still end in a rollout count too: without room for them each of its steps waits to be tried again."""
+    needed: dict[str, Decimal] = {"pods": Decimal()}
     for server in manifests.servers:
+        most = _most_replicas(manifests)[server["metadata"]["name"]]
+        rollout = server["spec"].get("strategy", {}).get("rollingUpdate", {})
+        pods = most + max(1, int(_share(rollout.get("maxUnavailable", "25%"), most)))
+        needed["pods"] += pods
         for resource, amount in server_of(server).get("resources", {}).get("requests", {}).items():
             if resource.startswith("nvidia.com/"):
-                needed[resource] = needed.get(resource, Decimal()) + replicas[server["metadata"]["name"]] * quantity(
-                    amount
-                )
+                name = f"requests.{resource}"
+                needed[name] = needed.get(name, Decimal()) + pods * quantity(amount)
     for quota in manifests.of("ResourceQuota"):
-        for resource, amount in needed.items():
-            allowed = quota["spec"]["hard"].get(f"requests.{resource}")
-            if allowed is None or quantity(allowed) < amount:
-                yield f"{name_of(quota)}: requests.{resource}: expected {amount} or more, got {allowed}"
+        for name, amount in needed.items():
+            allowed = quota["spec"]["hard"].get(name)
+            if any(_unreadable({name: allowed or 0}, "")):  # told by `quantities`
+                continue
+            if quantity(allowed or 0) < amount:
+                yield (
+                    f"{name_of(quota)}: {name}: expected {amount} or more, for all replicas and those that still end "
+                    f"in a rollout, got {allowed}"
+                )
 
 
 def confinement(manifests: Manifests) -> Iterator[str]:
@@ -535,7 +565,8 @@ def models(manifests: Manifests) -> Iterator[str]:
             continue
         options = _build_options(server)
         try:
-            parse_schedule(options.get("schedule", ""))
+            if "merger" not in options:
+                parse_schedule(options.get("schedule", ""))
         except ValueError as error:
             yield f"{where}: --schedule: {error}"
         offered = {port.get("name"): port["containerPort"] for port in server_of(server).get("ports", [])}
@@ -624,6 +655,44 @@ def digests(manifests: Manifests) -> Iterator[str]:
                 yield f"{name_of(workload)}: {where}: expected NAME@sha256:DIGEST, got {image!r}"
 
 
+def placeholders(manifests: Manifests) -> Iterator[str]:
+    """What the README leaves to be filled in has been."""
+    yield from _names_like(manifests, _PLACEHOLDER)
+
+
+def examples(manifests: Manifests) -> Iterator[str]:
+    """No host and no registry is an example's."""
+    yield from _names_like(manifests, _EXAMPLE)
+
+
+def _names_like(manifests: Manifests, pattern: re.Pattern[str]) -> Iterator[str]:
+    for document in manifests.documents:
+        if document["kind"] != "ConfigMap":
+            for path, text in _texts(document):
+                for found in pattern.findall(text):
+                    yield f"{name_of(document)}: {path}: expected a name of yours, got {found!r}"
+
+
+def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a manifest, and where it stands."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+
+
+def image_volumes(manifests: Manifests, kubernetes: tuple[int, int]) -> Iterator[str]:
+    """No volume is one that an older API server would drop."""
+    for workload in manifests.workloads:
+        for volume in pod_of(workload).get("volumes", []):
+            if "image" in volume and kubernetes < IMAGE_VOLUMES:
+                yield (
+                    f"{name_of(workload)}: volume {volume['name']}: expected no image, which Kubernetes "
+                    f"{'.'.join(map(str, kubernetes))} drops without a word (1.35 mounts it); use model-pvc instead"
+                )
+
+
 CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     selectors,
     namespaces,
@@ -640,10 +709,13 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     volumes,
     models,
     memory,
+    placeholders,
 )
+RELEASE_CHECKS = (digests, examples)
 
 
-def problems(manifests: Manifests, *, release: bool = False) -> list[str]:
-    """What is wrong, a sentence each; with `release` images without a digest too."""
-    checks = (*CHECKS, digests) if release else CHECKS
-    return [f"{check.__name__}: {problem}" for check in checks for problem in check(manifests)]
+def problems(manifests: Manifests, *, release: bool = False, kubernetes: tuple[int, int] = IMAGE_VOLUMES) -> list[str]:
+    """What is wrong, a sentence each; with `release` also images without a digest, and names of examples."""
+    checks = (*CHECKS, *RELEASE_CHECKS) if release else CHECKS
+    found = [f"{check.__name__}: {problem}" for check in checks for problem in check(manifests)]
+    return found + [f"image_volumes: {problem}" for problem in image_volumes(manifests, kubernetes)]

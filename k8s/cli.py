@@ -1,5 +1,6 @@
 """Commands of `mpm` for a fleet: manifests checked, servers watched."""
 
+import re
 import sys
 import time
 import urllib.parse
@@ -7,23 +8,33 @@ from pathlib import Path
 
 import click
 
-from handlers.cli import METRICS_PORT, PATH, PORT
+from handlers.cli import METRICS_PORT, PATH, port_option
 
 _RATE = "20s"  # ten scrapes: curves appear soon after the start
 _SHOWN = "15m"
 
 
+def _version(_: object, __: object, text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", text)
+    if not found:
+        raise click.BadParameter(f"expected a version such as 1.32, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 @click.command("check-manifests")
-@click.option("--release", is_flag=True, help="Every image has to be named by its digest.")
-def check_manifests(release: bool) -> int:
-    """Say what is wrong with the manifests on standard input, a line each; the status is 1 if anything is.
+@click.option("--release", is_flag=True, help="Every image by its digest, and no host or registry of an example.")
+@click.option("--kubernetes", default="1.35", show_default=True, callback=_version, help="The cluster's version.")
+def check_manifests(release: bool, kubernetes: tuple[int, int]) -> int:
+    """Find what is wrong with manifests on standard input.
 
     kubectl kustomize k8s/overlays/h100-sxm/torchserve | mpm check-manifests
+
+    Each problem is a line, and the status is 1 if there is any.
     """
     from .check import problems
     from .manifests import Manifests
 
-    found = problems(Manifests.parse(sys.stdin.read()), release=release)
+    found = problems(Manifests.parse(sys.stdin.read()), release=release, kubernetes=kubernetes)
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
@@ -32,10 +43,13 @@ def check_manifests(release: bool) -> int:
 @click.command()
 @click.option("--target", "targets", multiple=True, default=[f"127.0.0.1:{METRICS_PORT}"], show_default=True,
               metavar="HOST:PORT", help="A metrics port; repeatable.")  # fmt: skip
-@click.option("--port", type=PORT, default=9090, show_default=True, help="Prometheus's.")
+@port_option("--port", default=9090, show_default=True, help="Prometheus's.")
 @click.option("--out", type=PATH, default=Path("build/monitor"), show_default=True, help="Folder for data and log.")
 def monitor(targets: tuple[str, ...], port: int, out: Path) -> int:
-    """Watch servers on this machine: a Prometheus with the project's rules, and links to the dashboards' queries."""
+    """Watch servers on this machine with Prometheus.
+
+    It has the project's rules; links to the dashboards' queries are printed.
+    """
     from .monitoring.boards import BOARDS
     from .monitoring.prometheus import Prometheus
 

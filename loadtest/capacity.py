@@ -1,12 +1,12 @@
 """How many replicas a rate of pictures needs, from what was measured of one.
 
-    python -m loadtest capacity --rate 500 [--headroom 0.3] RESULT.json… [--windows-per-picture 2] [--out X.json]
+    mpm loadtest capacity --rate 500 [--headroom 0.3] RESULT.json… [--windows-per-picture 2] [--out X.json]
 
 RESULT.json is what these wrote with --out, any number of each:
 
-    python -m loadtest search            the highest rate that holds an SLO: the best ground for a size
-    python -m handlers.bench end-to-end  windows per second of the engine alone, and what decoding and encoding cost
-    python -m handlers.bench codec       what decoding and encoding cost, for the results of searches
+    mpm loadtest search   the highest rate that holds an SLO: the best ground for a size
+    mpm bench end-to-end  windows per second of the engine alone, and what decoding and encoding cost
+    mpm bench codec       what decoding and encoding cost, for the results of searches
 
 Every size rests on the low end of what was measured, and its assumptions are printed with it.
 """

@@ -1,6 +1,6 @@
 """Is a new deployment as good as the old one? The same pictures go to both, in turn, and their masks are compared.
 
-    python -m loadtest compare --old URL --new URL --images FOLDER [--sample 100] [--repeats 3]
+    mpm loadtest compare --old URL --new URL --images FOLDER [--sample 100] [--repeats 3]
         [--limit agreement=0.99,p99_ratio=1.2,errors=0] [--out X.json] [--pictures FOLDER]
 
 URL is a model's: http://HOST:PORT/predictions/NAME (TorchServe), .../v2/models/NAME or .../v2/models/NAME/versions/2

@@ -1,7 +1,7 @@
 """Is an answer right? Masks under load are compared with those of the same pictures from the idle server, and these
 with the library's.
 
-    python -m loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER PICTURE...
+    mpm loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER PICTURE...
 
 writes the library's masks: `PICTURE.png`, class ids as grey values. It loads torch, so it is a process of its own: the
 client has to stay light, and the server needs the cores while there is load.
@@ -267,14 +267,14 @@ class Library:
 
 
 def read_masks(folder: Path) -> dict[str, bytes]:
-    """Masks that `python -m loadtest masks` wrote, by the names of their pictures.
+    """Masks that `mpm loadtest masks` wrote, by the names of their pictures.
 
     Raises:
         ValueError: there is none.
     """
     masks = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
     if not masks:
-        raise ValueError(f"library-masks: expected what `python -m loadtest masks` writes in {folder}, got nothing")
+        raise ValueError(f"library-masks: expected what `mpm loadtest masks` writes in {folder}, got nothing")
     return masks
 
 
@@ -299,7 +299,9 @@ def run_module(module: str, *arguments: str) -> None:
 @click.command()
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="With variant.yml beside it.")
-@click.option("--schedule", default="2,5", show_default=True, help="Blocks before which tokens merge, or off.")
+@click.option(
+    "--schedule", default="2,5", show_default=True, help="Blocks before which tokens merge, off, or a merger."
+)
 @click.option("--align", default=1, show_default=True, help="Token counts after a merge are multiples of this.")
 @click.option("--inference", default="{}", metavar="JSON", help="Overrides of the checkpoint's own.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
@@ -310,7 +312,9 @@ def command(
     from mpm_ops import load_segmenter  # torch: only here
     from mpm_ops.stages import parse_schedule
 
-    model = load_segmenter(checkpoint, parse_schedule(schedule), align, inference=json.loads(inference))
+    plain = ":" not in schedule  # else it is another merger's text, with which servers name it
+    merging: Any = {"schedule": parse_schedule(schedule), "align": align} if plain else {"merger": schedule}
+    model = load_segmenter(checkpoint, **merging, inference=json.loads(inference))
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         Image.fromarray(model.segment(read_frame(picture))).save(out / f"{picture.name}.png")

@@ -57,7 +57,7 @@ def add_arguments(parser: "LocustArgumentParser") -> None:
     add("--library-sample", type=int, default=8, help="pictures for that (8)")
     add("--schedule", default="", help="of the checkpoint (as the server's metrics say)")
     add("--align", type=int, default=0, help="of the checkpoint (as they say; 1 with --schedule)")
-    add("--library-masks", default="", metavar="FOLDER", help="written by `python -m loadtest masks`, instead")
+    add("--library-masks", default="", metavar="FOLDER", help="written by `mpm loadtest masks`, instead")
     group = parser.add_argument_group("promises")
     add("--slo", default="errors=0", help="such as p99=800ms,errors=0.1%%; sets the exit status (errors=0)")
     add("--max-lateness", default="50ms", help="of the client; beyond it the run says nothing of the server (50ms)")

@@ -1,6 +1,6 @@
 """The highest rate at which a server keeps its promises; several configurations side by side.
 
-    python -m loadtest search --slo p99=800ms,errors=0.1% [--configuration "schedule=off"] [--configuration "..."]
+    mpm loadtest search --slo p99=800ms,errors=0.1% [--configuration "schedule=off"] [--configuration "..."]
 
 Every repeat is a bisection of its own, with arrivals of its own. The result is the median of the repeats, and the
 range from the least to the greatest of them holds the true median with the probability that the JSON calls `coverage`:

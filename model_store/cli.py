@@ -27,6 +27,7 @@ def build(
     name: str | None,
     config: Path | None,
     schedule: str | None,
+    merger: str | None,
     align: int | None,
     metrics_port: int | None,
     batch_size: int | None,
@@ -45,7 +46,7 @@ def build(
 
     serving = read_serving_config(config) if config else {}
     given: dict[str, Any] = {"schedule": list(parse_schedule(schedule)) if schedule is not None else None}
-    given |= {"align": align, "metrics_port": metrics_port}
+    given |= {"align": align, "merger": merger, "metrics_port": metrics_port}
     serving |= {field: value for field, value in given.items() if value is not None}
     name = "segmenter" if name is None else name
     common: dict[str, Any] = {"name": name, "out": out, "serving": serving}

@@ -63,7 +63,7 @@ def build_archive(
     if batch_size < 1 or max_delay_ms < 1:
         raise ValueError(f"batch_size and max_delay_ms: expected at least 1, got {batch_size} and {max_delay_ms}")
     config = ServingConfig.from_mapping(serving)
-    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
+    model = load_segmenter(checkpoint, **config.merging, inference=config.inference)
     folder = checkpoint.parent
     load_classes(folder, model.config.n_cls)
 

@@ -88,7 +88,7 @@ def build_model(
         if value < 1:
             raise ValueError(f"{field}: expected at least 1, got {value}")
     config = ServingConfig.from_mapping(serving)
-    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference)
+    model = load_segmenter(checkpoint, **config.merging, inference=config.inference)
     load_classes(checkpoint.parent, model.config.n_cls)
 
     out.mkdir(parents=True, exist_ok=True)

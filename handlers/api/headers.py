@@ -7,6 +7,7 @@ from handlers.errors import ErrorKind, ServingError
 CONTEXT_HEADERS = ("traceparent", "tracestate")
 # All that Triton passes on of a request's headers, and takes as its parameters.
 OPTION_HEADERS = (
+    "x-mpm-merger",
     "x-mpm-outputs",
     "x-mpm-priority",
     "x-mpm-schedule",

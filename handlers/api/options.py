@@ -25,6 +25,7 @@ class RequestOptions:
         also: further formats from the same computation.
         arrays: give the array of a format that has one, instead of its bytes.
         schedule: encoder blocks before which tokens merge, or None for the server's default.
+        merger: how they merge, instead of a schedule, as `mpm_ops.merging.make_merger` reads it; or None.
         bulk: the request gives way to interactive ones.
     """
 
@@ -34,6 +35,7 @@ class RequestOptions:
     also: tuple[str, ...] = ()
     arrays: bool = False
     schedule: tuple[int, ...] | None = None
+    merger: str | None = None
     bulk: bool = False
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class RequestOptions:
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
-        """Read Accept, X-MPM-View, X-MPM-Schedule and X-MPM-Priority; names of headers are lower-case.
+        """Read Accept and X-MPM-View, -Schedule, -Merger and -Priority; names of headers are lower-case.
 
         Raises:
             ServingError: a header asks for what isn't there.
@@ -67,8 +69,16 @@ class RequestOptions:
                 schedule = parse_schedule(headers["x-mpm-schedule"][:100])
             except ValueError as error:
                 raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: {error}") from None
+        merger = headers.get("x-mpm-merger")
+        if merger is not None and schedule is not None:
+            raise ServingError(ErrorKind.BAD_REQUEST, "X-MPM-Merger: expected without X-MPM-Schedule, got both")
         return cls(
-            request_id=request_id, format=chosen, media_type=media_type, schedule=schedule, bulk=priority == "bulk"
+            request_id=request_id,
+            format=chosen,
+            media_type=media_type,
+            schedule=schedule,
+            merger=None if merger is None else merger[:200],
+            bulk=priority == "bulk",
         )
 
 

@@ -126,9 +126,9 @@ class Admission:
     def _check_tokens(self, tokens: int) -> None:
         most, why = self._max_inflight_tokens, ""
         capacity = self._capacity()
-        answerable = int(_ANSWERABLE * capacity * self._deadline_seconds)
+        answerable = _ANSWERABLE * capacity * self._deadline_seconds  # NaN without a capacity or a deadline
         if capacity and answerable < most:
-            most = answerable
+            most = int(answerable)
             why = f", for {capacity:.0f} a second are computed and {self._deadline_seconds:g} s is the deadline"
         if self._inflight_tokens and self._inflight_tokens + tokens > most:
             raise ServingError(

@@ -23,10 +23,10 @@ class Computer:
     Args:
         model: embeds and merges.
         runtime: runs what is between.
-        stages: of every schedule that windows may have.
+        stages: of every merger that windows may have, by its name in lanes.
     """
 
-    def __init__(self, model: Segmenter, runtime: Runtime, stages: Mapping[tuple[int, ...], Sequence[Stage]]) -> None:
+    def __init__(self, model: Segmenter, runtime: Runtime, stages: Mapping[str, Sequence[Stage]]) -> None:
         self._model = model
         self._runtime = runtime
         self._stages = stages
@@ -41,7 +41,7 @@ class Computer:
             and gives the group's own seconds. To be called once.
         """
         windows = group.windows
-        stage = self._stages[group.lane.schedule][group.lane.stage]
+        stage = self._stages[group.lane.merger][group.lane.stage]
         start = self._clock.mark()
         states = [window.state for window in windows]
         given = WindowBatch.join(states) if stage.index else self._stack(states)  # type: ignore[arg-type]

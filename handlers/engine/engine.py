@@ -32,6 +32,7 @@ from handlers.observe.tracing import NO_SPAN, RequestSpan
 from mpm_ops import Segmenter, TooManyWindowsError
 from mpm_ops.classes import Classes
 from mpm_ops.labels import LabelMap, label_map, label_maps
+from mpm_ops.merging import Merger, Mpm, NoMerging, make_merger
 from mpm_ops.runtime import Runtime, make_runtime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
 from mpm_ops.stages import format_schedule
@@ -48,6 +49,7 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+_UNMERGED = format_schedule(())  # the lanes without merging
 _WATCH_SECONDS = 0.05  # between two looks of the watchdog
 
 
@@ -58,7 +60,7 @@ class Engine:
     leaves its neighbours alone.
 
     Args:
-        model: its schedule is the default; others are allowed by the configuration.
+        model: its merger is the default; others are allowed by the configuration.
         classes: names and colours.
         config: see `ServingConfig`.
         name: under which the model is served, for metrics.
@@ -90,9 +92,9 @@ class Engine:
         self._config = config
         self._on_fatal = on_fatal
         self._keeps_bodies = keeps_bodies
-        self._offered = {model.schedule, *config.allowed_schedules}
-        schedules = self._offered | ({()} if config.agreement_fraction else set())
-        mergers = {schedule: model.mpm(schedule, model.align) for schedule in schedules}
+        self._offered = _offered(model, config)
+        reference = {_UNMERGED: NoMerging(tower=model.tower)} if config.agreement_fraction else {}
+        mergers: dict[str, Merger] = {**reference, **self._offered}
         self._runtime = runtime or make_runtime(
             model,
             config.runtime,
@@ -101,7 +103,9 @@ class Engine:
             graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
         )
         device = self._device_of_model = model.encoder.pos_embed.device
-        stages = {schedule: merger.stages for schedule, merger in mergers.items()}
+        stages = self._stages = {name: merger.stages for name, merger in mergers.items()}
+        self._lanes = {name: Lane(0, name, len(its_stages)) for name, its_stages in stages.items()}
+        self._default = _name(model.merger, model)
         self._special = model.encoder.num_special
         self._grid = -(-model.inference.window_size // model.config.patch_size)
         self._tokens_of_window = self._grid**2 + self._special
@@ -122,7 +126,8 @@ class Engine:
         self._open: set[Request] = set()  # guarded by the lock
         self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
         self.metrics.watch_inflight(lambda: self.inflight, lambda: self._admission.inflight_bytes)
-        self.metrics.expect(Lane(stage.index, model.schedule) for stage in stages[model.schedule])
+        first = self._lanes[self._default]
+        self.metrics.expect(replace(first, stage=i) for i in range(first.num_stages))
         sampler = Sampler(config.agreement_fraction, min(config.agreement_fraction, config.agreement_min_fraction))
         patch_size = model.config.patch_size
         self._agreement: Agreement | None = Agreement(
@@ -150,22 +155,19 @@ class Engine:
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._loop.start()
         self._watchdog.start()
-        logger.info(
-            "serving on %s, %s; schedule %s, align %d",
-            self._runtime.name,
-            self._runtime.precision,
-            model.schedule,
-            model.align,
-        )
+        logger.info("serving on %s, %s; merger %s", self._runtime.name, self._runtime.precision, model.merger)
 
     def warm_up(self, pictures: Iterable[bytes]) -> None:
         """Compute pictures before requests come; no metric counts them and none is sampled.
 
-        Where graphs are captured, each as often as it takes until those of its shapes are: in full groups, then alone.
+        Other mergers that requests may ask for compute each once: one that can't is known now.
+        The runtime prepares the lengths that windows may come to first. Where graphs are captured, each picture is
+        computed as often as it takes until those of its shapes are: in full groups, then alone.
 
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
+        self._runtime.warm_up({stage for name in self._offered for stage in self._stages[name]})
         metrics, agreement = self.metrics, self._agreement
         self.metrics = self._loop.metrics = Metrics("warm-up", grid=self._grid, info={})
         self._agreement = None
@@ -175,6 +177,9 @@ class Engine:
                     answers = [self.submit(picture, RequestOptions(request_id="warm-up")) for _ in range(together)]
                     for answer in answers:
                         answer.result()
+                for name in self._offered.keys() - {self._default}:
+                    merger = str(self._offered[name])
+                    self.submit(picture, RequestOptions(request_id="warm-up", merger=merger)).result()
         finally:
             self.metrics = self._loop.metrics = metrics
             self._agreement = agreement
@@ -265,14 +270,11 @@ class Engine:
     def _admit(
         self, request: Request, pictures: Sequence[bytes | bytearray], options: RequestOptions
     ) -> list[Picture]:
-        schedule = self._model.schedule if options.schedule is None else options.schedule
-        if schedule not in self._offered:
-            allowed = ", ".join(sorted(map(format_schedule, self._offered)))
-            raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-Schedule: expected one of {allowed}")
+        lane = self._lanes[self._chosen(options)]
         admitted = []
         for i, data in enumerate(pictures):
             try:
-                admitted.append(self._read(request, data, i, len(pictures), options, schedule))
+                admitted.append(self._read(request, data, i, len(pictures), options, lane))
             except ServingError as error:
                 raise error.of_picture(i, len(pictures)) from None
         total = sum(picture.tokens for picture in admitted)
@@ -289,6 +291,25 @@ class Engine:
             return []
         return admitted
 
+    def _chosen(self, options: RequestOptions) -> str:
+        """The name of the merger that a request asks for."""
+        if options.merger is not None:
+            try:
+                name = _name(make_merger(options.merger, self._model.tower), self._model)
+            except ValueError:
+                name = ""
+            header, got, allowed = "X-MPM-Merger", options.merger, {str(merger) for merger in self._offered.values()}
+        elif options.schedule is not None:
+            name = got = format_schedule(options.schedule)
+            header, allowed = "X-MPM-Schedule", {name for name in self._offered if ":" not in name}
+        else:
+            return self._default
+        if name not in self._offered:
+            raise ServingError(
+                ErrorKind.BAD_REQUEST, f"{header}: expected one of {', '.join(sorted(allowed))}, got {got!r}"
+            )
+        return name
+
     def _read(
         self,
         request: Request,
@@ -296,7 +317,7 @@ class Engine:
         index: int,
         num_pictures: int,
         options: RequestOptions,
-        schedule: tuple[int, ...],
+        lane: Lane,
     ) -> Picture:
         """Read a picture's header and plan its windows."""
         limits = {"max_bytes": self._config.max_image_bytes, "max_pixels": self._config.max_image_pixels}
@@ -307,7 +328,7 @@ class Engine:
         return Picture(
             request,
             options,
-            schedule,
+            lane,
             plan,
             monotonic(),
             source=source,
@@ -355,7 +376,7 @@ class Engine:
         assert picture.image is not None
         as_bytes = self._device_of_model.type == "cuda"  # a quarter to copy, and the device normalises faster
         cut = cut_windows(picture.image, picture.plan, self._model.inference, as_bytes=as_bytes)
-        lane, length = Lane(0, picture.schedule), self._tokens_of_window
+        lane, length = picture.lane, self._tokens_of_window
         windows = [
             Window(picture, lane, length, pixels, [length - self._special])
             for pixels in upload(cut, self._device_of_model)
@@ -469,14 +490,15 @@ class Engine:
         reply = Reply(bodies, media_type, tokens, picture.seconds, num_windows, picture.reduced_from)
         self._admission.leave(picture)
         picture.request.complete(picture, reply)
-        if agreement is not None and picture.schedule:
+        if agreement is not None and picture.lane.merges:
             agreement.consider(picture, logits, idle=not self.inflight)
 
     def _compute_unmerged(self, picture: Picture, *, bulk: bool) -> "Request":
         """Compute a picture again without merging, for ourselves: not admitted, not counted and never late."""
         request = Request(picture.options.request_id, monotonic(), math.inf)
         options = replace(picture.options, bulk=bulk)
-        again = Picture(request, options, (), picture.plan, request.arrived, keeps_logits=True, image=picture.image)
+        lane = self._lanes[_UNMERGED]
+        again = Picture(request, options, lane, picture.plan, request.arrived, keeps_logits=True, image=picture.image)
         request.begin([again])
         self._guard(self._enqueue, again)
         return request
@@ -488,7 +510,7 @@ class Engine:
         config = self._model.config
         return {
             "variant": f"d{config.d_model}-l{config.n_layers}-p{config.patch_size}-{config.decoder}",
-            "schedule": format_schedule(self._model.schedule),
+            "schedule": self._default,
             "align": str(self._model.align),
             "runtime": self._runtime.name,
             "precision": self._runtime.precision,
@@ -512,6 +534,23 @@ class Engine:
             picture.fail(error)
         except Exception:
             _fail_inside(picture)
+
+
+def _offered(model: Segmenter, config: ServingConfig) -> dict[str, Merger]:
+    """What requests may ask for, by the names in lanes and metrics."""
+    found = [model.merger, *(model.mpm(schedule, model.align) for schedule in config.allowed_schedules)]
+    for text in config.allowed_mergers:
+        try:
+            found.append(make_merger(text, model.tower))
+        except ValueError as error:
+            raise ValueError(f"allowed_mergers: {text}: {error}") from None
+    return {_name(merger, model): merger for merger in found}
+
+
+def _name(merger: Merger, model: Segmenter) -> str:
+    """The schedule of plain MPM as the model aligns it, or "off"; the text of any other merger."""
+    schedule = merger.schedule if isinstance(merger, Mpm) else ()
+    return format_schedule(schedule) if str(merger) == str(model.mpm(schedule, model.align)) else str(merger)
 
 
 def _needs_confidence(picture: Picture) -> bool:

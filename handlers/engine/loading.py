@@ -31,7 +31,7 @@ def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     checkpoint = path if path.is_file() else path / "checkpoint.pth"
-    model = load_segmenter(checkpoint, config.schedule, config.align, inference=config.inference, device=device)
+    model = load_segmenter(checkpoint, **config.merging, inference=config.inference, device=device)
     classes = load_classes(checkpoint.parent, model.config.n_cls)
     return Engine(model, classes, config, **options)
 

@@ -13,7 +13,6 @@ import torch
 from handlers.observe.metrics import Metrics
 
 from .computing import Times
-from .lane import Lane
 from .request import Group, Picture, Window, internal_error
 from .scheduler import Scheduler
 
@@ -119,8 +118,8 @@ class Loop:
 
         # route
         self._record(group, *times)
-        if group.lane.stage < len(group.lane.schedule):  # it merged
-            lane = Lane(group.lane.stage + 1, group.lane.schedule)
+        if group.lane.merges:
+            lane = group.lane.next
             for window in group.windows:
                 window.lane, window.length = lane, window.lengths[-1] + self._num_special
             self.metrics.waiting(lane, len(group.windows), sum(window.length for window in group.windows))

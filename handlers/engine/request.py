@@ -163,7 +163,7 @@ class Picture:
     Attributes:
         request: that it belongs to.
         options: of the request, with a name of the picture's own.
-        schedule: encoder blocks before which its tokens merge.
+        lane: that its windows begin in.
         plan: where its windows lie.
         arrived: when it was admitted, on the clock of `time.monotonic`.
         source: the encoded picture, until it is decoded.
@@ -184,7 +184,7 @@ class Picture:
 
     request: Request
     options: RequestOptions
-    schedule: tuple[int, ...]
+    lane: Lane
     plan: WindowPlan
     arrived: float
     source: Any = None

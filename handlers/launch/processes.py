@@ -31,6 +31,7 @@ _LOST_SECONDS = 5.0
 _HURRY_SECONDS = 1.0  # for what is in flight when a person stops everything
 _MAX_RESTARTS = 5  # within
 _RESTARTS_SECONDS = 600.0  # else whoever supervises this process should know
+_LONGEST_TEMP = 70  # a Unix socket's path takes 107 bytes, and TorchServe's workers append theirs
 _START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
 
@@ -64,7 +65,8 @@ class Server(Supervised):
         self.url = front.url if front else self._own_url
         self._kind = kind
         self._stop_seconds = 10.0
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{kind.lower()}-"))
+        temp = tempfile.gettempdir()
+        self._folder = Path(tempfile.mkdtemp("", f"{kind.lower()}-", "/tmp" if len(temp) > _LONGEST_TEMP else temp))
         self._process: subprocess.Popen[bytes]
 
     @property

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from handlers.engine.lane import Lane
 from handlers.engine.request import Group
-from mpm_ops.stages import format_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ _REBIND_SECONDS = 0.5
 
 @dataclass(slots=True)
 class _LaneMetrics:
-    """The metrics of one stage of one schedule, looked up once."""
+    """The metrics of one stage of one merger, looked up once."""
 
     stage_seconds: Histogram
     tokens_in: Counter
@@ -243,10 +242,10 @@ class Metrics:
         self._busy_seconds += seconds
         if merge_seconds is not None:
             if metrics.merge_seconds is None:
-                labels = (self._model, str(lane.stage), format_schedule(lane.schedule))
+                labels = (self._model, str(lane.stage), lane.merger)
                 metrics.merge_seconds = self._merge_seconds.labels(*labels)
             metrics.merge_seconds.observe(merge_seconds)
-        if lane.stage < len(lane.schedule):  # pictures are done after the last stage
+        if lane.merges:  # pictures are done after the last stage
             return
         self._finished_tokens += len(tokens_in) * self._patches_of_window
         capacity = self._finished_tokens / self._busy_seconds
@@ -268,7 +267,7 @@ class Metrics:
     def _lane(self, lane: Lane) -> _LaneMetrics:
         found = self._lanes.get(lane)
         if found is None:
-            labels = (str(lane.stage), format_schedule(lane.schedule))
+            labels = (str(lane.stage), lane.merger)
             found = self._lanes[lane] = _LaneMetrics(
                 self._stage_seconds.labels(self._model, *labels),
                 self._tokens.labels(self._model, "in", *labels),

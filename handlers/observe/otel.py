@@ -14,7 +14,6 @@ from opentelemetry.util.types import Attributes
 
 from handlers.api.headers import CONTEXT_HEADERS
 from handlers.engine.lane import Lane
-from mpm_ops.stages import format_schedule
 
 from .tracing import NO_SPAN, RequestSpan, Tracing
 
@@ -72,7 +71,7 @@ class _RecordedSpan(RequestSpan):
         merge_seconds: float | None,
     ) -> None:
         attributes: Attributes = {
-            "mpm.schedule": format_schedule(lane.schedule),
+            "mpm.schedule": lane.merger,
             "mpm.windows": len(lengths),
             "mpm.tokens.in": sum(steps[lane.stage] for steps in lengths),
             "mpm.tokens.out": sum(steps[-1] for steps in lengths),

@@ -70,7 +70,7 @@ class TritonPythonModel:
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._watcher.start()
-        logger.info("ready: schedule %s, align %d", config.schedule, config.align)
+        logger.info("ready")
 
     def execute(self, requests: Sequence[Any]) -> list[None]:
         """Take requests; blocks while too much is in flight."""

@@ -31,4 +31,4 @@ class DenseSegmenter(nn.Module):
         x = decoder.decoder_norm(decoder.blocks(x))
         found = F.normalize(x[:, : -decoder.n_cls] @ decoder.proj_patch, dim=-1)
         classes = F.normalize(x[:, -decoder.n_cls :] @ decoder.proj_classes, dim=-1)
-        return decoder.mask_norm(found @ classes.mT)
+        return decoder.mask_norm(found @ classes.transpose(1, 2))

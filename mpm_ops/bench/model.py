@@ -1,14 +1,19 @@
 """Windows through the network, ours beside others on the same weights; merging alone; and labelling.
 
-Every contestant sees every window once, in random order, so that no length repeats that traffic would not repeat. Ti
-has the checkpoint's weights. S and B have random ones; how many tokens those would merge means nothing, so MPM's
-lengths are imposed (765 and 604, plus or minus 20), and ALGM, which merges by a threshold, is left out.
+Every contestant sees every window once, in random order; no two windows are equal, and those that warm up are not
+timed: no length repeats that traffic would not repeat. Ti has the checkpoint's weights. S and B have random ones; how
+many tokens those would merge means nothing, so the demo model's lengths on street pictures are imposed after MPM's
+merges (774 and 614, plus or minus 20), and ALGM, which merges by a threshold, is left out.
 """
 
 import argparse
 import dataclasses
+import json
+import os
 import random
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpm_ops import Segmenter, SegmenterConfig, load_segmenter, merge_tokens
+from mpm_ops.attention import use_attention
 from mpm_ops.labels import label_map
 from mpm_ops.merge_cpu import merge_tokens_cpu
 from mpm_ops.merging import make_merger
 from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime.eager import with_same_weights
 from mpm_ops.stages import Decoded, WindowBatch
 from mpm_ops.windows import WindowPlan, cut_windows, plan_windows
 
-from . import model_shapes, percentile_ms, read_images, time_in_turn, write_report
+from . import environment, model_shapes, percentile_ms, read_images, time_in_turn, write_report
+from .dense import DenseSegmenter
 from .injected import Injected
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
@@ -39,7 +47,13 @@ MERGERS = ("mpm:2,5", "mpm:2,5,align=16", "tome", "algm")
 MOST_DIFFERENT = 1e-3  # of logits between runtimes in fp32; they are standardised over the classes
 LEAST_AGREEMENT = 0.999  # of labels where a near-tie may have merged another pair
 WARM_UP = 3  # windows that are not timed
+LEAST_WINDOWS = 50  # that are; with fewer, caches of lengths look better than they are
+IMPOSED = (774, 614)  # image tokens after the merges of (2, 5)
 LENGTHS = (256, 1024, 4096, 16384)
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "torch imported first": ("import torch", {}),
+    "OMP_NUM_THREADS=1": ("", {"OMP_NUM_THREADS": "1"}),
+}
 
 Run = Callable[[Tensor], tuple[Tensor, float]]
 
@@ -59,16 +73,71 @@ class Contestant:
 
 
 def contestants(
-    model: Segmenter, precision: str, mergers: Sequence[str], injected: Injected | None
+    model: Segmenter, precision: str, mergers: Sequence[str], injected: Injected | None, *, compiled: bool = False
 ) -> list[Contestant]:
-    """Torch as it is published first (fp32 only), then others without merging, then each merger on each runtime."""
-    runtimes = ["torch", "openvino"] if precision == "fp32" else ["openvino"]
-    found = [Contestant("none", runtime, ours(model, "none", runtime, precision, None)) for runtime in runtimes]
+    """The whole network as others run it, then ours without merging, then each merger on each runtime of ours.
+
+    Torch's ways and ONNX Runtime run in fp32 only.
+
+    Args:
+        compiled: torch.compile (inductor) too; it needs a C++ compiler and takes a minute.
+    """
+    dense = DenseSegmenter(model).eval()
+    found = []
+    runtimes = ["openvino"]
     if precision == "fp32":
-        found.append(Contestant("none", "onnxruntime", _onnxruntime(model)))
-    for merger, runtime in product(mergers, runtimes):
+        runtimes = ["torch", "openvino"]
+        found.append(Contestant("none", "torch, plain", whole(dense)))
+        if compiled:
+            found.append(Contestant("none", "torch.compile", whole(torch.compile(dense, dynamic=False))))
+        found.append(Contestant("none", "onnxruntime, whole", _onnxruntime(model)))
+    found.append(Contestant("none", "openvino, whole", _openvino_run(model, precision)))
+    for merger, runtime in product(("none", *mergers), runtimes):
         found.append(Contestant(merger, runtime, ours(model, merger, runtime, precision, injected)))
     return found
+
+
+def whole(network: Callable[[Tensor], Tensor]) -> Run:
+    """A network that doesn't merge, windows [1, 3, S, S] to logits [1, N, K]."""
+    return lambda window: (network(window)[0], 0.0)
+
+
+def _openvino(model: Segmenter, precision: str, **options: object) -> Any:
+    """The whole network for one static shape, compiled."""
+    import openvino as ov
+
+    from mpm_ops.runtime.openvino import compile_graph, convert_graph
+
+    shape = (1, 3, model.inference.window_size, model.inference.window_size)
+    copied = with_same_weights(model)
+    use_attention(copied, "plain")
+    graph = convert_graph(DenseSegmenter(copied).eval(), [torch.zeros(*shape)], [ov.PartialShape(shape)])
+    return compile_graph(graph, precision, torch.get_num_threads(), **options)
+
+
+def _openvino_run(model: Segmenter, precision: str) -> Run:
+    request = _openvino(model, precision).create_infer_request()
+
+    def run(window: Tensor) -> tuple[Tensor, float]:
+        request.infer([window.numpy()])
+        return torch.from_numpy(request.get_output_tensor(0).data)[0], 0.0
+
+    return run
+
+
+def throughput_ms(model: Segmenter, precision: str, windows: Sequence[Tensor]) -> float:
+    """Milliseconds a window of the whole network on OpenVINO, one stream a core, all windows asked for at once."""
+    import openvino as ov
+
+    threads = torch.get_num_threads()
+    compiled = _openvino(model, precision, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=threads)
+    queue = ov.AsyncInferQueue(compiled, 2 * threads)
+    for timed in (windows[:WARM_UP], windows[WARM_UP:]):
+        start = perf_counter()
+        for window in timed:
+            queue.start_async([window.numpy()])
+        queue.wait_all()
+    return round(1000 * (perf_counter() - start) / len(timed), 3)
 
 
 def ours(model: Segmenter, merger: str, runtime: str, precision: str, injected: Injected | None) -> Run:
@@ -124,7 +193,7 @@ def build(size: str, demo: Segmenter) -> Segmenter:
 
 
 def read_windows(path: Path, model: Segmenter, most: int) -> list[Tensor]:
-    """Different windows [1, 3, S, S], one of each picture in turn.
+    """Windows [1, 3, S, S] of which no two are equal, one of each picture in turn.
 
     Raises:
         ValueError: there are too few to time anything.
@@ -133,21 +202,35 @@ def read_windows(path: Path, model: Segmenter, most: int) -> list[Tensor]:
     for image in read_images(path, most):
         plan = plan_windows(image.shape[0], image.shape[1], model.inference)
         cut.append(cut_windows(image, plan, model.inference).split(1))
-    windows = [ways[i].contiguous() for i in range(max(map(len, cut))) for ways in cut if i < len(ways)][:most]
-    if len(windows) <= WARM_UP:
-        raise ValueError(f"images: expected more than {WARM_UP} different windows, got {len(windows)} in {path}")
+    turns = (ways[i].contiguous() for i in range(max(map(len, cut))) for ways in cut if i < len(ways))
+    windows = list({window.numpy().tobytes(): window for window in turns}.values())[:most]
+    if len(windows) < LEAST_WINDOWS + WARM_UP:
+        raise ValueError(
+            f"images: expected at least {LEAST_WINDOWS + WARM_UP} different windows, got {len(windows)} in {path}; "
+            "give a folder of more pictures, and --most as many"
+        )
     return windows
 
 
 @torch.inference_mode()
 def bench_size(
-    size: str, demo: Segmenter, windows: Sequence[Tensor], precision: str, mergers: Sequence[str]
+    size: str,
+    demo: Segmenter,
+    windows: Sequence[Tensor],
+    precision: str,
+    mergers: Sequence[str],
+    *,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """Milliseconds a window of every contestant: median, 90th percentile, and the median of merging."""
+    """Milliseconds a window of every contestant: median, 90th percentile, and the median of merging.
+
+    In throughput mode windows overlap: that row has the mean time between answers instead.
+    """
     model = build(size, demo)
     trained = model is demo
     chosen = [merger for merger in mergers if trained or not merger.startswith("algm")]
-    running = contestants(model, precision, chosen, None if trained else Injected())
+    injected = None if trained else Injected(means=IMPOSED)
+    running = contestants(model, precision, chosen, injected, compiled=compiled)
     for window in windows[:WARM_UP]:
         check_parity(running, window, strict=precision == "fp32" and trained)
     seconds: list[list[tuple[float, float]]] = [[] for _ in running]
@@ -157,7 +240,7 @@ def bench_size(
             start = perf_counter()
             _, merging = running[i].run(window)
             seconds[i].append((perf_counter() - start, merging))
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "size": size,
             "precision": precision,
@@ -169,6 +252,9 @@ def bench_size(
         }
         for contestant, taken in zip(running, seconds, strict=True)
     ]
+    overlapping = {"merger": "none", "runtime": "openvino, whole, a stream a core", "merging_ms": 0.0}
+    mean = throughput_ms(model, precision, windows)
+    return [*rows, {"size": size, "precision": precision, **overlapping, "median_ms": mean, "p90_ms": None}]
 
 
 def check_parity(running: Sequence[Contestant], window: Tensor, *, strict: bool) -> None:
@@ -255,7 +341,9 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser("model", help="windows through the network: ours beside everybody else's")
     command.add_argument("--checkpoint", type=Path, default=DEMO, help="a Ti whose weights and classes are used")
     command.add_argument("--images", type=Path, required=True, help="a folder of different pictures")
-    command.add_argument("--most", type=int, default=60, help="windows, each of them timed once")
+    command.add_argument("--most", type=int, default=63, help="different windows, each of them timed once")
+    command.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes a minute")
+    command.add_argument("--settings", action="store_true", help="again with torch imported first, and on one thread")
     command.add_argument("--mergers", nargs="+", default=list(MERGERS), help="as in load_segmenter(merger=...)")
     command.add_argument("--sizes", nargs="+", choices=SIZES, default=["Ti"])
     command.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
@@ -269,7 +357,7 @@ def run(arguments: argparse.Namespace) -> int:
     windows = read_windows(arguments.images, demo, arguments.most)
     results: list[dict[str, Any]] = []
     for size, precision in product(arguments.sizes, arguments.precisions):
-        rows = bench_size(size, demo, windows, precision, arguments.mergers)
+        rows = bench_size(size, demo, windows, precision, arguments.mergers, compiled=not arguments.no_compile)
         results += rows
         print_table(rows)
     labels = bench_labels(demo, windows[:12], arguments.classes)
@@ -277,18 +365,46 @@ def run(arguments: argparse.Namespace) -> int:
     merging = bench_merging(demo.config.d_model)
     for number, ms in merging.items():
         print(f"one merge of {number} tokens: {', '.join(f'{name} {value} ms' for name, value in ms.items())}")
+    if arguments.settings:
+        for setting in SETTINGS:
+            results += in_setting(setting, arguments)
     fields = {"windows": len(windows) - WARM_UP, "results": results, "labels_ms": labels, "merging_ms": merging}
     write_report(arguments.out, fields, shapes=model_shapes(demo) | {"sizes": SIZES, "classes": arguments.classes})
     return 0
 
 
+def in_setting(setting: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of our ways in a process that was started otherwise.
+
+    Raises:
+        RuntimeError: it failed; the message is what it said.
+    """
+    first, variables = SETTINGS[setting]
+    program = f"{first}\nfrom mpm_ops.bench.__main__ import main; raise SystemExit(main())"
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-c", program, "model", "--no-compile", "--out", str(out)]
+        for name in ("checkpoint", "images", "most", "mergers", "sizes", "precisions", "classes"):
+            value = getattr(arguments, name)
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{setting}: {done.stderr.strip()}")
+        rows = json.loads(out.read_text())["results"]
+    print(f"{setting}:")
+    print_table(rows)
+    return [row | {"setting": setting} for row in rows]
+
+
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Milliseconds, and how many times faster than the best that does not merge."""
     unmerged = min(row["median_ms"] for row in rows if row["merger"] == "none")
-    print(f"{rows[0]['size']}, {rows[0]['precision']}")
+    facts = environment()
+    print(f"{rows[0]['size']}, {rows[0]['precision']}, {facts['processor']}, {facts['threads']} threads")
     for row in rows:
+        tail = "       -" if row["p90_ms"] is None else f"{row['p90_ms']:8.1f}"
         print(
-            f"  {row['merger']:<18} {row['runtime']:<12} median {row['median_ms']:8.1f} ms, p90 {row['p90_ms']:8.1f}, "
+            f"  {row['merger']:<18} {row['runtime']:<32} median {row['median_ms']:8.1f} ms, p90 {tail}, "
             f"of it merging {row['merging_ms']:6.1f}   {unmerged / row['median_ms']:5.2f}x the best unmerged"
         )
     shares = [row["merging_ms"] / row["median_ms"] for row in rows if row["merger"].startswith("mpm")]

@@ -1,7 +1,7 @@
 """What every runtime is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -54,6 +54,9 @@ class Runtime(ABC):
     def bucket(self, length: int) -> int:
         """The length that a window of this length, special tokens included, is computed as."""
         return length
+
+    def warm_up(self, stages: Iterable[Stage]) -> None:  # noqa: B027
+        """Prepare what stages need for windows of the checkpoint's size, where it would be prepared when first met."""
 
     def launch(
         self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None

@@ -1,14 +1,19 @@
 """Stages on OpenVINO's CPU plugin, window by window: x86-64 and arm64, fp32 and, where the chip has it, bf16.
 
-The torch modules are converted stage by stage, each compiled once for any number of tokens. The first starts with the
-pixels and the last ends with the logits: every boundary copies tokens between float32 and bf16. Mergers that cut
-elsewhere share nothing, because in bf16 every cut moves the last bits: a merger gives the same bytes whatever others
-are served beside it.
+The torch modules are converted stage by stage. The first starts with the pixels and is compiled for their size; the
+last ends with the logits: every boundary copies tokens between float32 and bf16. Others are compiled once for any
+number of tokens, and build their primitives for each number that they meet: so windows are filled up to buckets, under
+a mask that hides what fills them, and the primitives of few shapes stay cached. A window's bucket depends on its own
+length alone. Mergers that cut elsewhere share nothing, because in bf16 every cut moves the last bits: a merger gives
+the same bytes whatever others are served beside it.
 """
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import openvino as ov
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _TRACED_LENGTH = 37  # of tokens; any does
 _MOST_SHAPES = 8  # of windows, beside each other in memory
+_BUCKET = 32  # tokens; as fast as 16 and 64, at half of the first one's memory and half of the other's padding
+_WARM_UP_SECONDS = 10.0
 
 
 class OpenVINORuntime(Runtime):
@@ -51,6 +58,7 @@ class OpenVINORuntime(Runtime):
     def __init__(self, model: "Segmenter", precision: str, mergers: Sequence["Merger"]) -> None:
         check_blocks(model)
         self.precision = precision
+        self._threads = torch.get_num_threads()
         self._model = with_same_weights(model)
         use_attention(self._model, "plain")
         self._first = lru_cache(_MOST_SHAPES)(self._compile_first)
@@ -58,7 +66,10 @@ class OpenVINORuntime(Runtime):
         side = model.inference.window_size
         windows = torch.zeros(1, 3, side, side)
         for stage in {stage for merger in mergers for stage in merger.stages}:
-            self._piece(stage, None if stage.index else self._padded(windows))
+            if stage.index:
+                self._later(stage.parts, stage.wants_keys, stage.attention_counts)
+            else:
+                self._first(stage.parts, stage.wants_keys, tuple(self._padded(windows).shape[2:]))
 
     @classmethod
     def obstacle(cls, model: "Segmenter") -> str | None:
@@ -73,42 +84,65 @@ class OpenVINORuntime(Runtime):
             raise ValueError("graph_bytes: graphs are captured on a GPU, expected 0 here (graph_mib)")
         return cls(model, resolve_precision(precision), mergers)
 
+    def bucket(self, length: int) -> int:
+        return -(-length // _BUCKET) * _BUCKET
+
+    def warm_up(self, stages: Iterable[Stage]) -> None:
+        """Build the primitives of the buckets that windows of the checkpoint's size reach if no merge more than halves
+        them, the likely ones first; those that a slow machine can't build in time are built when they are met."""
+        grid = self._model.inference.window_size // self._model.config.patch_size
+        begun, num_built = monotonic(), 0
+        for stage, length in _likely_first(stages, grid**2, self.bucket, self._model.encoder.num_special):
+            if monotonic() - begun > _WARM_UP_SECONDS:
+                _log.info("warm-up: stopped after %.0f s", _WARM_UP_SECONDS)
+                break
+            piece = self._later(stage.parts, stage.wants_keys, stage.attention_counts)
+            piece(torch.zeros(length, self._model.config.d_model), torch.ones(length))
+            num_built += 1
+        _log.info("warm-up: %d shapes of stages in %.1f s", num_built, monotonic() - begun)
+
+    def launch(
+        self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
+    ) -> Callable[[], WindowBatch] | Decoded:
+        with _one_torch_thread():
+            return super().launch(stage, given, before_merge=before_merge)
+
     def run(self, stage: Stage, given: Tensor | WindowBatch) -> WindowBatch | Decoded:
+        grid, maps = None, None
         if isinstance(given, Tensor):
             windows = self._padded(given)
-            piece, inputs = self._piece(stage, windows), windows.split(1)
-            maps: Sequence[Tensor | None] = (None,) * len(inputs)
             size = self._model.config.patch_size
-            grid: tuple[int, int] | None = (windows.shape[2] // size, windows.shape[3] // size)
-            lengths = (self._length(windows),) * len(inputs)
+            grid = (windows.shape[2] // size, windows.shape[3] // size)
+            lengths = (self._length(windows),) * len(windows)
+            piece = self._first(stage.parts, stage.wants_keys, tuple(windows.shape[2:]))
+            inputs: Iterable[tuple[Tensor, ...]] = zip(windows.split(1), strict=True)
         else:
-            piece, inputs, lengths, grid = self._piece(stage, None), given.tokens.split(), given.tokens.lengths, None
-            maps = given.merge_maps or (None,) * len(inputs)
-        found = [
-            self._run_window(piece, window, length, merge_map, stage)
-            for window, length, merge_map in zip(inputs, lengths, maps, strict=True)
-        ]
+            lengths, maps = given.tokens.lengths, given.merge_maps
+            piece = self._later(stage.parts, stage.wants_keys, stage.attention_counts)
+            inputs = (
+                self._filled(window, merge_map, stage)
+                for window, merge_map in zip(given.tokens.split(), maps or (None,) * len(lengths), strict=True)
+            )
+        dropped = 0 if stage.merges else self._model.encoder.num_special  # which get no logits
+        found, keys = [], []
+        for its_inputs, length in zip(inputs, lengths, strict=True):  # the next window overwrites what a piece gives
+            outputs = piece(*its_inputs)
+            found.append(outputs[0][: length - dropped].clone())
+            if stage.wants_keys:
+                keys.append(outputs[1][:length].clone())
         if not stage.merges:
-            return Decoded.of(torch.stack([logits for logits, _ in found]))
-        tokens = PackedTokens(torch.cat([tokens for tokens, _ in found]), tuple(lengths))
-        keys = torch.cat([keys for _, keys in found if keys is not None]) if stage.wants_keys else None
-        return WindowBatch(tokens, None if isinstance(given, Tensor) else given.maps, grid, keys)
+            return Decoded.of(torch.stack(found if maps is None else [x[m] for x, m in zip(found, maps, strict=True)]))
+        batch_maps = None if isinstance(given, Tensor) else given.maps
+        return WindowBatch(PackedTokens.pack(found), batch_maps, grid, torch.cat(keys) if keys else None)
 
-    def _run_window(
-        self, piece: "Piece", x: Tensor, length: int, merge_map: Tensor | None, stage: Stage
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens and keys of a window, or its logits."""
-        sizes = None
-        if stage.attention_counts or not stage.merges:
-            special = self._model.encoder.num_special
-            sizes = torch.ones(length)
-            if merge_map is not None and (stage.attention_counts or stage.decoder_counts):
-                sizes[special:] = merge_map.bincount(minlength=length - special)
-        outputs = piece(x, sizes) if piece.takes_sizes and sizes is not None else piece(x)
-        keys = outputs[1].clone() if stage.wants_keys else None
-        if stage.merges or merge_map is None:
-            return outputs[0].clone(), keys  # the next window overwrites it
-        return outputs[0][merge_map], None
+    def _filled(self, x: Tensor, merge_map: Tensor | None, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Tokens of a window and what each counts as, with rows that count nothing up to its bucket."""
+        special, length = self._model.encoder.num_special, len(x)
+        padding = self.bucket(length) - length
+        sizes = torch.ones(length)
+        if merge_map is not None and (stage.attention_counts or stage.decoder_counts):
+            sizes[special:] = merge_map.bincount(minlength=length - special)
+        return F.pad(x, (0, 0, 0, padding)), F.pad(sizes, (0, padding))
 
     def _padded(self, windows: Tensor) -> Tensor:
         if windows.dtype == torch.uint8:
@@ -116,28 +150,20 @@ class OpenVINORuntime(Runtime):
         size = self._model.config.patch_size
         return F.pad(windows.float(), (0, -windows.shape[3] % size, 0, -windows.shape[2] % size))
 
-    def _piece(self, stage: Stage, windows: Tensor | None) -> "Piece":
-        if windows is not None:
-            return self._first(stage.parts, stage.wants_keys, tuple(windows.shape[2:]))
-        return self._later(stage.parts, stage.wants_keys, stage.attention_counts)
-
     def _compile_first(self, parts: range, wants_keys: bool, size: tuple[int, int]) -> "Piece":
         module = _FirstPiece(self._model, parts, wants_keys, attention_counts=False)
         module.fix_positions(size)
-        return self._compile(module, torch.zeros(1, 3, *size), ov.PartialShape([1, 3, *size]))
+        return self._compile(module, [torch.zeros(1, 3, *size)], [[1, 3, *size]])
 
     def _compile_later(self, parts: range, wants_keys: bool, attention_counts: bool) -> "Piece":
         width = self._model.config.d_model
-        module = _TracedPiece(self._model, parts, wants_keys, attention_counts)
-        return self._compile(module, torch.zeros(_TRACED_LENGTH, width), ov.PartialShape([-1, width]))
+        module = _LaterPiece(self._model, parts, wants_keys, attention_counts)
+        inputs = [torch.zeros(_TRACED_LENGTH, width), torch.ones(_TRACED_LENGTH)]
+        return self._compile(module, inputs, [[-1, width], [-1]])
 
-    def _compile(self, module: "_TracedPiece", given: Tensor, shape: ov.PartialShape) -> "Piece":
-        inputs, shapes = [given], [shape]
-        if module.takes_sizes:
-            length = _TRACED_LENGTH if given.ndim == 2 else self._length(given)
-            inputs.append(torch.ones(length))
-            shapes.append(ov.PartialShape([-1 if given.ndim == 2 else length]))
-        return Piece(compile_graph(_converted(module, inputs, shapes), self.precision), takes_sizes=module.takes_sizes)
+    def _compile(self, module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[list[int]]) -> "Piece":
+        graph = convert_graph(module, inputs, [*map(ov.PartialShape, shapes)])
+        return Piece(compile_graph(graph, self.precision, self._threads))
 
     def _length(self, windows: Tensor) -> int:
         """Tokens of each window."""
@@ -145,7 +171,7 @@ class OpenVINORuntime(Runtime):
         return self._model.encoder.num_special + num_patches
 
 
-def _converted(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
+def convert_graph(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.PartialShape]) -> ov.Model:
     """A graph that holds a copy of the weights. (`openvino.convert_model` would also send usage data home.)"""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing says that lengths become constants: none that matters does
@@ -161,11 +187,8 @@ def _converted(module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[ov.
     return graph
 
 
-class _TracedPiece(nn.Module):
-    """Parts of a network for one window: tokens [L, D], and where it counts them sizes [L], to tokens and keys.
-
-    The last parts end with the logits [M, K] of image tokens instead.
-    """
+class _Piece(nn.Module):
+    """Parts of a network for one window: to tokens [L, D] and keys, or the last parts to logits [L - special, K]."""
 
     def __init__(self, model: "Segmenter", parts: range, wants_keys: bool, attention_counts: bool) -> None:
         super().__init__()
@@ -178,22 +201,26 @@ class _TracedPiece(nn.Module):
         self.model.encoder.blocks = nn.Sequential(*list(self.model.encoder.blocks)[first:last])
         if not self.is_last:
             self.model.decoder = DecoderLinear(n_cls=1, d_encoder=1)
-        self.takes_sizes = attention_counts or self.is_last
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.run(PackedTokens(x, (len(x),)), sizes)
-
-    def run(self, tokens: PackedTokens, sizes: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        key_bias = sizes.log() if self.attention_counts and sizes is not None else None
+    def run(self, tokens: PackedTokens, sizes: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        key_bias = None
+        if sizes is not None:
+            key_bias = (sizes if self.attention_counts else sizes.clamp(max=1)).log()
         tokens, keys = self.model.run_parts(self.parts, tokens, key_bias, wants_keys=self.wants_keys)
         if self.is_last:
-            assert sizes is not None
-            return self.model.score(tokens, sizes[self.model.encoder.num_special :])
+            return self.model.score(tokens, None if sizes is None else sizes[self.model.encoder.num_special :])
         return tokens.values if keys is None else (tokens.values, keys)
 
 
-class _FirstPiece(_TracedPiece):
-    """The same from a normalised window [1, 3, H, W] of one size on."""
+class _LaterPiece(_Piece):
+    """From tokens [L, D] and sizes [L] on: no token attends to one of size 0."""
+
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.run(PackedTokens(x, (len(x),)), sizes)
+
+
+class _FirstPiece(_Piece):
+    """From a normalised window [1, 3, H, W] of one size on."""
 
     def fix_positions(self, size: tuple[int, int]) -> None:
         """Make the positions of windows of this size constants: OpenVINO interpolates with other numbers."""
@@ -202,8 +229,33 @@ class _FirstPiece(_TracedPiece):
         encoder.pos_embed = nn.Parameter(encoder.positions(grid).detach(), requires_grad=False)
         encoder.stored_grid = grid
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.run(self.model.encoder.embed(x), sizes)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.run(self.model.encoder.embed(x))
+
+
+def _likely_first(
+    stages: Iterable[Stage], num_patches: int, bucket: Callable[[int], int], num_special: int
+) -> list[tuple[Stage, int]]:
+    """Stages behind merges and the buckets they meet, those around three quarters of the length before first."""
+    found = []
+    for stage in stages:
+        if stage.index:
+            longest = num_patches + num_special
+            buckets = {bucket(n) for n in range(num_patches // 2**stage.index + num_special, longest + 1)}
+            found += [(abs(n / longest - 0.75**stage.index), stage.index, n, stage) for n in buckets]
+    return [(stage, n) for _, _, n, stage in sorted(found, key=lambda entry: entry[:3])]
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch's operators run in the calling thread alone: its pool's threads would spin, when they have no more to
+    do, on the cores of OpenVINO's. Cosines then round alike whatever the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_precision(precision: str) -> str:
@@ -220,23 +272,22 @@ def resolve_precision(precision: str) -> str:
     return ("bf16" if native else "fp32") if precision == "auto" else precision
 
 
-def compile_graph(graph: ov.Model, precision: str) -> ov.CompiledModel:
-    """Compile for as many threads as torch has now."""
+def compile_graph(graph: ov.Model, precision: str, threads: int, **options: object) -> ov.CompiledModel:
+    """Compile for so many threads; options are OpenVINO's own."""
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # several workers would be pinned to the same cores
-        "CPU_RUNTIME_CACHE_CAPACITY": 16,  # lengths hardly repeat: remembering thousands took memory and saved no time
+        "CPU_RUNTIME_CACHE_CAPACITY": 1024,  # primitives: those of all buckets of a window of 1,024 patches
     }
-    return ov.Core().compile_model(graph, "CPU", config)
+    return ov.Core().compile_model(graph, "CPU", config | options)
 
 
 class Piece:
     """A compiled graph and its one request. What it returns is overwritten by its next call."""
 
-    def __init__(self, compiled: ov.CompiledModel, *, takes_sizes: bool) -> None:
-        self.takes_sizes = takes_sizes
+    def __init__(self, compiled: ov.CompiledModel) -> None:
         self._request = compiled.create_infer_request()
         self._num_outputs = len(compiled.outputs)
 
@@ -245,3 +296,6 @@ class Piece:
             self._request.set_input_tensor(i, ov.Tensor(value.contiguous().numpy(), shared_memory=True))
         self._request.infer()
         return [torch.from_numpy(self._request.get_output_tensor(i).data) for i in range(self._num_outputs)]
+
+
+_log = logging.getLogger(__name__)

@@ -13,19 +13,20 @@ from handlers.engine.request import Picture, Reply, Request, Window
 from mpm_ops.windows import WindowPlan
 
 PLAN = WindowPlan((64, 64), (64, 64), (64, 64), 64, (0,), (0,))
+LANE = Lane(0, "1", 2)
 
 
 def make_picture(
     name: str = "test",
     *,
-    schedule: tuple[int, ...] = (1,),
+    lane: Lane = LANE,
     arrived: float = 0.0,
     bulk: bool = False,
     request: Request | None = None,
     **state: Any,
 ) -> Picture:
     options = RequestOptions(request_id=name, bulk=bulk)
-    return Picture(request or Request(name, 0.0, math.inf), options, schedule, PLAN, arrived, **state)
+    return Picture(request or Request(name, 0.0, math.inf), options, lane, PLAN, arrived, **state)
 
 
 def make_window(picture: Picture, lane: Lane, length: int = 10, state: Any = None) -> Window:

@@ -42,14 +42,17 @@ def png_of(labels: np.ndarray) -> bytes:
 
 def test_serving_is_held_against_its_own_steps(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = Classes(tuple("abcde"), default_colors(5))
-    images = [np.random.default_rng(i).integers(0, 256, (64, 64 + 40 * i, 3), dtype=np.uint8) for i in range(2)]
+    images = [np.random.default_rng(i).integers(0, 256, (64, 64 + 40 * i, 3), dtype=np.uint8) for i in range(5)]
     config = ServingConfig(schedule=model.schedule)
-    found = end_to_end.bench_end_to_end(model, classes, images, config, seconds=0.2, rounds=1)
+    found = end_to_end.bench_end_to_end(model, classes, images, config)
     assert found["served_windows_per_second"] > 0
     assert found["summed_ms_p50"] > 0
+    assert found["pictures"] == 2
+    with pytest.raises(ValueError, match="images: expected more than 3 different pictures, got 1"):
+        end_to_end.bench_end_to_end(model, classes, images[:1] * 60, config)
     monkeypatch.setattr(end_to_end, "label_map", lambda *_: LabelMap(np.zeros((64, 64), np.uint8), None))
     with pytest.raises(RuntimeError, match="parity"):
-        end_to_end.bench_end_to_end(model, classes, images, config, seconds=0.2, rounds=1)
+        end_to_end.bench_end_to_end(model, classes, images, config)
 
 
 def test_clients_number_their_requests_and_finish_the_last() -> None:

@@ -93,6 +93,25 @@ def test_schedule(value: Any) -> None:
         ServingConfig.from_mapping({"schedule": value})
 
 
+def test_merger_in_place_of_a_schedule() -> None:
+    assert ServingConfig().merging == {"schedule": (2, 5), "align": 1}
+    config = ServingConfig.from_mapping({"merger": "tome:r=46", "allowed_mergers": ["mpm:1,2,keep=0.75", "none"]})
+    assert config.merging == {"merger": "tome:r=46"}
+    assert config.allowed_mergers == ("mpm:1,2,keep=0.75", "none")
+    with pytest.raises(ValueError, match=r"^merger: expected without schedule and align, got 'none' beside them$"):
+        ServingConfig.from_mapping({"merger": "none", "schedule": [2, 5], "align": 1})
+
+
+@pytest.mark.parametrize("value", [None, 3, ["tome"], "tome:", "tome:r=4:5", "a b", ":2,5", "2,5"])
+def test_mergers_are_text(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^merger: expected a name and its parameters such as tome:r=46, got "):
+        ServingConfig.from_mapping({"merger": value})
+    with pytest.raises(ValueError, match=r"^allowed_mergers: expected a name and its parameters"):
+        ServingConfig.from_mapping({"allowed_mergers": [value]})
+    with pytest.raises(ValueError, match=r"^allowed_mergers: expected a list of mergers, got 'tome'$"):
+        ServingConfig.from_mapping({"allowed_mergers": "tome"})
+
+
 @pytest.mark.parametrize("value", [None, "window_size", 512, [512]])
 def test_inference_is_a_mapping(value: Any) -> None:
     with pytest.raises(ValueError, match="inference: expected a mapping"):

@@ -18,6 +18,7 @@ from mpm_ops.classes import Classes, load_classes
 
 DEMO = Path(__file__).resolve().parents[2] / "model_store" / "demo" / "checkpoint.pth"
 SCHEDULE = (0, 1)
+MERGER = "mpm:0,1,2,keep=0.75,weighted,proportional"  # requests to `tiny` may ask for it
 SERVING = {"schedule": list(SCHEDULE), "precision": "fp32"}  # the same on every chip
 NETWORK = SegmenterConfig(
     image_size=(128, 128), patch_size=16, d_model=192, n_heads=3, n_layers=3, n_cls=11, decoder_layers=1
@@ -45,6 +46,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     torch.save({"model": weights}, folder / "checkpoint.pth")
     return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def merger() -> str:
+    return MERGER
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +100,7 @@ def metrics_port() -> int:
 def store(checkpoint: Path, max_image_bytes: int, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with `tiny`, its twin that takes a single picture at a time, and `demo` where there is one."""
     out = tmp_path_factory.mktemp("store")
-    serving = SERVING | {"max_image_bytes": max_image_bytes}
+    serving = SERVING | {"max_image_bytes": max_image_bytes, "allowed_mergers": [MERGER]}
     watched = {"metrics_port": metrics_port, "agreement_fraction": 0.2, "agreement_min_fraction": 0.1}
     build_archive(checkpoint, name="tiny", out=out, serving=serving | watched)
     build_archive(checkpoint, name="tiny_busy", out=out, serving=serving | {"max_inflight_tokens": 65})
@@ -124,7 +130,7 @@ def triton_metrics_port() -> int:
 def repository(checkpoint: Path, triton_metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with `tiny`, `narrow` that takes one picture at a time, and `demo`."""
     out = tmp_path_factory.mktemp("repository")
-    own = {"max_image_bytes": 24 * 2**20, "metrics_port": triton_metrics_port}
+    own = {"max_image_bytes": 24 * 2**20, "metrics_port": triton_metrics_port, "allowed_mergers": [MERGER]}
     build_model(checkpoint, name="tiny", out=out, serving=SERVING | own)
     build_model(checkpoint, name="narrow", out=out, serving=SERVING, max_inflight=1, max_queue_size=2)
     if DEMO.is_file():

@@ -14,10 +14,11 @@ from k8s.manifests import Manifests
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
+_MINE = ("mine", "rendered")  # what the README has operators make, and what tests make in a copy
 OVERLAYS = sorted(
     path.parent.relative_to(K8S).as_posix()
     for path in (K8S / "overlays").rglob("kustomization.yaml")
-    if "kind: Kustomization" in path.read_text()
+    if "kind: Kustomization" in path.read_text() and path.parent.name not in _MINE
 )
 COMPONENTS = sorted({path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"production"})
 NAMES = "model=roads, grafana=https://grafana.example.com"
@@ -75,11 +76,11 @@ def render_with(component: str, server: str = "torchserve") -> str:
 
 
 def render_overlay(text: str) -> str:
-    """The YAML of an overlay that isn't there: its kustomization.yaml, as if it lay in overlays/mine."""
+    """The YAML of an overlay that isn't there: its kustomization.yaml, as if it lay in overlays/rendered."""
     with tempfile.TemporaryDirectory() as folder:  # a copy, because kustomize takes no absolute paths
         copy = Path(folder) / "k8s"
-        shutil.copytree(K8S, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        overlay = copy / "overlays" / "mine"
+        shutil.copytree(K8S, copy, ignore=shutil.ignore_patterns("__pycache__", *_MINE))
+        overlay = copy / "overlays" / "rendered"
         overlay.mkdir()
         (overlay / "kustomization.yaml").write_text(text)
         done = kubectl("kustomize", str(overlay))

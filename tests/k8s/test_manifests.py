@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -198,8 +199,13 @@ def test_the_example_of_the_readme_renders_and_may_be_released() -> None:
     text = (K8S / "README.md").read_text()
     (overlay,) = re.findall(r"<<END\n(.*?)\nEND\n", text, re.DOTALL)
     model, names = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    overlay = overlay.replace("$IMAGE", "registry.example.com/mpm").replace("${DIGEST#*@}", f"sha256:{'0a' * 32}")
-    found = Manifests.parse(render_overlay(f"{overlay}\n{model.replace('2,5', '3,6')}"))
+    overlay = overlay.replace("$IMAGE", "registry.corp.net/mpm").replace("${DIGEST#*@}", f"sha256:{'0a' * 32}")
+    left = "\n".join(problems(Manifests.parse(render_overlay(overlay)), release=True))
+    assert re.findall("got '(.*)'", left) == ["YOUR-GATEWAY", "YOUR-GATEWAY-S", "segmenter.example.com"]
+    overlay = overlay.replace("example.com", "corp.net").replace("YOUR-GATEWAY", "edge").replace("edge-S", "edge")
+    names = names.replace("example.com", "corp.net")
+    components, _, patch = model.replace("2,5", "3,6").partition("patches:\n")
+    found = Manifests.parse(render_overlay(f"{components}{overlay}\n{patch}"))
     assert problems(found, release=True) == []
     (server,) = found.servers
     assert [c["name"] for c in pod_of(server)["initContainers"]] == ["cache", "model"]
@@ -240,56 +246,78 @@ def test_the_rules_find_the_monitor_s_job() -> None:
 
 
 @pytest.fixture(scope="module")
-def query() -> str:
+def queries() -> list[str]:
+    """Of the work that waits, and of the replicas in use."""
     (scaler,) = manifests("overlays/h100-sxm/torchserve").of("ScaledObject")
-    return str(scaler["spec"]["triggers"][0]["metadata"]["query"])
+    return [str(trigger["metadata"]["query"]) for trigger in scaler["spec"]["triggers"]]
 
 
-def test_both_autoscalers_ask_the_same(query: str) -> None:
+def test_both_autoscalers_ask_the_same() -> None:
     values = yaml.safe_load((K8S / "components" / "hpa" / "prometheus-adapter.yml").read_text())
-    (rule,) = values["rules"]["external"]
     (scaler,) = Manifests.parse(render_with("hpa")).of("HorizontalPodAutoscaler")
-    metric = scaler["spec"]["metrics"][0]["external"]
-    labels = {"namespace": scaler["metadata"]["namespace"]} | metric["metric"]["selector"]["matchLabels"]
-    matchers = ", ".join(f'{name}="{value}"' for name, value in labels.items())
-    assert rule["metricsQuery"].replace("<<.LabelMatchers>>", matchers) == query
-    assert rule["resources"]["overrides"] == {"namespace": {"resource": "namespace"}}, "what the matchers come from"
-    assert metric["metric"]["name"] == rule["name"]["as"]
-    (trigger,) = manifests("overlays/h100-sxm/torchserve").of("ScaledObject")[0]["spec"]["triggers"]
-    assert metric["target"]["averageValue"] == f"{1000 * float(trigger['metadata']['threshold']):.0f}m"
+    (keda,) = manifests("overlays/h100-sxm/torchserve").of("ScaledObject")
+    of_both = zip(values["rules"]["external"], scaler["spec"]["metrics"], keda["spec"]["triggers"], strict=True)
+    for rule, metric, trigger in of_both:
+        asked = metric["external"]
+        labels = {"namespace": scaler["metadata"]["namespace"]} | asked["metric"]["selector"]["matchLabels"]
+        matchers = ", ".join(f'{name}="{value}"' for name, value in labels.items())
+        assert rule["metricsQuery"].replace("<<.LabelMatchers>>", matchers) == trigger["metadata"]["query"]
+        assert rule["resources"]["overrides"] == {"namespace": {"resource": "namespace"}}, "where matchers come from"
+        assert asked["metric"]["name"] == rule["name"]["as"]
+        assert asked["target"]["averageValue"] == f"{1000 * float(trigger['metadata']['threshold']):.0f}m"
+    ours = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert ours == scaler["spec"]["behavior"]
 
 
-def test_its_metrics_are_exported(query: str) -> None:
+def test_their_metrics_are_exported(queries: list[str]) -> None:
     registry: CollectorRegistry = Metrics("segmenter", grid=32, info={"schedule": "2,5"}).registry
     exported = {sample.name for family in registry.collect() for sample in family.samples}
-    named = set(re.findall(r"mpm_\w+", query))
-    assert named == {"mpm_waiting_tokens", "mpm_capacity_tokens_per_second"}
+    exported |= {f"{family.name}_total" for family in registry.collect() if family.type == "counter"}
+    named = set(re.findall(r"mpm_\w+", " ".join(queries)))
+    assert named == {"mpm_waiting_tokens", "mpm_capacity_tokens_per_second", "mpm_tokens_total"}
     assert named <= exported
 
 
-def test_it_counts_the_seconds_of_work_that_wait(query: str, tmp_path: Path) -> None:
-    """Evaluated by Prometheus: two busy replicas, an idle one that never computed, a canary; nothing; and nobody."""
+def test_they_count_seconds_that_wait_and_replicas_in_use(queries: list[str], tmp_path: Path) -> None:
+    """Evaluated by Prometheus: two busy replicas, an idle one that never computed, a canary; no work yet; nobody; and
+    capacities that are no numbers, all or one of them."""
     try:
         promtool = find_tool("promtool")
     except MissingToolError as error:
         pytest.skip(str(error))
 
-    def series(name: str, pod: str, value: float, track: str = "stable") -> dict[str, str]:
+    def series(pod: str, waiting: float, per_second: float, capacity: float, track: str = "stable") -> list[Any]:
         labels = f'namespace="segmenter", track="{track}", pod="{pod}", model="segmenter"'
-        return {"series": f"{name}{{{labels}}}", "values": f"{value}x20"}
+        counted = f'{{{labels}, point="in", stage="0"}}'
+        return [
+            {"series": f"mpm_waiting_tokens{{{labels}}}", "values": f"{waiting}x20"},
+            {"series": f"mpm_capacity_tokens_per_second{{{labels}}}", "values": f"{capacity}x20"},
+            {"series": f"mpm_tokens_total{counted}", "values": f"0+{15 * per_second}x20"},
+            {"series": f"mpm_tokens_total{counted.replace('in', 'out')}", "values": "0+9000000x20"},
+        ]
 
-    def case(input_series: list[dict[str, str]], expected: list[float]) -> dict[str, Any]:
-        samples = [{"labels": "{}", "value": value} for value in expected]
-        asked = {"expr": query, "eval_time": "4m", "exp_samples": samples}
-        return {"interval": "15s", "input_series": input_series, "promql_expr_test": [asked]}
+    def case(input_series: list[Any], *expected: float) -> dict[str, Any]:
+        asked = [
+            {"expr": query, "eval_time": "4m", "exp_samples": [{"labels": "{}", "value": value}] if expected else []}
+            for query, value in zip(queries, expected or (0, 0), strict=True)
+        ]
+        return {"interval": "15s", "input_series": input_series, "promql_expr_test": asked}
 
-    waiting, capacity = "mpm_waiting_tokens", "mpm_capacity_tokens_per_second"
-    busy = [series(waiting, "a", 20_000), series(waiting, "b", 60_000), series(waiting, "c", 0)]
-    busy += [series(capacity, "a", 100_000), series(capacity, "b", 100_000), series(capacity, "c", 0)]
-    busy += [series(waiting, "d", 9_000_000, "canary"), series(capacity, "d", 1, "canary")]
-    new = [series(waiting, "a", 0), series(capacity, "a", 0)]
-    tests = {"tests": [case(busy, [0.8]), case(new, [0.0]), case([], [])]}
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
+    busy = series("a", 20_000, 90_000, 100_000) + series("b", 60_000, 110_000, 100_000) + series("c", 0, 0, 0)
+    busy += series("d", 9_000_000, 9_000_000, 1, "canary")
+    unknown = series("a", 20_000, 90_000, math.nan)
+    tests = [
+        case(busy, 0.8, 2),
+        case(series("a", 0, 0, 0), 0, 0),
+        case([]),
+        case(unknown),
+        case(series("a", 0, 0, 0) + series("b", 0, 0, math.nan)),
+        case(busy + series("e", 0, 0, math.nan), 0.8, 2),
+        case(series("a", math.nan, 0, 100_000) + series("b", 1, 0, 100_000))
+        | {"promql_expr_test": [{"expr": queries[0], "eval_time": "4m", "exp_samples": []}]},
+    ]
+    text = yaml.safe_dump({"tests": tests})
+    (tmp_path / "tests.yml").write_text(re.sub(r"(0\+)?nanx20", " ".join(["NaN"] * 21), text))
     done = subprocess.run(
         [str(promtool), "test", "rules", str(tmp_path / "tests.yml")], capture_output=True, text=True
     )

@@ -142,10 +142,12 @@ class TestReading:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Real files of `handlers.bench`, so that a change of their form is seen here."""
-        picture, out = tmp_path / "picture.png", tmp_path / "end_to_end.json"
-        picture.write_bytes(encode_picture(photo(0), "image/png"))
-        options = ["--checkpoint", checkpoint, "--images", picture, "--out", out, "--schedule", "1"]
-        monkeypatch.setattr("sys.argv", ["bench", "end-to-end", *map(str, options), "--seconds=0.1", "--rounds=1"])
+        pictures, out = tmp_path / "pictures", tmp_path / "end_to_end.json"
+        pictures.mkdir()
+        for i in range(5):
+            (pictures / f"{i}.png").write_bytes(encode_picture(photo(i), "image/png"))
+        options = ["--checkpoint", checkpoint, "--images", pictures, "--out", out, "--schedule", "1"]
+        monkeypatch.setattr("sys.argv", ["bench", "end-to-end", *map(str, options)])
         assert bench() == 0
         (found,) = read_results([out], windows_per_picture=1)
         written = json.loads(out.read_text())

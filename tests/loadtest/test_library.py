@@ -113,7 +113,7 @@ class TestCommand:
         assert "missing.pth" in capsys.readouterr().err
         with pytest.raises(ValueError, match=r"loadtest masks: schedule: expected .* got 'never'"):
             Library(checkpoint=checkpoint, schedule="never").masks([pictures / "0.png"])
-        with pytest.raises(ValueError, match=r"library-masks: expected what `python -m loadtest masks` writes"):
+        with pytest.raises(ValueError, match=r"library-masks: expected what `mpm loadtest masks` writes"):
             read_masks(tmp_path)
 
 

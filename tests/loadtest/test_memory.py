@@ -55,7 +55,7 @@ def test_who_listens() -> None:
     assert find_server(free_port()) is None
 
 
-@pytest.mark.parametrize("pid", ["auto", str(os.getpid())])
+@pytest.mark.parametrize("pid", ["auto", str(os.getpid())], ids=["auto", "of a process"])
 def test_a_run_watches(run_locust: Run, pid: str) -> None:
     ended = run_locust(rate=10, run_time=3, server_pid=pid)
     assert ended.status == 0, ended.output

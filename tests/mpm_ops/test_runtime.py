@@ -17,7 +17,7 @@ from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import TorchRuntime
 from mpm_ops.runtime.openvino import OpenVINORuntime
-from mpm_ops.stages import Stage, WindowBatch
+from mpm_ops.stages import Decoded, Stage, WindowBatch
 from mpm_ops.windows import cut_windows, plan_windows
 
 Make = Callable[..., Segmenter]
@@ -92,6 +92,85 @@ def test_a_window_gets_the_same_bytes_alone_and_among_others(tiny_model: Make, p
     together = model.window_logits(windows(number=5))
     for i, window in enumerate(windows(number=5)):
         assert torch.equal(model.window_logits(window[None])[0], together[i])
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_row_sees_what_fills_its_bucket(tiny_model: Make, name: str, precision: str) -> None:
+    model = tiny_model(schedule=(1, 2), **NETWORKS[name])
+    runtime = OpenVINORuntime(model, precision, [model.merger])
+    for stage in model.stages[1:]:
+        piece = runtime._later(stage.parts, stage.wants_keys, stage.attention_counts)
+        x, sizes = torch.randn(64, model.config.d_model), torch.ones(64)
+        sizes[41:] = 0
+        x[41:] = 0
+        number = 41 - (0 if stage.merges else model.encoder.num_special)
+        expected = piece(x, sizes)[0][:number].clone()
+        x[41:] = 1e4
+        assert torch.equal(piece(x, sizes)[0][:number], expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
+def test_each_length_of_a_bucket_gets_the_same_bytes_among_mates(tiny_model: Make, precision: str) -> None:
+    model = tiny_model(schedule=(1, 2))
+    runtime = make_runtime(model, "openvino", precision)
+    lengths = (31, 32, 33, 1, 64, 65, 48, 96)
+    with torch.inference_mode():
+        tokens = PackedTokens(torch.randn(sum(lengths), 64), lengths)
+        tokens.split()[3].fill_(float("nan"))  # spoils itself alone
+        for stage in model.stages[1:]:
+            maps = tuple(torch.arange(96) % max(length - 1, 1) for length in lengths)
+            batch = WindowBatch(tokens, None if stage.merges else maps)
+            if not stage.merges:
+                batch = batch.part(4, 8)
+            together = runtime.run(stage, batch)
+            for i in range(len(batch.tokens.lengths)):
+                alone = runtime.run(stage, batch.part(i, i + 1))
+                if isinstance(alone, WindowBatch):
+                    assert isinstance(together, WindowBatch)
+                    own = together.part(i, i + 1).tokens.values
+                    assert torch.equal(own.nan_to_num(), alone.tokens.values.nan_to_num())
+                    assert own.isfinite().all() == (i != 3)
+                else:
+                    assert isinstance(together, Decoded)
+                    assert torch.equal(together.logits[i], alone.logits[0])
+
+
+def test_padding_is_counted_as_it_is_computed(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = runtime = OpenVINORuntime(model, "fp32", [model.merger])
+    computed, real = [], []
+    fill = OpenVINORuntime._filled
+
+    def filled(self: OpenVINORuntime, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = fill(self, x, *rest)
+        real.append(len(x))
+        computed.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(OpenVINORuntime, "_filled", filled)
+    model.window_logits(windows())
+    assert len(real) == 6, "three windows behind two merges"
+    assert computed == [runtime.bucket(length) for length in real]
+    assert runtime.padding_tokens == sum(computed) - sum(real) > 0
+
+
+def test_the_warm_up_visits_every_bucket_within_reach(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(schedule=(1, 2))
+    runtime = OpenVINORuntime(model, "fp32", [model.merger])
+    visited = []
+    monkeypatch.setattr("mpm_ops.runtime.openvino._BUCKET", 4)
+    monkeypatch.setattr("mpm_ops.runtime.openvino.Piece.__call__", lambda _, x, sizes: visited.append(len(x)))
+    runtime.warm_up(model.stages)
+    assert sorted(visited) == [8, 12, 12, 16, 16, 20, 20], "16 patches, halved once and twice"
+
+
+def test_torch_keeps_its_threads_and_merging_needs_one(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    model.runtime = make_runtime(model, "openvino", "fp32")
+    before, seen = torch.get_num_threads(), []
+    model.runtime.launch(model.stages[0], windows(), before_merge=lambda: seen.append(torch.get_num_threads()))
+    assert (seen, torch.get_num_threads()) == ([1], before)
 
 
 def test_openvino_keeps_the_weights_it_was_built_with(tiny_model: Make) -> None:

@@ -67,6 +67,13 @@ def test_as_much_as_can_be_answered_in_time(capacity: float, most: int) -> None:
     assert ("is the deadline" in refused) == (most < 1000)
 
 
+@pytest.mark.parametrize("capacity", [0.0, 10.0])
+def test_without_a_deadline(capacity: float) -> None:
+    admission = Admission(100, 10**6, float("inf"), capacity=lambda: capacity)
+    assert not enter(admission, holding(100, 0))
+    assert enter(admission, holding(1, 0))
+
+
 def test_work_waits_for_memory_but_never_for_nobody() -> None:
     admission = Admission(100, 100, 60)
     steps: list[str] = []

@@ -1,11 +1,12 @@
 """Launching a group without waiting for the device, on a GPU that only pretends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from fake_cuda import fake_gpu, on_cuda
-from making import make_picture
+from making import LANE, make_picture
 
 from handlers.engine.computing import Computer
 from handlers.engine.lane import Lane
@@ -28,16 +29,14 @@ def test_only_finishing_waits_and_only_for_its_own_group(
     schedule: tuple[int, ...], precision: str, tiny_model: Callable[..., Segmenter]
 ) -> None:
     model = tiny_model(schedule=schedule)
-    picture = make_picture(schedule=schedule)
+    lane = Lane(0, "a", len(model.stages))
+    picture = make_picture(lane=lane)
     with fake_gpu() as log:
         on_cuda(model)
-        windows = [
-            Window(picture, Lane(0, schedule), 17, torch.empty(3, 64, 64, device="cuda"), [16]) for _ in range(3)
-        ]
-        computer = Computer(model, make_runtime(model, "auto", precision), {schedule: model.stages})
+        windows = [Window(picture, lane, 17, torch.empty(3, 64, 64, device="cuda"), [16]) for _ in range(3)]
+        computer = Computer(model, make_runtime(model, "auto", precision), {"a": model.stages})
         for stage in model.stages:
-            lane = Lane(stage.index, schedule)
-            group = Group(lane, tuple(windows), "idle")
+            group = Group(replace(lane, stage=stage.index), tuple(windows), "idle")
             before = [contents(window) for window in windows]
             log.clear()
             finish = computer.launch(group)
@@ -64,9 +63,9 @@ def contents(window: Window) -> tuple[object, ...]:
 def test_a_group_can_be_launched_again(merges: bool, tiny_model: Callable[..., Segmenter]) -> None:
     schedule = (1,) if merges else ()
     model = tiny_model(schedule=schedule)
-    computer = Computer(model, make_runtime(model, "torch", "fp32"), {schedule: model.stages})
-    picture = make_picture(schedule=schedule)
-    lane = Lane(0, schedule)
+    computer = Computer(model, make_runtime(model, "torch", "fp32"), {"a": model.stages})
+    lane = Lane(0, "a", len(model.stages))
+    picture = make_picture(lane=lane)
     window = Window(picture, lane, 17, torch.randn(3, 64, 64), [16])
     group = Group(lane, (window,), "idle")
     computer.launch(group)  # what was launched is forgotten, as after a failure
@@ -81,13 +80,13 @@ class Bucketed(TorchRuntime):
 
 def test_a_group_tells_its_padding(tiny_model: Callable[..., Segmenter]) -> None:
     model = tiny_model(schedule=(1,))
-    computer = Computer(model, Bucketed(model), {(1,): model.stages})
-    picture, lane = make_picture(schedule=(1,)), Lane(0, (1,))
-    windows = [Window(picture, lane, 17, torch.randn(3, 64, 64), [16]) for _ in range(3)]
-    first = Group(lane, tuple(windows), "idle")
+    computer = Computer(model, Bucketed(model), {LANE.merger: model.stages})
+    picture = make_picture(lane=LANE)
+    windows = [Window(picture, LANE, 17, torch.randn(3, 64, 64), [16]) for _ in range(3)]
+    first = Group(LANE, tuple(windows), "idle")
     computer.launch(first)()
     assert first.padding_tokens == 0, "windows as they come are no sequences yet"
-    second = Group(Lane(1, (1,)), tuple(windows), "idle")
+    second = Group(LANE.next, tuple(windows), "idle")
     computer.launch(second)  # forgotten, as after a failure
     computer.launch(second)()
     assert second.padding_tokens == sum(-(1 + window.lengths[1]) % 16 for window in windows) > 0

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from handlers.errors import ErrorKind, ServingError
 from mpm_ops import InferenceConfig, Segmenter
 from mpm_ops.classes import Classes, default_colors
 from mpm_ops.kernels import has_triton
+from mpm_ops.merging import make_merger
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
@@ -181,7 +183,71 @@ def test_a_bad_picture_fails_alone(model: Segmenter, start: Callable[..., Engine
 
 def test_a_schedule_that_is_not_allowed_is_refused(start: Callable[..., Engine]) -> None:
     error = error_of(start().submit(encode(picture(0)), replace(NPY, schedule=(2,))))
-    assert (error.kind, str(error)) == (ErrorKind.BAD_REQUEST, "X-MPM-Schedule: expected one of 1,2, off")
+    assert (error.kind, str(error)) == (ErrorKind.BAD_REQUEST, "X-MPM-Schedule: expected one of 1,2, off, got '2'")
+
+
+MERGERS = ("mpm:1,2,keep=0.75,weighted,proportional", "tome:r=7", "algm:threshold=0.9")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "deterministic"),
+    [
+        ("torch", False),
+        pytest.param("torch", True, marks=pytest.mark.slow),
+        pytest.param("openvino", False, marks=pytest.mark.slow),
+    ],
+)
+def test_every_merger_gives_the_mask_of_the_library_whatever_is_served_beside_it(
+    tiny_model: Callable[..., Segmenter], runtime: str, deterministic: bool
+) -> None:
+    network = tiny_model(n_layers=5, **TINY)
+    pictures = [picture(s, height, width) for s, (height, width) in enumerate([(60, 80), (50, 300)])]
+    expected: dict[tuple[int, str], np.ndarray] = {}
+    for text in (*MERGERS, "mpm:1,2", "none"):
+        network.merger = make_merger(text, network.tower)
+        network.runtime = make_runtime(network, runtime, "fp32")
+        expected |= {(i, text): network.segment(image) for i, image in enumerate(pictures)}
+    network.merger = make_merger(MERGERS[0], network.tower)
+    serving: dict[str, Any] = {"allowed_mergers": MERGERS, "allowed_schedules": ((1, 2), ())}
+    config = replace(CONFIG, merger=MERGERS[0], runtime=runtime, deterministic=deterministic, **serving)
+    with closing(Engine(network, CLASSES, config)) as engine:
+        encoded = [encode(image) for image in pictures]
+        engine.warm_up(encoded[:1])
+        kinds = list(expected) * 3
+        np.random.default_rng(0).shuffle(kinds)
+        asked = [engine.submit(encoded[int(i)], replace(NPY, merger=str(text))) for i, text in kinds]
+        for (i, text), answer in zip(kinds, asked, strict=True):
+            np.testing.assert_array_equal(labels_of(answer), expected[int(i), str(text)], err_msg=str(text))
+        for options, text in ((NPY, MERGERS[0]), (replace(NPY, schedule=(1, 2)), "mpm:1,2")):
+            np.testing.assert_array_equal(labels_of(engine.submit(encoded[0], options)), expected[0, text])
+        counted = next(family for family in engine.metrics.registry.collect() if family.name == "mpm_tokens")
+        names = {sample.labels["schedule"] for sample in counted.samples}
+    assert names == {*MERGERS, "1,2", "off"}
+
+
+def test_a_merger_that_is_not_allowed_is_refused(start: Callable[..., Engine]) -> None:
+    engine = start(replace(CONFIG, allowed_mergers=("tome:r=7",)))
+    for text in ("tome:r=8", "mpm:1,2,align=8", "pitome", "tome:r=0", "mpm:9", ""):
+        error = error_of(engine.submit(encode(picture(0)), replace(NPY, merger=text)))
+        told = f"X-MPM-Merger: expected one of mpm:1,2, none, tome:r=7, got {text!r}"
+        assert (error.kind, str(error)) == (ErrorKind.BAD_REQUEST, told)
+    for text in ("mpm:1,2", "mpm:1, 2,align=1", "mpm:2,1,keep=1.0", "none", "tome:r=07"):
+        answer = engine.submit(encode(picture(0)), replace(NPY, merger=text))
+        assert (answer.exception(250) is None) == (text != "mpm:2,1,keep=1.0")
+    error = error_of(engine.submit(encode(picture(0)), replace(NPY, schedule=(7,))))
+    assert str(error) == "X-MPM-Schedule: expected one of 1,2, off, got '7'"
+
+
+def test_a_merger_that_the_network_does_not_know_or_can_not_compute_is_never_served(
+    start: Callable[..., Engine], tiny_model: Callable[..., Segmenter]
+) -> None:
+    with pytest.raises(ValueError, match=r"allowed_mergers: tome:s=1: merger: tome has no parameter s"):
+        start(replace(CONFIG, allowed_mergers=("tome:s=1",)))
+    odd = InferenceConfig(im_size=56, max_ratio=4, window_size=56, window_stride=48, normalization="vit")
+    network = tiny_model(n_layers=5, patch_size=8, inference=odd)
+    config = replace(CONFIG, allowed_mergers=("algm:threshold=0.9",))
+    with closing(Engine(network, CLASSES, config)) as engine, pytest.raises(ServingError):
+        engine.warm_up([encode(picture(0))])
 
 
 WHITE = np.full((64, 64, 3), 255, np.uint8)  # the picture that faults below are tied to

@@ -18,14 +18,14 @@ from handlers.engine.scheduler import Scheduler
 from handlers.observe.metrics import Metrics
 
 CPU = torch.device("cpu")
-LANE = Lane(0, ())
-MERGES = Lane(0, (1,))
+LANE = Lane(0, "off", 1)
+MERGES = Lane(0, "1", 2)
 NEVER = 1e9  # seconds
 
 
 def waiting(number: int, lane: Lane = LANE) -> Window:
     """The only window of a picture."""
-    return make_window(make_picture(str(number), schedule=lane.schedule, arrived=float(number)), lane)
+    return make_window(make_picture(str(number), lane=lane, arrived=float(number)), lane)
 
 
 def numbers(group: Group) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Bench:
         def finish() -> Times:
             self.events.append(("finish", *who))
             done.result(30)
-            if group.lane.stage < len(group.lane.schedule):
+            if group.lane.merges:
                 for window in group.windows:
                     window.lengths.append(4)
                 return 1.0, 0.25
@@ -194,7 +194,7 @@ def test_what_a_group_merged_can_go_on_behind_the_next(bench: Callable[..., Benc
         ("finish", 2, 3),
     ]
     assert device.computed == [0, 1, 2, 3]
-    assert {(window.lane, window.length) for window in windows} == {(Lane(1, (1,)), 5)}
+    assert {(window.lane, window.length) for window in windows} == {(Lane(1, "1", 2), 5)}
     for window in windows:
         assert (window.picture.seconds["compute"], window.picture.seconds["merge"]) == (1.75, 0.25)
     for stage, tokens in (("0", 36), ("1", 16)):
@@ -206,7 +206,7 @@ def test_what_a_group_merged_can_go_on_behind_the_next(bench: Callable[..., Benc
 
 def test_a_picture_goes_on_with_its_last_window(bench: Callable[..., Bench]) -> None:
     device = bench(0)
-    picture = make_picture("0", schedule=())
+    picture = make_picture("0", lane=LANE)
     device.compute(*(make_window(picture, LANE) for _ in range(5)))
     assert [len(group) for group, _ in device.groups] == [2, 2, 1]
     assert device.computed == [0]
@@ -390,7 +390,7 @@ def test_nobody_starves_on_a_virtual_clock() -> None:
             done += numbers(group)
             continue
         for window in group.windows:
-            window.lane, window.length = Lane(1, (1,)), 5
+            window.lane, window.length = Lane(1, "1", 2), 5
         scheduler.add(group.windows, now)
     assert sorted(done) == [*range(200)]
     assert longest < 30, "nobody starves at two thirds of capacity"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from making import make_picture, make_reply, make_window
 
-from handlers.engine.lane import Lane
 from handlers.engine.request import Picture, Request
 from handlers.errors import ErrorKind, ServingError
 
@@ -131,7 +130,7 @@ def test_who_keeps_the_answer_keeps_no_picture(code: int) -> None:
     try:
         request = Request("mine", 0, math.inf)
         picture = make_picture(request=request)
-        make_window(picture, Lane(0, (1,)))
+        make_window(picture, picture.lane)
         assert request.begin([picture])
         if code == 200:
             request.complete(picture, make_reply())

@@ -6,7 +6,7 @@ from handlers.engine.lane import Lane
 from handlers.engine.request import Group, Window
 from handlers.engine.scheduler import Scheduler
 
-FIRST, SECOND = Lane(0, (2, 5)), Lane(1, (2, 5))
+FIRST, SECOND = Lane(0, "2,5", 3), Lane(1, "2,5", 3)
 
 
 def scheduler(bucket: Callable[[int], int] = lambda length: length) -> Scheduler:
@@ -16,7 +16,7 @@ def scheduler(bucket: Callable[[int], int] = lambda length: length) -> Scheduler
 
 
 def window(name: str, lane: Lane = FIRST, *, arrived: float = 0.0, length: int = 10, bulk: bool = False) -> Window:
-    return make_window(make_picture(name, schedule=lane.schedule, arrived=arrived, bulk=bulk), lane, length)
+    return make_window(make_picture(name, lane=lane, arrived=arrived, bulk=bulk), lane, length)
 
 
 def names(group: Group | None) -> list[str]:
@@ -84,9 +84,9 @@ def test_the_oldest_window_is_in_the_group_and_mates_of_its_bucket_come_first() 
     assert names(s.next_group(0.0)) == ["10.1", "11.2", "12.5"]
 
 
-def test_schedules_do_not_share_a_group() -> None:
+def test_mergers_do_not_share_a_group() -> None:
     s = scheduler()
-    s.add([window("merged", Lane(0, (2, 5))), window("plain", Lane(0, ()))], now=0.0)
+    s.add([window("merged", Lane(0, "2,5", 3)), window("plain", Lane(0, "off", 1))], now=0.0)
     assert len(names(s.next_group(0.0))) == 1
     assert len(names(s.next_group(0.0))) == 1
 

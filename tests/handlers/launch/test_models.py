@@ -24,6 +24,10 @@ def test_archives(checkpoint: Path, tmp_path: Path) -> None:
     assert config == ServingConfig(schedule=(0, 1), **SERVING)  # type: ignore[arg-type]
     plain = build_archive(checkpoint, name="b", out=tmp_path, serving=PLAIN)
     assert read_archive(plain) == ServingConfig(schedule=(0, 1))
+    other = build_archive(checkpoint, name="c", out=tmp_path, serving={"merger": "tome:r=4"})
+    assert read_archive(other) == ServingConfig(merger="tome:r=4")
+    with pytest.raises(ValueError, match=r"^merger: tome has no parameter s, expected one of: r; got 'tome:s=4'$"):
+        build_archive(checkpoint, name="d", out=tmp_path, serving={"merger": "tome:s=4"})
 
 
 @pytest.mark.parametrize("text", [None, "", "[", "mpm: {windos: 3}", "mpm: 3", "3"])

@@ -116,7 +116,7 @@ def test_two_servers_and_ctrl_c(server: TorchServe, second_store: Path, picture:
     expected = predict(server.url, "tiny", picture)
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "handlers", "serve", str(second_store)]
-    temp = tmp_path / "temp"
+    temp = tmp_path / ("too-long-for-the-path-of-a-socket" * 2)
     temp.mkdir()
     with (
         log.open("wb") as output,

@@ -176,7 +176,7 @@ def test_a_cancelled_request_leaves_nothing_waiting(start: Callable[..., Engine]
 def test_lengths_are_counted_in_rows_of_the_grid() -> None:
     for grid, step in ((8, 8), (32, 64), (64, 256)):
         metrics = Metrics("m", grid=grid, info=INFO)
-        metrics.computed(Lane(0, (1,)), [1], 1, 0.1, 0.01)
+        metrics.computed(Lane(0, "1", 2), [1], 1, 0.1, 0.01)
         bounds = [
             float(sample.labels["le"])
             for family in metrics.registry.collect()
@@ -189,7 +189,7 @@ def test_lengths_are_counted_in_rows_of_the_grid() -> None:
 
 def test_padding_and_waiting_of_a_group() -> None:
     metrics = Metrics("m", grid=8, info=INFO)
-    lane = Lane(1, (1,))
+    lane = Lane(1, "1", 2)
     windows = tuple(make_window(make_picture(), lane, length) for length in (10, 30))
     windows[0].entered, windows[1].entered = 5.0, 4.0
     metrics.waiting(lane, 2, 40)
@@ -213,12 +213,12 @@ def test_capacity_is_tokens_before_merging_per_busy_second_and_forgets() -> None
     def capacity() -> float | None:
         return metrics.registry.get_sample_value("mpm_capacity_tokens_per_second", {"model": "m"})
 
-    metrics.computed(Lane(0, (1,)), [64, 64], 60, 0.5, 0.1)
-    metrics.computed(Lane(1, (1,)), [30, 30], 60, 0.5, None)
+    metrics.computed(Lane(0, "1", 2), [64, 64], 60, 0.5, 0.1)
+    metrics.computed(Lane(1, "1", 2), [30, 30], 60, 0.5, None)
     assert capacity() == 128
     for _ in range(200):  # twice as fast from now on
-        metrics.computed(Lane(0, (1,)), [64, 64], 60, 0.25, 0.1)
-        metrics.computed(Lane(1, (1,)), [30, 30], 60, 0.25, None)
+        metrics.computed(Lane(0, "1", 2), [64, 64], 60, 0.25, 0.1)
+        metrics.computed(Lane(1, "1", 2), [30, 30], 60, 0.25, None)
     assert capacity() == pytest.approx(256, rel=0.02)
 
 

@@ -218,6 +218,29 @@ class TestSameBytesEverywhere:
         assert raw_outputs(infer_raw(triton.url, "tiny", picture, X_MPM_Outputs="MASK_PNG"))["MASK_PNG"] == mask
         assert ask(f"grpc://{triton.grpc_url}/tiny", picture) == mask
 
+    def test_another_merger(
+        self,
+        server: TorchServe,
+        triton: Triton,
+        photo: Callable[..., np.ndarray],
+        checkpoint: Path,
+        classes: Classes,
+        merger: str,
+    ) -> None:
+        merged = load_segmenter(checkpoint, merger=merger, runtime="auto", precision="fp32")
+        image, headers = photo(5, 61, 300), {"X-MPM-Merger": merger}
+        picture, mask = encode_npy(image), encode_mask_png(merged.segment(image), classes)
+        for url in (
+            f"{server.url}/predictions/tiny",
+            f"{triton.url}/v2/models/tiny",
+            f"grpc://{triton.grpc_url}/tiny",
+        ):
+            with connect(url) as client:
+                assert client.segment(picture, headers=headers).body == mask
+                refused = client.segment(picture, headers={"X-MPM-Merger": "tome:r=4"})
+            assert refused.status == 400
+            assert f"X-MPM-Merger: expected one of mpm:0,1, {merger}, none, got 'tome:r=4'" in refused.error
+
     def test_in_the_precision_that_the_chip_prefers(
         self,
         server: TorchServe,
@@ -273,6 +296,7 @@ class TestRefusals:
             ({"x-mpm-view": "mask"}, "X-MPM-View: expected one of"),
             ({"x-mpm-schedule": "1,0"}, "X-MPM-Schedule: "),
             ({"x-mpm-schedule": "0"}, "X-MPM-Schedule: expected one of 0,1, off"),
+            ({"x-mpm-schedule": "off", "x-mpm-merger": "none"}, "X-MPM-Merger: expected without X-MPM-Schedule, got"),
             ({"windos": "3"}, "parameters: expected some of"),
             ({"x-mpm-view": 1}, "x-mpm-view: expected text, got 1"),
         ],
