@@ -53,7 +53,7 @@ class TestOpenLoop:
         assert ended.status == 1
 
     def test_processes_share_the_same_arrivals_and_pictures(self, run_locust: Run) -> None:
-        options: dict[str, object] = {"rate": 60, "run_time": 1, "arrivals": "poisson", "accept": "png=70%,json=30%"}
+        options: dict[str, object] = {"rate": 40, "run_time": 3, "arrivals": "poisson", "accept": "png=70%,json=30%"}
         alone, shared = run_locust(**options), run_locust("--processes=2", **options)
         assert shared.status == 0
         assert [each["kind"] for each in shared.trace] == [each["kind"] for each in alone.trace]
