@@ -336,7 +336,8 @@ def _asking_server(url: str, accept: str, headers: Mapping[str, str]) -> Iterato
                 return answer.body
             if answer.status != 503:
                 break
-            time.sleep(int(answer.headers.get("retry-after", "1")))  # it is busy
+            told = answer.headers.get("retry-after", "")
+            time.sleep(int(told) if told.isdecimal() else 1)  # it is busy
         raise RefusedError(answer.error)
 
     with connect(url) as client:

@@ -108,7 +108,7 @@ def decode_apart(header: Header) -> tuple[np.ndarray, int]:
     pixels = header.num_pixels
     max_bytes = BASE_BYTES + header.decoding_bytes * pixels + 2 * len(header.data)
     seconds = _SECONDS + _SECONDS_PER_MEGAPIXEL * pixels / 1e6
-    process = _take()
+    process, is_fresh = _take()
     try:
         found = process.decode(header, max_bytes, seconds)
     except ServingError:
@@ -116,6 +116,8 @@ def decode_apart(header: Header) -> tuple[np.ndarray, int]:
         raise
     except BaseException as error:
         status = process.end()
+        if status == 0 and not is_fresh and isinstance(error, OSError | EOFError):
+            return decode_apart(header)  # nobody had asked it for a while, and it was ending
         size = f"{header.format} picture of {header.width}x{header.height} pixels"
         if -status in (signal.SIGKILL, signal.SIGXCPU):
             told = f"took longer than the {seconds:.0f} s that its size allows"
@@ -126,14 +128,15 @@ def decode_apart(header: Header) -> tuple[np.ndarray, int]:
     return found
 
 
-def _take() -> _Process:
+def _take() -> tuple[_Process, bool]:
+    """A process that waits, or a new one, and whether it is new."""
     while True:
         try:
             process = _idle.get_nowait()
         except queue.Empty:
-            return _Process()
+            return _Process(), True
         if process.is_alive:
-            return process
+            return process, False
         process.end()
 
 

@@ -21,6 +21,7 @@ _MAX_PROFILE_BYTES = 4 * 2**20  # those of printers have one or two megabytes
 # a small file keeps a thread busy for minutes. Encoders write about 10.
 _MAX_SCANS = 64
 _MAX_SCANNED_PIXELS = 2**30
+_MAX_SAMPLES = 8  # of a TIFF; a negative or huge number would be believed when memory is counted
 _MAX_PARTS = 50_000  # segments, chunks, boxes or blocks of a file
 
 _RAW = "a camera's RAW file: develop it to JPEG or TIFF"
@@ -90,7 +91,7 @@ def read_header(data: bytes) -> Header:
         if pattern.match(data):
             try:
                 return read(data)
-            except (ValueError, IndexError, StopIteration, struct.error) as error:
+            except (ValueError, IndexError, OverflowError, StopIteration, struct.error) as error:
                 raise ServingError(ErrorKind.BAD_REQUEST, "image: the header of the picture is broken") from error
     start = data[:1000]
     told = next((name for pattern, name in _NAMES if re.match(pattern, start)), f"{len(data)} other bytes")
@@ -276,11 +277,12 @@ def _read_gif(data: bytes) -> Header:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags % 8 + 1) if flags & 0x80 else 0)
     kept = [data[:position]]
-    for _ in range(_MAX_PARTS):
+    blocks = iter(range(_MAX_PARTS))
+    for _ in blocks:
         if data[position : position + 1] != b"!":
             break
         stop = position + 2
-        for _ in range(_MAX_PARTS):
+        for _ in blocks:
             if not data[stop : stop + 1].strip(b"\0"):
                 break
             stop += 1 + data[stop]
@@ -348,7 +350,7 @@ def orientation_of(exif: bytes) -> int:
     """1 to 8, and 1 for what is broken or missing."""
     try:
         (orientation,) = tiff_tags(exif).get(274, (1,)) or (1,)
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         return 1
     return orientation if 1 <= orientation <= 8 else 1
 
@@ -365,8 +367,10 @@ def _read_tiff(data: bytes) -> Header:
     width, height = tag(256, 0), tag(257, 0)
     if not (width and height):
         raise ValueError("no size")
-    samples = tag(277, 1)
-    stored = -(-samples * max(tags.get(258) or (1,)) // 8)
+    samples, bits = tag(277, 1), max(tags.get(258) or (1,))
+    if not (1 <= samples <= _MAX_SAMPLES and 1 <= bits <= 64):
+        raise _refuse(f"a TIFF of 1 to {_MAX_SAMPLES} samples a pixel of 1 to 64 bits, got {samples} of {bits}")
+    stored = -(-samples * bits // 8)
     return Header(
         "TIFF",
         width,

@@ -113,7 +113,7 @@ def read_picture(data: bytes | bytearray, *, max_bytes: int, max_pixels: int) ->
         raise ServingError(ErrorKind.BAD_REQUEST, "image: expected an encoded picture, got an empty body")
     header = read_header(bytes(data))
     width, height = header.width, header.height
-    if not (width and height):
+    if width < 1 or height < 1:
         raise ServingError(ErrorKind.BAD_REQUEST, "image: the header of the picture is broken")
     reduction = _reduction(header, max_pixels)
     sides = -(-height // reduction), -(-width // reduction)

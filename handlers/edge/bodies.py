@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import MultipartReader, StreamReader, web
+from aiohttp.helpers import parse_mimetype
+from aiohttp.http_exceptions import HttpProcessingError
 
 from handlers.errors import ErrorKind, ServingError
 
@@ -190,6 +192,7 @@ async def picture_of_form(request: web.BaseRequest, data: bytes) -> bytes:
     names: list[str] = []
     picture = b""
     try:
+        _check_start(request.headers["Content-Type"], data)
         async for part in MultipartReader(request.headers, content):
             if part is None or isinstance(part, MultipartReader):
                 raise ValueError("a form in a form")
@@ -198,7 +201,7 @@ async def picture_of_form(request: web.BaseRequest, data: bytes) -> bytes:
                 picture = bytes(await part.read(decode=True))
             elif len(names) == _MAX_PARTS:
                 break
-    except (ValueError, RuntimeError, AssertionError, web.HTTPException) as error:
+    except (ValueError, RuntimeError, AssertionError, HttpProcessingError, web.HTTPException) as error:
         raise ServingError(ErrorKind.BAD_REQUEST, f"form: expected one picture, got {first_line(error)}") from None
     if len(names) != 1 or names[0] not in PICTURE_NAMES:
         got = ", ".join(repr(name[:40]) for name in names) or "no part"
@@ -208,6 +211,13 @@ async def picture_of_form(request: web.BaseRequest, data: bytes) -> bytes:
             f"got {got}; send pictures one by one, and options as headers",
         )
     return picture
+
+
+def _check_start(content_type: str, data: bytes) -> None:
+    """Refuse a preamble: the reader would look for the first boundary in it line by line, and hold up everybody."""
+    boundary = b"--" + parse_mimetype(content_type).parameters.get("boundary", "").encode()
+    if not data.removeprefix(b"\r\n").startswith((boundary + b"\r\n", boundary + b"--")):
+        raise ValueError("a body that does not start with the boundary of its Content-Type")
 
 
 def _inflate(data: bytes, max_bytes: int) -> bytes:

@@ -38,6 +38,7 @@ class Front:
         self._folder = Path(tempfile.mkdtemp(prefix="edge-"))
         self._restarts = {"edge": 0, "server": 0}
         self._stopping = threading.Event()
+        self._changing = threading.Lock()  # held while an edge is started, and while none may be any more
         self._process: subprocess.Popen[bytes] | None = None
         self._keeper: threading.Thread | None = None
 
@@ -69,11 +70,14 @@ class Front:
         name = "mpm_restarts_total"
         lines = [f"# HELP {name} Processes that ended and were started again.", f"# TYPE {name} counter"]
         lines += [f'{name}{{process="{each}"}} {number}' for each, number in self._restarts.items()]
-        self._restarts_file.write_text("\n".join(lines) + "\n")
+        written = self._restarts_file.with_suffix(".new")
+        written.write_text("\n".join(lines) + "\n")
+        written.replace(self._restarts_file)
 
     def stop(self, seconds: float) -> None:
         """Accept no more, and end when all that was accepted is answered, or after so long."""
-        self._stopping.set()
+        with self._changing:
+            self._stopping.set()
         self._listening.close()
         if self._process is not None:
             self._process.terminate()
@@ -99,4 +103,7 @@ class Front:
                 return
             print(f"the edge ended with status {status}; starting it again", file=sys.stderr, flush=True)
             self.count_restart("edge")
-            self._spawn()
+            with self._changing:
+                if self._stopping.is_set():
+                    return
+                self._spawn()

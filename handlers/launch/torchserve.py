@@ -108,7 +108,7 @@ class TorchServe(Server):
 
     @property
     def watched(self) -> Mapping[str, str]:
-        return {f"{self.url}/predictions/{name}": self._metrics.urls[name] for name in self.models}
+        return {f"{self._own_url}/predictions/{name}": self._metrics.urls[name] for name in self.models}
 
     def ailment(self) -> str:
         """TorchServe starts a worker again that ended, and says so while it does."""
@@ -218,7 +218,7 @@ class TorchServe(Server):
 
     def _answers(self, model: str) -> bool:
         try:
-            check_model(f"{self.url}/predictions/{model}", timeout_seconds=60)
+            check_model(f"{self._own_url}/predictions/{model}", timeout_seconds=60)
         except UnhealthyError:
             return False
         return True

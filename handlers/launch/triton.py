@@ -123,7 +123,7 @@ class Triton(Server):
             while True:
                 self._check_starting(deadline)
                 try:
-                    check_model(f"{self.url}/v2/models/{name}", timeout_seconds=30)
+                    check_model(f"{self._own_url}/v2/models/{name}", timeout_seconds=30)
                     break
                 except UnhealthyError:
                     time.sleep(0.1)
@@ -137,7 +137,7 @@ class Triton(Server):
 
     @property
     def watched(self) -> Mapping[str, str]:
-        return {f"{self.url}/v2/models/{name}": self._metrics.urls[name] for name in self.models}
+        return {f"{self._own_url}/v2/models/{name}": self._metrics.urls[name] for name in self.models}
 
     def ailment(self) -> str:
         dead = _zombies(self.pid) - self._forgotten

@@ -366,6 +366,29 @@ def test_what_is_no_picture_is_named(data: bytes) -> None:
     assert len(str(error)) < 250
 
 
+def tiff_of(*entries: tuple[int, int, bytes]) -> bytes:
+    """A TIFF of nothing but tags: number, type and value of four bytes."""
+    packed = b"".join(struct.pack("<HHI", number, kind, 1) + value for number, kind, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_of((256, 9, struct.pack("<i", -10)), (257, 9, struct.pack("<i", -10))),
+        tiff_of((256, 4, struct.pack("<I", 9)), (257, 4, struct.pack("<I", 9)), (258, 9, struct.pack("<i", -8000))),
+        tiff_of((256, 4, struct.pack("<I", 9)), (257, 4, struct.pack("<I", 9)), (277, 4, struct.pack("<I", 65535))),
+        b"II\x2b\0\x08\0\0\0" + b"\xff" * 8,  # BigTIFF, whose first directory lies beyond all files
+        b"GIF89a\x01\0\x01\0\0\0\0" + (b"!\xfe" + b"\1a" * 30_000 + b"\0") * 2,
+    ],
+    ids=["sides below 0", "bits below 0", "many samples", "far directory", "many blocks"],
+)
+def test_headers_that_lie(data: bytes) -> None:
+    with pytest.raises(ServingError, match=r"^image: ") as raised:
+        read_picture(data, max_bytes=10**6, max_pixels=10**6)
+    assert raised.value.kind is ErrorKind.BAD_REQUEST
+
+
 def test_a_raw_file_that_begins_as_a_tiff_with_a_thumbnail() -> None:
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as writer:

@@ -173,6 +173,9 @@ def test_refuses_by_name_what_holds_no_single_picture(edge: Front, upstream: Ups
     assert_refused(requests.post(url, data=PICTURE, headers=form), 400, "form: expected one picture")
     form = {"Content-Type": "multipart/form-data; boundary=a"}
     assert_refused(requests.post(url, data=PICTURE, headers=form), 400, "form: expected one picture")
+    assert_refused(requests.post(url, data=b"\n" * 10**6, headers=form), 400, "does not start with the boundary")
+    headers = b"".join(b"a: b\r\n" for _ in range(1000))
+    assert_refused(requests.post(url, data=b"--a\r\n" + headers, headers=form), 400, "form: expected one picture")
     for document, told in (
         ({"instances": [{"b64": encoded}] * 2}, "instances: expected a list of one picture, got 2"),
         ({"instances": []}, "instances: expected a list of one picture, got 0"),
