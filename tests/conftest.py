@@ -43,14 +43,14 @@ def pytest_make_collect_report(
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of kernels run in triton's interpreter without a GPU, and with one belong to `-m gpu`.
 
-    With `-n`, one process runs all tests of a server, which starts once, and all tests of a file.
+    With `-n`, one process runs all tests of the shared servers, which start once, and one all tests of a file.
     """
     parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
         if parallel:
             used = getattr(item, "fixturenames", ()) if "tiny_server" in _plugins_of(item) else ()
-            server = next((name for name in _SERVERS if name in used), None)
-            item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
+            group = "servers" if any(name in used for name in _SERVERS) else item.location[0]
+            item.add_marker(pytest.mark.xdist_group(group))
         if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
 
