@@ -500,14 +500,31 @@ def _quota(manifests: Manifests) -> Iterator[str]:
 
 
 def confinement(manifests: Manifests) -> Iterator[str]:
-    """The namespace refuses pods that are not `restricted`, and servers run as the image's user.
-
-    What else confines a container is checkov's to find (k8s/checkov.yml).
-    """
+    """Pods run as `restricted` asks, on a root that they can't write, and have nothing to say to the API server."""
     for namespace in manifests.of("Namespace"):
         enforced = namespace["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")
         if enforced != "restricted":
             yield f"{name_of(namespace)}: pod-security.kubernetes.io/enforce: expected restricted, got {enforced}"
+    for workload in manifests.workloads:
+        pod, where = pod_of(workload), name_of(workload)
+        context = pod.get("securityContext", {})
+        if not context.get("runAsNonRoot") or context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+            yield f"{where}: securityContext: expected runAsNonRoot and seccompProfile RuntimeDefault"
+        if pod.get("automountServiceAccountToken") is not False:
+            yield f"{where}: automountServiceAccountToken: expected false"
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            if pod.get(field):
+                yield f"{where}: {field}: expected false"
+        for container in containers_of(pod):
+            own = container.get("securityContext", {})
+            if (
+                own.get("allowPrivilegeEscalation") is not False
+                or not own.get("readOnlyRootFilesystem")
+                or own.get("capabilities", {}).get("drop") != ["ALL"]
+                or own.get("capabilities", {}).get("add")
+                or own.get("privileged")
+            ):
+                yield f"{where}: {container['name']}: securityContext: expected a read-only root and no privilege"
     for server in manifests.servers:
         if pod_of(server).get("securityContext", {}).get("runAsUser") != USER:
             yield f"{name_of(server)}: runAsUser: expected {USER}"
