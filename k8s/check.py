@@ -594,7 +594,7 @@ def models(manifests: Manifests) -> Iterator[str]:
         if several and config.precision == "auto":
             yield f"{where}: precision: expected a name, because masks of auto differ from chip to chip, got auto"
         if not config.torch_threads and not _knows_its_cores(server):
-            yield f"{where}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+            yield f"{where}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
         least = min(FILL_TOKENS, _window_tokens(config))
         fewest = int(options.get("batch-size", "0")) * least
         if config.max_inflight_tokens > fewest:
@@ -650,7 +650,7 @@ def _window_tokens(config: ServingConfig) -> int:
 
 def _knows_its_cores(server: Manifest) -> bool:
     given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
-    return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
+    return given.get("MPM_CORES", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
 
 
 def _is_triton(workload: Manifest) -> bool:

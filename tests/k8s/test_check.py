@@ -341,9 +341,9 @@ def test_threads_that_nobody_limits() -> None:
     text = render("overlays/dev-cpu/torchserve")
     found = problems(change(text, [(DEPLOYMENT, (*SERVER, "env"), GONE)]))
     assert found == [
-        f"models: {DEPLOYMENT}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+        f"models: {DEPLOYMENT}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
     ]
-    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "OMP_NUM_THREADS", "value": "64"})
+    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "MPM_CORES", "value": "64"})
     assert any("torch_threads" in line for line in problems(change(text, [edit])))
 
 
