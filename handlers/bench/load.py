@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 
-from handlers.client import Client, connect
+from handlers.client import Transport, connect
 
 
 def run_clients(
@@ -25,13 +25,13 @@ def run_clients(
         raise RuntimeError(f"{url}: {error}") from error
 
 
-def ask(client: Client, picture: bytes, merger: str) -> bytes:
+def ask(client: Transport, picture: bytes, merger: str) -> bytes:
     """The mask of a picture, with a merger that the server allows.
 
     Raises:
         RuntimeError: it was refused.
     """
-    answer = client.segment(picture, headers={"X-MPM-Merger": merger}, timeout_seconds=300)
+    answer = client.ask(picture, headers={"X-MPM-Merger": merger}, timeout_seconds=300)
     if answer.status != 200:
         raise RuntimeError(f"status {answer.status}: {answer.error}")
     return answer.body
