@@ -93,7 +93,9 @@ class OpenVINORuntime(Runtime):
             else:
                 self._first(stage.parts, stage.wants_keys, tuple(self._padded(windows).shape[2:]))
         self._place = 0  # of its pieces among those for all threads and for each stream
-        self.streams = [self._on_stream(i) for i in range(self._num_streams)] if self._num_streams > 1 else []
+        self.streams: list[OpenVINORuntime] = (
+            [self._on_stream(i) for i in range(self._num_streams)] if self._num_streams > 1 else []
+        )
 
     def _on_stream(self, index: int) -> "OpenVINORuntime":
         stream = copy.copy(self)
@@ -125,19 +127,23 @@ class OpenVINORuntime(Runtime):
 
     def warm_up(self, mergers: Sequence["Merger"]) -> None:
         """Build the primitives of the buckets that windows of the checkpoint's size can reach, the likely ones first,
-        for all threads and for every stream at once; those that a slow machine can't build in time are built when they
-        are met. Streams that give other bytes than all threads together are given up."""
+        for all threads, and each on one of the streams; others, and those that a slow machine can't build in time, are
+        built when they are met. Streams that give other bytes than all threads together are given up."""
         begun = monotonic()
         grid = self._model.inference.window_size // self._model.config.patch_size
         visits = _likely_first(mergers, grid**2, self.bucket, self._model.encoder.num_special)
-        everywhere = [self, *self.streams]
-        with ThreadPoolExecutor(len(everywhere)) as threads:
-            found = [*threads.map(lambda place: place._visit(visits, begun + _WARM_UP_SECONDS), everywhere)]
-        done = min(map(len, found))
-        _log.info("warm-up: %d of %d shapes of stages in %.1f s", done, len(visits), monotonic() - begun)
-        if any(others[:done] != found[0][:done] for others in found[1:]):
-            _log.warning("streams: not used, for this processor rounds otherwise with fewer threads")
-            self.streams = []
+        until = begun + _WARM_UP_SECONDS
+        number = len(self.streams)
+        with ThreadPoolExecutor(1 + number) as threads:
+            whole = threads.submit(self._visit, visits, until)
+            parts = [threads.submit(stream._visit, visits[i::number], until) for i, stream in enumerate(self.streams)]
+        expected = whole.result()
+        _log.info("warm-up: %d of %d shapes of stages in %.1f s", len(expected), len(visits), monotonic() - begun)
+        for i, part in enumerate(parts):
+            if any(given != other for given, other in zip(part.result(), expected[i::number], strict=False)):
+                _log.warning("streams: not used, for this processor rounds otherwise with fewer threads")
+                self.streams = []
+                return
 
     def _visit(self, visits: Iterable[tuple[Stage, int]], until: float) -> list[int]:
         """Run stages on windows of these lengths until it is late; hashes of what they give."""

@@ -60,6 +60,13 @@ def test_torch_threads(value: Any) -> None:
         ServingConfig.from_mapping({"torch_threads": value})
 
 
+@pytest.mark.parametrize("value", ["2", 0, -1, 0.5, None, True])
+def test_streams(value: Any) -> None:
+    assert [ServingConfig.from_mapping({"streams": given}).streams for given in ("auto", 1, 16)] == ["auto", 1, 16]
+    with pytest.raises(ValueError, match="streams: expected auto or an integer >= 1"):
+        ServingConfig.from_mapping({"streams": value})
+
+
 @pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:1"])
 def test_devices(value: str) -> None:
     assert ServingConfig.from_mapping({"device": value}).device == value

@@ -125,7 +125,11 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
         for i, image in enumerate(pictures)
         for schedule, network in library.items()
     }
-    engine = start(replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic))
+    streams: set[int | None] = set()
+    engine = start(
+        replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic, torch_threads=3),
+        observer=lambda group, seconds: streams.add(group.stream),
+    )
     encoded = [encode(image) for image in pictures]
     kinds = list(expected) * repeats
     np.random.default_rng(0).shuffle(kinds)
@@ -133,6 +137,7 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     for (i, schedule), answer in zip(kinds, answers, strict=True):
         np.testing.assert_array_equal(labels_of(answer), expected[i, tuple(schedule)])
     assert engine.inflight == 0
+    assert streams >= ({0, 1, 2} if runtime == "openvino" else {None}), "windows ran side by side"
 
 
 def test_one_computation_gives_every_form_that_is_asked_for(model: Segmenter, start: Callable[..., Engine]) -> None:
