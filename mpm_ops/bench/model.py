@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mpm_ops import Segmenter, SegmenterConfig, load_segmenter, merge_tokens
 from mpm_ops.attention import use_attention
+from mpm_ops.cpus import usable_cores
 from mpm_ops.labels import label_map
 from mpm_ops.merge_cpu import merge_tokens_cpu
 from mpm_ops.merging import make_merger
@@ -112,7 +113,7 @@ def _openvino(model: Segmenter, precision: str, **options: object) -> Any:
     copied = with_same_weights(model)
     use_attention(copied, "plain")
     graph = convert_graph(DenseSegmenter(copied).eval(), [torch.zeros(*shape)], [ov.PartialShape(shape)])
-    return compile_graph(graph, precision, torch.get_num_threads(), **options)
+    return compile_graph(graph, precision, usable_cores(), **options)
 
 
 def _openvino_run(model: Segmenter, precision: str) -> Run:
@@ -129,7 +130,7 @@ def throughput_ms(model: Segmenter, precision: str, windows: Sequence[Tensor]) -
     """Milliseconds a window of the whole network on OpenVINO, one stream a core, all windows asked for at once."""
     import openvino as ov
 
-    threads = torch.get_num_threads()
+    threads = usable_cores()
     compiled = _openvino(model, precision, PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=threads)
     queue = ov.AsyncInferQueue(compiled, 2 * threads)
     for timed in (windows[:WARM_UP], windows[WARM_UP:]):
@@ -173,7 +174,7 @@ def _onnxruntime(model: Segmenter) -> Run:
         with torch.no_grad():
             torch.onnx.export(model, (torch.zeros(1, 3, side, side),), file, dynamo=False, input_names=["window"])
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = usable_cores()
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda window: (torch.from_numpy(session.run(None, {"window": window.numpy()})[0])[0].flatten(1).T, 0.0)
 
