@@ -25,7 +25,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from handlers.client import Client, NoAnswerError, connect
+from handlers.client import NoAnswerError, Transport, connect
 
 from .checks import parse_pairs
 from .masks import MaskError, read_mask
@@ -63,7 +63,7 @@ def judge(summary: Mapping[str, float], limits: Mapping[str, float]) -> list[dic
 class Deployment:
     """A model behind a URL, asked for one mask at a time; headers are sent with every request."""
 
-    client: Client
+    client: Transport
     headers: Mapping[str, str]
     timeout_seconds: float
 
@@ -79,7 +79,7 @@ class Deployment:
         """The picture's mask, or why there is none; never raises for what a server does."""
         start, error, mask = time.monotonic(), "", (None, None)
         try:
-            answer = self.client.segment(picture, headers=self.headers, timeout_seconds=self.timeout_seconds)
+            answer = self.client.ask(picture, headers=self.headers, timeout_seconds=self.timeout_seconds)
             seconds = time.monotonic() - start
             if answer.status == 200:
                 mask = read_mask(answer.body)  # type: ignore[assignment]

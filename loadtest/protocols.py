@@ -45,8 +45,8 @@ class Servers:
         self._clients = [connect(url, connection_seconds=connection_seconds) for url in urls]
 
     def ask(self, item: Item, number: int, timeout_seconds: float) -> Answer:
-        """Send an item to the server whose turn it is by the number of the request; raises as `Client.segment`."""
-        return self._clients[number % len(self._clients)].segment(
+        """Send an item to the server whose turn it is by the number of the request; raises as `Transport.ask`."""
+        return self._clients[number % len(self._clients)].ask(
             item.body,
             accept="application/json" if item.kind == "json" else "image/png",
             content_type=item.content_type,
