@@ -1,9 +1,11 @@
 """The files for one host: read as the client reads them, and held against the images and the files they mount."""
 
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import yaml
 from debian_tools import MissingToolError, find_tool
 from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
+from handlers.cli import main
+from handlers.edge.limits import Limits
 from loadtest.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +79,7 @@ def test_what_is_mounted_exists(file: str, name: str, service: dict[str, Any]) -
 @pytest.mark.parametrize(("file", "name", "service"), SERVICES, ids=IDS)
 def test_images_have_a_version(file: str, name: str, service: dict[str, Any]) -> None:
     image = service.get("image", "")
-    if name in ("server", "model", "loadtest"):
+    if name in ("server", "edge", "model", "loadtest"):
         assert not image or re.fullmatch(OURS, image)
     else:
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)
@@ -83,7 +87,8 @@ def test_images_have_a_version(file: str, name: str, service: dict[str, Any]) ->
 
 def test_our_containers_have_no_rights() -> None:
     services = read("compose.yml")["services"]
-    for service in (services["server"], services["loadtest"], read("model.yml")["services"]["model"]):
+    ours = (services["server"], services["edge"], services["loadtest"], read("model.yml")["services"]["model"])
+    for service in ours:
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
@@ -99,13 +104,42 @@ def test_the_servers_ports_are_the_images() -> None:
     published = {port.split(":")[2] for port in read("compose.yml")["services"]["server"]["ports"]}
     exposed = {port for target in TARGETS for port in last(target, "EXPOSE").split()}
     assert published == exposed - {METRICS_PORT, TRITON_METRICS_PORT}
-    ours, tritons = read("prometheus.yml")["scrape_configs"]
+    ours, tritons, edges = read("prometheus.yml")["scrape_configs"]
     assert ours["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
     assert ours["job_name"].endswith("mpm")  # the rules look for it
     command = command_of("triton")
     assert command[command.index("--triton-metrics-port") + 1] == TRITON_METRICS_PORT
     assert tritons["static_configs"] == [{"targets": [f"server:{TRITON_METRICS_PORT}"]}]
-    assert not tritons["job_name"].endswith("mpm"), "TorchServe has no such port, and nobody should be told so"
+    edge = dict(word.partition("=")[::2] for word in services()["edge"]["command"])
+    assert edges["static_configs"] == [{"targets": [f"edge:{edge['--metrics-port']}"]}]
+    for others in (tritons, edges):
+        assert not others["job_name"].endswith("mpm"), "not everybody has such a port, and nobody should be told so"
+
+
+@pytest.mark.parametrize("server", TARGETS)
+def test_the_edge_finds_the_server_and_ends_before_it(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the server's own port, whichever it is; compose stops what depends on another first."""
+    edge = services()["edge"]
+    assert set(edge["depends_on"]) == {"server"}
+    upstream: list[str] = []
+
+    def serve(coroutine: Coroutine[Any, Any, None]) -> None:
+        upstream.append(str(inspect.getcoroutinelocals(coroutine)["upstream"]))
+        coroutine.close()
+
+    monkeypatch.setattr("handlers.launch.processes.listen", lambda *_: None)
+    monkeypatch.setattr("asyncio.run", serve)
+    assert main([word.replace("${SERVER:-torchserve}", server) for word in edge["command"][1:]]) == 0
+    port = command_of(server)[command_of(server).index("--port") + 1]
+    assert upstream[0].rstrip("/") == f"http://server:{port}"
+    assert [port.rsplit(":", 1)[1] for port in edge["ports"]] == ["8088"]
+    assert "--port=8088" in edge["command"]
+    assert int(edge["stop_grace_period"].removesuffix("s")) > Limits().answer_seconds
+
+
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = read("compose.yml")["services"]
+    return found
 
 
 def test_the_server_may_take_its_time_to_end() -> None:

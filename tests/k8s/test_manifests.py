@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from kubernetes_validate import utils
 from prometheus_client import CollectorRegistry
 from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_overlay, render_with
 
+from handlers.cli import main
 from handlers.observe.metrics import Metrics
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
-from k8s.manifests import Manifest, Manifests, pod_of, server_of
+from k8s.manifests import Manifest, Manifests, pod_of, running_of, server_of
 from k8s.monitoring.boards import BOARDS
 from k8s.monitoring.grafana import RUNBOOK_UID
 
 KUBERNETES = ("1.32", "1.37")  # the oldest that we take care of, and the newest whose schemas are at hand
 CUSTOM = (
     "BackendTrafficPolicy",
+    "GRPCRoute",
     "Gateway",
     "HTTPRoute",
     "PodMonitor",
@@ -156,6 +159,38 @@ def test_a_shadow_gets_copies_and_answers_nobody() -> None:
     encoding, mirror = rule["filters"]
     assert encoding["requestHeaderModifier"] == {"remove": ["Content-Encoding"]}
     assert mirror["requestMirror"]["backendRef"]["name"] == "segmenter-canary"
+
+
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_clients_reach_the_edge_and_not_its_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a canary too, and with other names, after which it has to come; the command takes its arguments."""
+    lines = [f"resources: [../h100-sxm/{server}, ../../base/canary/{server}]", "namespace: vision"]
+    lines += ["configMapGenerator:", "- {name: names, literals: [namespace=vision, model=roads, grafana=https://a]}"]
+    lines += ["components: [../h100-sxm/node, ../../components/names, ../../components/edge]"]
+    found = Manifests.parse(render_overlay("\n".join(lines)))
+    assert problems(found) == []
+    for deployment in found.servers:
+        pod = pod_of(deployment)
+        (edge,) = pod["containers"]
+        assert pod["initContainers"][-1]["name"] == "server"
+        assert pod["initContainers"][-1]["restartPolicy"] == "Always"
+        assert edge["image"] == pod["initContainers"][-1]["image"] == f"mpm-segmenter-{server}"
+        named = {port["name"]: c["name"] for c in running_of(pod) for port in c["ports"]}
+        assert named["http"] == "edge"
+        assert "grpc" not in named
+    services = [port["name"] for service in found.of("Service") for port in service["spec"]["ports"]]
+    assert services == ["http", "http"]
+    (monitor,) = found.of("PodMonitor")
+    assert "edge-metrics" in {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    listened: list[tuple[str, int]] = []
+
+    def serve(coroutine: Coroutine[Any, Any, None]) -> None:
+        coroutine.close()
+
+    monkeypatch.setattr("handlers.launch.processes.listen", lambda *address: listened.append(address))
+    monkeypatch.setattr("asyncio.run", serve)
+    assert main([*edge["command"][1:], *edge["args"]]) == 0
+    assert listened == [("0.0.0.0", port["containerPort"]) for port in edge["ports"]]
 
 
 @pytest.mark.parametrize("server", ["torchserve", "triton"])
