@@ -82,8 +82,10 @@ def selectors(manifests: Manifests) -> Iterator[str]:
         found = manifests.selected_by({"matchLabels": service["spec"]["selector"]})
         if len(found) != 1:
             yield f"{name_of(service)}: selector: expected the pods of one workload, got those of {len(found)}"
+    of_kserve = [{"serving.kserve.io/inferenceservice": name} for name in manifests.names("InferenceService")]
     for manifest in manifests.of("PodDisruptionBudget", "PodMonitor"):
-        if not manifests.selected_by(manifest["spec"]["selector"]):
+        selector = manifest["spec"]["selector"]
+        if not manifests.selected_by(selector) and not any(matches(selector, labels) for labels in of_kserve):
             yield f"{name_of(manifest)}: selector: matches no pod"
     for policy in manifests.of("NetworkPolicy"):
         selector = policy["spec"]["podSelector"]

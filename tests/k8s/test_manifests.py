@@ -33,10 +33,12 @@ CUSTOM = (
     "GRPCRoute",
     "Gateway",
     "HTTPRoute",
+    "InferenceService",
     "PodMonitor",
     "PrometheusRule",
     "ScaledObject",
     "SecurityPolicy",
+    "ServingRuntime",
 )
 CRDS = Path(os.environ.get("MPM_CRDS", ROOT.parent / "shared" / "facts" / "crds"))
 
