@@ -113,6 +113,7 @@ def test_components_have_no_problem(component: str) -> None:
         ("h100-sxm", "nvidia.com/gpu", "8", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-80GB-HBM3-SHARED"], 6, 2048),
         ("h100-pcie", "nvidia.com/gpu", "6", ["NVIDIA-H100-PCIe", "NVIDIA-H100-PCIe-SHARED"], 6, 2048),
         ("h100-nvl", "nvidia.com/gpu", "8", ["NVIDIA-H100-NVL", "NVIDIA-H100-NVL-SHARED"], 6, 2048),
+        ("h100-sxm-shared", "nvidia.com/gpu", "5", ["NVIDIA-H100-80GB-HBM3-SHARED"], 4, 1024),
         ("h100-mig-1g.10gb", "nvidia.com/mig-1g.10gb", "2", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-PCIe"], 2, 512),
     ],
 )
@@ -132,6 +133,57 @@ def test_overlays_differ_as_they_should(
     assert config is not None
     assert (config.codec_threads, config.max_inflight_mib) == (codec_threads, inflight_mib)
     assert deployment["metadata"]["labels"]["app.kubernetes.io/component"] == server
+
+
+def test_requests_of_cores_rest_on_what_was_measured() -> None:
+    """The README's tables, from the figures of engines side by side."""
+    measured = json.loads((ROOT / "mpm_ops" / "bench" / "h200.json").read_text())["sections"]
+    (section,) = [each for each in measured if each["kind"] == "engines" and each["size"] == "Ti"]
+    rates = {
+        run["processes"]: run["pictures_per_second"]
+        for run in section["engines"]
+        if run["network"] == "real" and run["source"] == "jpeg"
+    }
+    text = (K8S / "README.md").read_text()
+
+    def row(title: str) -> list[str]:
+        (line,) = [line for line in text.splitlines() if re.match(rf"\| {title} \|", line)]
+        return [cell.strip() for cell in line.split("|")[2:-1]]
+
+    assert row("engines") == [str(number) for number in rates]
+    assert row("pictures per second") == [f"{rate:,.0f}" for rate in rates.values()]
+    assert row("of each") == [f"{rate / number:.0f}" for number, rate in rates.items()]
+    core_ms = 1000 * section["cpus"] / rates[4]
+    assert f"{core_ms:.1f} ms" in text
+    cores = [float(cell.removesuffix(" cores")) for cell in row(r"engine: rate . 6\.6 ms")]
+    fed = [float(cell) for cell in row("pictures per second that it feeds")]
+    assert fed[0] == pytest.approx(rates[1], abs=1)
+    assert fed[2] == pytest.approx(rates[4] / 4, abs=1)
+    assert cores == [pytest.approx(rate * core_ms / 1000, abs=0.06) for rate in fed]
+    asked = [int(cell.strip("*")) for cell in row(r"\*\*request\*\*")]
+    assert all(request >= engine + 0.5 for request, engine in zip(asked, cores, strict=True))
+    for overlay, request in zip(("h100-sxm", "h100-pcie", "h100-sxm-shared", "h100-mig-1g.10gb"), asked, strict=True):
+        (deployment,) = manifests(f"overlays/{overlay}/triton").servers
+        assert server_of(deployment)["resources"]["requests"]["cpu"] == str(request)
+
+
+def test_a_shared_gpu_is_what_the_plugin_makes_of_it() -> None:
+    (config,) = yaml.safe_load_all((K8S / "overlays/h100-sxm-shared/device-plugin.yaml").read_text())
+    kubernetes_validate.validate(config, KUBERNETES[0], strict=True)
+    text = (K8S / "README.md").read_text()
+    assert f'"config": {{"name": "{config["metadata"]["name"]}"}}' in text
+    (name,) = config["data"]
+    assert f"nvidia.com/device-plugin.config={name}" in text
+    (sharing,) = yaml.safe_load(config["data"][name])["sharing"].items()
+    (deployment,) = manifests("overlays/h100-sxm-shared/triton").servers
+    terms = pod_of(deployment)["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    labels = {e["key"]: e["values"] for e in terms["nodeSelectorTerms"][0]["matchExpressions"]}
+    assert (sharing[0], labels["nvidia.com/gpu.sharing-strategy"]) == ("timeSlicing", ["time-slicing"])
+    assert sharing[1]["failRequestsGreaterThanOne"]
+    assert sharing[1]["resources"] == [{"name": "nvidia.com/gpu", "replicas": 4}]
+    config_of_pods = manifests("overlays/h100-sxm-shared/triton").serving(deployment)
+    assert config_of_pods is not None
+    assert 4 * int(config_of_pods.graph_mib) < 80 * 2**10 / 4, "a GPU's memory, of which networks need the rest"
 
 
 def test_a_changed_setting_rolls_the_pods() -> None:
