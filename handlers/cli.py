@@ -329,3 +329,15 @@ def bench(arguments: tuple[str, ...]) -> int:
     from handlers.bench.__main__ import main as answer
 
     return answer(arguments)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--server SERVER ...")
+def edge(arguments: tuple[str, ...]) -> int:
+    """Put strict HTTP in front of a server that runs elsewhere, in a process or container of its own.
+
+    `mpm edge --help` lists the options. `mpm serve` has one already.
+    """
+    from handlers.edge.__main__ import main as run_edge
+
+    return run_edge(arguments)
