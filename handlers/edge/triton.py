@@ -16,6 +16,7 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON", "application/x-npy": "MASK"}
 
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[0-9]+)?/infer")
+_NO_ROOM = ("shared memory pool size", "single response, got 0")
 _NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
 
 
@@ -73,8 +74,12 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
 
 
-def error_of(reply: bytes) -> str:
+def error_of(status: int, reply: bytes) -> tuple[int, str]:
+    """Status and text of an error; what found no room in shared memory is told apart from what is broken."""
     try:
-        return str(json.loads(reply)["error"])
+        told = str(json.loads(reply)["error"])
     except (ValueError, KeyError, TypeError):
-        return reply[:200].decode(errors="replace") or "the server gave no reason"
+        told = reply[:200].decode(errors="replace") or "the server gave no reason"
+    if status == 500 and any(part in told for part in _NO_ROOM):
+        return 503, "the server has no room in /dev/shm for this picture or its answer; ask again, or give it more"
+    return status, told
