@@ -13,6 +13,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from handlers.api.headers import REQUEST_ID
+from handlers.client import error_of
 from handlers.errors import ErrorKind, ServingError
 
 from . import triton
@@ -144,7 +145,7 @@ class Edge:
         async with upstream:
             reply = await _read(upstream)
             if upstream.status != 200 and self._is_triton:
-                status, told = triton.error_of(upstream.status, reply)
+                status, told = triton.status_of(upstream.status, error_of(reply, "the server gave no reason"))
                 fields = {"code": status, "error": told, "request_id": added["X-Request-Id"]}
                 return web.json_response(fields, status=status)
             if upstream.status != 200:

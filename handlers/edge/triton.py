@@ -74,12 +74,8 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
 
 
-def error_of(status: int, reply: bytes) -> tuple[int, str]:
+def status_of(status: int, error: str) -> tuple[int, str]:
     """Status and text of an error; what found no room in shared memory is told apart from what is broken."""
-    try:
-        told = str(json.loads(reply)["error"])
-    except (ValueError, KeyError, TypeError):
-        told = reply[:200].decode(errors="replace") or "the server gave no reason"
-    if status == 500 and any(part in told for part in _NO_ROOM):
+    if status == 500 and any(part in error for part in _NO_ROOM):
         return 503, "the server has no room in /dev/shm for this picture or its answer; ask again, or give it more"
-    return status, told
+    return status, error
