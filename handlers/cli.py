@@ -405,7 +405,7 @@ def evaluate(im_size: int | None, window_stride: int | None, **options: Any) -> 
 @commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...")
 def bench(arguments: tuple[str, ...]) -> int:
-    """Measure speed: model, codec, end-to-end, servers or gpu.
+    """Measure speed: model, blocks, codec, end-to-end, servers or gpu.
 
     `mpm bench QUESTION --help` lists the options of each.
     """
