@@ -31,6 +31,7 @@ port_option = partial(click.option, type=PORT, metavar="PORT")
 _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
 _PORTS = {"torchserve": 8080, "triton": 8000}
 _SAMPLE = Path("build/samples/street.jpg")
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 # Of an engine that nobody else asks: none of its few pictures is refused for lack of room or time.
 _ALONE: dict[str, Any] = {
     "max_inflight_tokens": 2**40, "max_inflight_mib": 2**20, "deadline_seconds": 86_400.0, "agreement_fraction": 0,
@@ -153,8 +154,8 @@ def serve(
 ) -> int:
     """Serve a model until Ctrl-C or SIGTERM.
 
-    MODEL is a checkpoint (a file with variant.yml beside it, or their folder), which is built before, or a model store
-    or repository that `mpm build` made. Without it the demo model is served.
+    MODEL is a checkpoint or its folder, which is built before, or a model store or repository that `mpm build` made.
+    Without it the demo model is served.
     """
     if model and not model.exists():
         raise click.UsageError(f"MODEL: expected a checkpoint or what `mpm build` made, got {model}: no such file")
@@ -163,10 +164,8 @@ def serve(
         raise click.UsageError("--grpc-port, --triton-metrics-port, --admin-secret-file: expected with Triton only")
     if cors_origin and no_edge:
         raise click.UsageError("--cors-origin: expected with the edge, leave out --no-edge")
-    if model and (model / "checkpoint.pth").is_file():
-        model = model / "checkpoint.pth"
     given = {name: value for name, value in build.items() if value is not None}
-    if model is None or model.is_file():
+    if model is None or model.is_file() or any(path.suffix in _WEIGHTS for path in model.iterdir()):
         checkpoint = {"checkpoint": model} if model else {}
         alone = [] if "out" in given else ["--alone"]
         model = given.setdefault("out", _STORES[server])

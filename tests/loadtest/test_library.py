@@ -68,7 +68,7 @@ def test_the_schedule_comes_from_the_metrics(run_locust: Run) -> None:
         ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", metrics=metrics)
         assert (ended.status, message in ended.output) == (2, True), ended.output
     ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", metrics=f"{run_locust.fake.url}/metrics")
-    assert "loadtest masks: variant.yml: expected" in ended.output  # it is known, so the checkpoint is looked for
+    assert "loadtest masks: a.pth: no such checkpoint" in ended.output  # it is known, so the checkpoint is looked for
 
 
 @pytest.mark.parametrize(
