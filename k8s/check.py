@@ -768,6 +768,19 @@ def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{path}.{key}" if path else str(key))
 
 
+def jobs(manifests: Manifests) -> Iterator[str]:
+    """Pods of an Indexed Job share the pictures out among as many as there are: others would be nobody's."""
+    for job in manifests.of("Job"):
+        spec = job["spec"]
+        for container in pod_of(job)["containers"]:
+            for argument in container.get("args", []):
+                expected = f"--shard=$(JOB_COMPLETION_INDEX)/{spec.get('completions')}"
+                mode = spec.get("completionMode")
+                if argument.startswith("--shard=") and (mode != "Indexed" or argument != expected):
+                    where = f"{name_of(job)}: {container['name']}"
+                    yield f"{where}: expected completionMode Indexed and {expected}, got {mode} and {argument}"
+
+
 def image_volumes(manifests: Manifests, kubernetes: tuple[int, int]) -> Iterator[str]:
     """No volume is one that an older API server would drop."""
     for workload in manifests.workloads:
@@ -796,6 +809,7 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     volumes,
     models,
     memory,
+    jobs,
     placeholders,
 )
 RELEASE_CHECKS = (digests, examples)
