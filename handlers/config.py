@@ -55,8 +55,8 @@ class ServingConfig:
         codec_threads: threads that decode pictures, and as many that encode replies.
         torch_threads: threads of the network's operators; 0 for the cores that this process may use, see
             `mpm_ops.cpus.usable_cores`, or fewer where the variable MPM_CORES says so.
-        streams: groups computed side by side on a CPU, where enough waits, on an equal part of its threads each;
-            "auto" for one a core where the runtime has streams (openvino), 1 for none.
+        streams: groups computed side by side on a CPU, where enough waits, on an equal part of its threads each; 1 for
+            none, "auto" for one a core where the runtime has streams (openvino).
         metrics_port: where Prometheus finds this model's metrics; 0 for nowhere.
         metrics_host: address of that port.
         agreement_fraction: of pictures that an idle device also computes without merging, to compare; 0 for none.
@@ -86,7 +86,7 @@ class ServingConfig:
     stall_seconds: float = 100
     codec_threads: int = 2
     torch_threads: int = 0
-    streams: int | str = "auto"
+    streams: int | str = 1
     metrics_port: int = 0
     metrics_host: str = "127.0.0.1"
     agreement_fraction: float = 0.01

@@ -134,7 +134,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--seconds", type=float, default=10, help="of each round (10)")
     command.add_argument("--rounds", type=int, default=2, help="of each row, in turn (2)")
     command.add_argument("--threads", type=int, default=0, help="of the network's operators; 0 for the usable cores")
-    command.add_argument("--streams", default="auto", help="groups computed side by side, see ServingConfig (auto)")
+    command.add_argument("--streams", default="1", help="groups computed side by side, or auto, see ServingConfig (1)")
     command.add_argument("--out", type=Path, help="write the figures as JSON")
     command.set_defaults(run=run)
 

@@ -127,7 +127,9 @@ def test_same_picture_same_mask_whatever_shares_its_groups(
     }
     streams: set[int | None] = set()
     engine = start(
-        replace(CONFIG, runtime=runtime, precision=precision, deterministic=deterministic, torch_threads=3),
+        replace(
+            CONFIG, runtime=runtime, precision=precision, deterministic=deterministic, torch_threads=3, streams="auto"
+        ),
         observer=lambda group, seconds: streams.add(group.stream),
     )
     encoded = [encode(image) for image in pictures]

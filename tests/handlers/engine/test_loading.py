@@ -60,7 +60,9 @@ def test_threads_are_those_of_the_configuration_or_of_the_container(
     if requested:
         monkeypatch.setenv("MPM_CORES", requested)
     try:
-        with closing(load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to))) as engine:
+        with closing(
+            load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to, streams="auto"))
+        ) as engine:
             assert torch.get_num_threads() == expected
             assert len(engine._loop.streams) == (expected if expected > 1 else 0), "one a core"
     finally:
