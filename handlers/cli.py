@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from handlers.config import PRECISIONS, RUNTIMES, read_serving_config
 
 GROUP = "mpm.commands"  # entry points of packages that import this one
 DEMO = Path(__file__).resolve().parents[1] / "model_store" / "demo" / "checkpoint.pth"
+QUESTIONS = ("model", "blocks", "codec", "end-to-end", "servers", "gpu")  # of `bench`
 METRICS_PORT = 8090  # of the Makefile, the images and the manifests
 PATH = click.Path(path_type=Path)
 PORT = click.IntRange(0, 65_535)
@@ -327,8 +329,22 @@ def evaluate(im_size: int | None, window_stride: int | None, **options: Any) -> 
     compare(inference={name: value for name, value in inference.items() if value is not None}, **options)
 
 
-@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...")
+class _Bench(click.Command):
+    """Completes the options of a question, for which it has to import what measures."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from handlers.bench.__main__ import options
+
+        given = ctx.params.get("arguments") or ("",)
+        return [CompletionItem(option) for option in options(given[0]) if option.startswith(incomplete)]
+
+
+def _question(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    return [] if ctx.params.get("arguments") else [name for name in QUESTIONS if name.startswith(incomplete)]
+
+
+@commands.command(cls=_Bench, context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...", shell_complete=_question)
 def bench(arguments: tuple[str, ...]) -> int:
     """Measure speed: model, blocks, codec, end-to-end, servers or gpu.
 

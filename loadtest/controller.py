@@ -11,13 +11,11 @@ import math
 import signal
 import sys
 import time
-import urllib.parse
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gevent
-import psutil
 from gevent.event import Event
 from locust.env import Environment
 from locust.exception import LocustError
@@ -28,7 +26,7 @@ from .options import LoadSettings
 from .page import told, write_report
 from .pictures import PAINTED, ensure_pictures
 from .run import UNSENT, Pulse, Record, Share
-from .server import Sampler, find_server, sample_memory, sample_metrics
+from .server import Sampler, sample_memory, sample_metrics, server_pid
 from .summary import RunResult, summarize
 
 READY, BEGIN, CLOSE, FINISHED = "load_ready", "load_begin", "load_close", "load_finished"
@@ -329,15 +327,3 @@ class Controller:
             environment.process_exit_code = NOT_VALID
         elif self.summary is not None:
             environment.process_exit_code = KEPT if self.summary["held"] else self.options.exit_code_on_error
-
-
-def server_pid(text: str, host: str) -> int | None:
-    """The process whose memory is watched: its id as text, or "auto", who listens at `host` here; None for none."""
-    if text == "auto":
-        pid = find_server(urllib.parse.urlsplit(f"//{host.rpartition('//')[2]}").port or 80)
-        if pid is None:
-            print(f"server-pid: this user sees no process that listens at {host} here", file=sys.stderr)
-        return pid
-    if text and not (text.isdecimal() and psutil.pid_exists(int(text))):
-        raise ValueError(f"server-pid: expected a process of this machine, or auto, got {text}")
-    return int(text) if text else None

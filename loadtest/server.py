@@ -1,6 +1,7 @@
 """What a server does meanwhile: its metrics, and the memory of all its processes."""
 
 import socket
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,18 @@ def find_server(port: int) -> int | None:
     """The process that listens on a port of this machine, as far as this user may see; None if there is none."""
     found = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
     return next((each.pid for each in found if each.laddr.port == port and each.pid), None)  # type: ignore[union-attr]
+
+
+def server_pid(text: str, host: str) -> int | None:
+    """The process whose memory is watched: its id as text, or "auto", who listens at `host` here; None for none."""
+    if text == "auto":
+        pid = find_server(urllib.parse.urlsplit(f"//{host.rpartition('//')[2]}").port or 80)
+        if pid is None:
+            print(f"server-pid: this user sees no process that listens at {host} here", file=sys.stderr)
+        return pid
+    if text and not (text.isdecimal() and psutil.pid_exists(int(text))):
+        raise ValueError(f"server-pid: expected a process of this machine, or auto, got {text}")
+    return int(text) if text else None
 
 
 class Sampler(Generic[Reading]):

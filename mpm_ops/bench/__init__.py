@@ -24,6 +24,17 @@ from mpm_ops.segmenter import Segmenter
 _PACKAGES = ("numpy", "openvino", "timm", "triton")  # beside torch, which calls itself by its build
 
 
+def parsers(
+    program: str, description: str, questions: Sequence[Any]
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of a command line, and that of each question by its name; see `answer`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    commands = parser.add_subparsers(required=True)
+    for question in questions:
+        question.add_command(commands)
+    return parser, dict(commands.choices)
+
+
 def answer(program: str, description: str, questions: Sequence[Any], argv: Sequence[str] | None = None) -> int:
     """Read the command line and answer one question.
 
@@ -32,11 +43,7 @@ def answer(program: str, description: str, questions: Sequence[Any], argv: Seque
             input, parity and missing packages is told in a line.
         argv: the command line; that of this process by default.
     """
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    commands = parser.add_subparsers(required=True)
-    for question in questions:
-        question.add_command(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parsers(program, description, questions)[0].parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ImportError, OSError, ValueError, RuntimeError) as error:

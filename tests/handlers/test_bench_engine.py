@@ -1,20 +1,36 @@
 """The engine's section of the GPU's benchmark, on whatever runs the tests."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from handlers.bench import engines
 from handlers.bench import gpu as bench_gpu
 from handlers.bench.gpu import soft_pictures
 from mpm_ops.bench import gpu
-from mpm_ops.bench.model import DEMO
+
+pytest_plugins = ("tiny_server",)
 
 
-def test_the_engine_is_timed_from_bytes_and_from_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deep(checkpoint: Path, tmp_path: Path) -> Path:
+    """The folder of a small checkpoint with the blocks of the default schedule."""
+    variant = (checkpoint.parent / "variant.yml").read_text().replace("n_layers: 3", "n_layers: 6")
+    (tmp_path / "variant.yml").write_text(variant)
+    shutil.copy(checkpoint.parent / "classes.csv", tmp_path)
+    weights = torch.load(checkpoint, weights_only=True)["model"]
+    blocks = {name: name.split(".") for name in weights if name.startswith("encoder.blocks.")}
+    more = {".".join([*n[:2], str(3 + int(n[2])), *n[3:]]): weights[name] for name, n in blocks.items()}
+    torch.save({"model": weights | more}, tmp_path / "checkpoint.pth")
+    return tmp_path
+
+
+def test_the_engine_is_timed_from_bytes_and_from_frames(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "INFLIGHT", 2)
     monkeypatch.setattr(bench_gpu, "_alone", lambda engine, data, options: [0.25, 0.5, 1.0])
     lookaheads: list[int] = []
@@ -25,7 +41,7 @@ def test_the_engine_is_timed_from_bytes_and_from_frames(monkeypatch: pytest.Monk
         return saturate(engine, *arguments)
 
     monkeypatch.setattr(bench_gpu, "_saturate", note)
-    found = bench_gpu.time_engine(DEMO.parent, bench_gpu.soft_pictures(1, 256), "cpu", seconds=0.1)
+    found = bench_gpu.time_engine(deep, bench_gpu.soft_pictures(1, 128), "cpu", seconds=0.1)
     served = ["jpeg, merged", "jpeg, unmerged", "frame, merged", "frame, unmerged"]
     assert list(found["engine"]) == [*served, *(f"{way}, one group at a time" for way in served[2:])]
     assert lookaheads == 3 * [1, 1, 1, 1, 0, 0]

@@ -50,7 +50,7 @@ def test_help_lists_all_commands_and_imports_no_model() -> None:
     [
         ("", "segment"),
         ("serve --lame", "--lame-duck-seconds"),
-        ("serve --server ", "triton"),
+        ("bench model --im", "--images"),
         ("loadtest ", "capacity"),
     ],
 )

@@ -12,7 +12,7 @@ from locust_runs import Run
 
 from handlers.launch.processes import free_port
 from loadtest.page import render, told
-from loadtest.server import find_server, sample_memory
+from loadtest.server import find_server, sample_memory, server_pid
 
 pytest_plugins = ("load_fixtures",)
 
@@ -53,9 +53,14 @@ def test_who_listens() -> None:
     assert find_server(free_port()) is None
 
 
-@pytest.mark.parametrize("pid", ["auto", str(os.getpid())], ids=["auto", "of a process"])
-def test_a_run_watches(run_locust: Run, pid: str) -> None:
-    ended = run_locust(rate=10, run_time=3, server_pid=pid)
+@pytest.mark.parametrize("text", ["99999999", "-1", "all"])
+def test_what_is_no_process_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"server-pid: expected a process of this machine, or auto, got {text}"):
+        server_pid(text, "http://127.0.0.1:1")
+
+
+def test_a_run_watches(run_locust: Run) -> None:
+    ended = run_locust(rate=10, run_time=2, server_pid="auto")
     assert ended.status == 0, ended.output
     assert "not watched" not in ended.output
     memory = ended.summary["memory"]
@@ -64,10 +69,3 @@ def test_a_run_watches(run_locust: Run, pid: str) -> None:
     unwatched = ended.summary | {"memory": None, "series": ended.summary["series"] | {"memory": None}}
     assert "Memory of all processes" not in render(unwatched)
     assert "processes: not watched" in told(unwatched)
-
-
-def test_growth_that_is_not_known_is_not_kept(run_locust: Run) -> None:
-    ended = run_locust(rate=10, run_time=3, server_pid="auto", max_growth="5%")
-    checks = {check["name"]: check for check in ended.summary["checks"]}
-    assert checks["memory growth, total"]["value"] is None
-    assert ended.status == 1

@@ -16,7 +16,7 @@ from loadtest.masks import OK
 from loadtest.options import LoadSettings
 from loadtest.page import render, told
 from loadtest.run import Pulse, Record
-from loadtest.server import MetricsSample
+from loadtest.server import MemorySample, MetricsSample
 from loadtest.slo import Slo
 from loadtest.summary import RunResult, memory_growth, summarize
 
@@ -93,6 +93,12 @@ def test_memory_that_grows_breaks_a_promise() -> None:
     assert growth["value"] == pytest.approx((1 + 0.17) / (1 + 0.07) - 1, abs=0.01)
     assert not growth["kept"]
     assert not found["held"]
+
+
+def test_growth_that_is_not_known_is_not_kept() -> None:
+    found = summary(memory=[MemorySample(1000.0 + second, 500.0) for second in range(3)])
+    growth = next(check for check in found["checks"] if check["name"] == "memory growth, total")
+    assert (growth["value"], growth["kept"]) == (None, False)
 
 
 def test_failures_are_slower_than_any_answer() -> None:

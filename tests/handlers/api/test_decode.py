@@ -380,8 +380,9 @@ def tiff_of(*entries: tuple[int, int, bytes]) -> bytes:
         tiff_of((256, 4, struct.pack("<I", 9)), (257, 4, struct.pack("<I", 9)), (277, 4, struct.pack("<I", 65535))),
         b"II\x2b\0\x08\0\0\0" + b"\xff" * 8,  # BigTIFF, whose first directory lies beyond all files
         b"GIF89a\x01\0\x01\0\0\0\0" + (b"!\xfe" + b"\1a" * 30_000 + b"\0") * 2,
+        b"\xff\x4f\xff\x51" + struct.pack(">HH8IH", 41, 0, 1000, 1000, 0, 0, 1, 1, 0, 0, 3),
     ],
-    ids=["sides below 0", "bits below 0", "many samples", "far directory", "many blocks"],
+    ids=["sides below 0", "bits below 0", "many samples", "far directory", "many blocks", "many tiles"],
 )
 def test_headers_that_lie(data: bytes) -> None:
     with pytest.raises(ServingError, match=r"^image: ") as raised:
