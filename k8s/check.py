@@ -663,7 +663,7 @@ def models(manifests: Manifests) -> Iterator[str]:
         if several and config.precision == "auto":
             yield f"{where}: precision: expected a name, because masks of auto differ from chip to chip, got auto"
         if not config.torch_threads and not _knows_its_cores(server):
-            yield f"{where}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+            yield f"{where}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
         least = min(FILL_TOKENS, _window_tokens(config))
         fewest = int(options.get("batch-size", "0")) * least
         if config.max_inflight_tokens > fewest:
@@ -719,7 +719,7 @@ def _window_tokens(config: ServingConfig) -> int:
 
 def _knows_its_cores(server: Manifest) -> bool:
     given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
-    return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
+    return given.get("MPM_CORES", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
 
 
 def _is_triton(workload: Manifest) -> bool:
@@ -768,6 +768,19 @@ def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{path}.{key}" if path else str(key))
 
 
+def jobs(manifests: Manifests) -> Iterator[str]:
+    """Pods of an Indexed Job share the pictures out among as many as there are: others would be nobody's."""
+    for job in manifests.of("Job"):
+        spec = job["spec"]
+        for container in pod_of(job)["containers"]:
+            for argument in container.get("args", []):
+                expected = f"--shard=$(JOB_COMPLETION_INDEX)/{spec.get('completions')}"
+                mode = spec.get("completionMode")
+                if argument.startswith("--shard=") and (mode != "Indexed" or argument != expected):
+                    where = f"{name_of(job)}: {container['name']}"
+                    yield f"{where}: expected completionMode Indexed and {expected}, got {mode} and {argument}"
+
+
 def image_volumes(manifests: Manifests, kubernetes: tuple[int, int]) -> Iterator[str]:
     """No volume is one that an older API server would drop."""
     for workload in manifests.workloads:
@@ -796,6 +809,7 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     volumes,
     models,
     memory,
+    jobs,
     placeholders,
 )
 RELEASE_CHECKS = (digests, examples)

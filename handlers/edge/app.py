@@ -146,12 +146,9 @@ class Edge:
         async with upstream:
             reply = await _read(upstream)
             if upstream.status != 200 and self._is_triton:
-                fields = {
-                    "code": upstream.status,
-                    "error": error_of(reply, "the server gave no reason"),
-                    "request_id": added["X-Request-Id"],
-                }
-                return web.json_response(fields, status=upstream.status)
+                status, told = triton.status_of(upstream.status, error_of(reply, "the server gave no reason"))
+                fields = {"code": status, "error": told, "request_id": added["X-Request-Id"]}
+                return web.json_response(fields, status=status)
             if upstream.status != 200:
                 return web.Response(body=reply, status=upstream.status, headers=_headers_of(upstream))
             headers = {} if self._is_triton else _headers_of(upstream)

@@ -27,6 +27,7 @@ BOUND = ("spec", "matchResources", "namespaceSelector")
 RULE = ("spec", "rules", 0)
 MODIFIER = (*RULE, "filters", 0, "requestHeaderModifier")
 TRIGGER = ("spec", "triggers", 0, "metadata")
+BATCH = ("batch", "pictures", "masks")
 Path = tuple[str | int, ...]
 
 
@@ -253,6 +254,8 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "8Gi"),
         r"expected a limit of 8\.88 GiB or more .*Java 2\.5 GiB\), got 8 GiB",
     ),
+    ("jobs", ("Job/batch", ("spec", "completions"), 9), r"expected .* --shard=\$\(JOB_COMPLETION_INDEX\)/9, got"),
+    ("jobs", ("Job/batch", ("spec", "completionMode"), "NonIndexed"), "expected completionMode Indexed"),
     (
         "placeholders",
         ("HTTPRoute/segmenter", ("spec", "parentRefs", 0, "name"), "YOUR-GATEWAY"),
@@ -331,7 +334,9 @@ def test_an_edge_that_would_end_after_its_server() -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> str:
-    return render("overlays/h100-sxm/canary")
+    """The overlay with a canary, and a batch beside it."""
+    batch = [d for d in Manifests.parse(render_with("batch")).documents if d["metadata"]["name"] in BATCH]
+    return "\n---\n".join([render("overlays/h100-sxm/canary"), *map(json.dumps, batch)])
 
 
 def test_whole_manifests_have_no_problem(whole: str) -> None:
@@ -410,9 +415,9 @@ def test_threads_that_nobody_limits() -> None:
     text = render("overlays/dev-cpu/torchserve")
     found = problems(change(text, [(DEPLOYMENT, (*SERVER, "env"), GONE)]))
     assert found == [
-        f"models: {DEPLOYMENT}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+        f"models: {DEPLOYMENT}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
     ]
-    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "OMP_NUM_THREADS", "value": "64"})
+    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "MPM_CORES", "value": "64"})
     assert any("torch_threads" in line for line in problems(change(text, [edit])))
 
 

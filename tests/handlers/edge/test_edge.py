@@ -19,6 +19,7 @@ from fronting import Front, Upstream, ask, fronted
 from smuggling import AMBIGUOUS, HEAD
 
 from handlers.cli import main
+from handlers.edge.triton import status_of
 from handlers.launch.processes import free_port
 
 PICTURE = b"\xff\xd8\xff\xe0 a picture \x00\r\n\r\n--x" + bytes(range(256)) * 40
@@ -354,3 +355,11 @@ def until(holds: Callable[[], bool]) -> None:
 def is_open(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_tells_a_lack_of_shared_memory_from_a_fault() -> None:
+    for told in ("Failed to increase the shared memory pool size for key 'a'", "expected a single response, got 0"):
+        status, text = status_of(500, told)
+        assert status == 503
+        assert "/dev/shm" in text
+    assert status_of(500, "broken") == (500, "broken")
