@@ -457,8 +457,13 @@ OBJECTIVES = Board(
             "The alerts are at 14.4 (1 h) and 6 (6 h).",
             "none",
             tuple(
-                Query(f"{_recorded(f'model:mpm_errors:ratio_rate{over}')} / {OBJECTIVE:g}", f"{_EACH}, {over}")
-                for over in ("5m", "1h", "6h", "1d")
+                Query(f"{_recorded(series)} / {OBJECTIVE:g}", f"{_EACH}, {series.rpartition('ratio_rate')[2]}")
+                for series in (
+                    "model:mpm_errors:ratio_rate5m",
+                    "model:mpm_errors:ratio_rate1h",
+                    "model:mpm_errors:ratio_rate6h",
+                    "model:mpm_errors:ratio_rate1d",
+                )
             ),
         ),
         Panel(
