@@ -1,12 +1,17 @@
 """What the dashboards show: panels and their queries, from which Grafana's boards are made.
 
-`$namespace`, `$model` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
+`VARIABLES` and `$__rate_interval` are Grafana's variables; `concrete` fills them in for everyone else.
 """
 
+import re
 from dataclasses import dataclass
 
 RATE = "$__rate_interval"
-_MODEL = 'namespace=~"$namespace", model=~"$model"'
+# Labels to choose by. Those of a pod come from components/monitoring; on one host there are none, and all is shown.
+VARIABLES = {"namespace": "Namespace", "model": "Model", "track": "Track", "node": "Node", "gpu_product": "GPU"}
+_OF_MODEL = ("namespace", "model", "track")  # what recorded series have
+_MODEL = ", ".join(f'{name}=~"${name}"' for name in VARIABLES)
+OBJECTIVE = 0.001  # of a month's requests may fail
 _INTO = 'point="in"'
 _OUT_OF = 'point="out"'
 LONG = "30m"  # for what is sampled rarely
@@ -49,13 +54,19 @@ class Board:
     panels: tuple[Panel, ...]
 
 
-def concrete(expr: str, *, rate: str = "1m", model: str = ".+", namespace: str = ".*") -> str:
-    """The query with Grafana's variables filled in."""
-    return expr.replace(RATE, rate).replace("$model", model).replace("$namespace", namespace)
+def concrete(expr: str, *, rate: str = "1m") -> str:
+    """The query with Grafana's variables filled in, for everything that there is."""
+    return re.sub(rf"\$({'|'.join(VARIABLES)})\b", ".*", expr.replace(RATE, rate))
 
 
 def _metric(name: str, *matchers: str) -> str:
     return name + "{" + ", ".join((_MODEL, *matchers)) + "}"
+
+
+def _recorded(name: str, over: str = "") -> str:
+    """A series of rules.yml, averaged over a time where one is given."""
+    series = name + "{" + ", ".join(f'{label}=~"${label}"' for label in _OF_MODEL) + "}"
+    return f"avg_over_time({series}[{over}])" if over else series
 
 
 def _rate(name: str, *matchers: str, by: str = "", over: str = RATE) -> str:
@@ -92,6 +103,7 @@ _KEPT = 'outcome="kept"'
 _IN = _rate("mpm_tokens_total", _INTO)
 _PADDING = _rate("mpm_padding_tokens_total")
 _OFFERED = _rate("mpm_tokens_total", _INTO, 'stage="0"')
+_SECOND = 'le="1.0"'
 _FAILED = 'code=~"500|503|504"'
 # By the pod that computes on it: what DCGM's exporter calls so, a scrape that keeps its own labels calls `exported_`.
 _GPUS = "DCGM_FI_DEV_GPU_UTIL"
@@ -132,6 +144,25 @@ OVERVIEW = Board(
                     "failed",
                 ),
             ),
+        ),
+        Panel(
+            "Failed requests by track",
+            "The same, of what is stable and of a canary.",
+            "percentunit",
+            (
+                Query(
+                    f"({_rate('mpm_requests_total', _FAILED, by='model, track')} "
+                    f"or 0 * {_rate('mpm_requests_total', by='model, track')}) "
+                    f"/ {_rate('mpm_requests_total', by='model, track')}",
+                    "{{model}} {{track}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Latency by track",
+            "p99, of what is stable and of a canary.",
+            "s",
+            (Query(_quantile(0.99, "mpm_request_seconds", by="le, model, track"), "{{model}} {{track}}"),),
         ),
         Panel(
             "Busy device",
@@ -328,6 +359,26 @@ CAPACITY = Board(
             (Query(_rate("mpm_images_total", by="instance"), "{{instance}}"),),
         ),
         Panel(
+            "Pictures per second by GPU",
+            "And by node: a node below its neighbours has a fault, or too few cores.",
+            "reqps",
+            (
+                Query(_rate("mpm_images_total", by="gpu_product"), "{{gpu_product}}"),
+                Query(_rate("mpm_images_total", by="node"), "{{node}}"),
+            ),
+        ),
+        Panel(
+            "Capacity of a replica by GPU",
+            "Means; tokens of pictures per second that one computes.",
+            "short",
+            (
+                Query(
+                    f"avg by (model, gpu_product) ({_metric('mpm_capacity_tokens_per_second')} > 0)",
+                    "{{model}} on {{gpu_product}}",
+                ),
+            ),
+        ),
+        Panel(
             "Replicas",
             "That serve a model, as Prometheus reaches them.",
             "short",
@@ -383,4 +434,75 @@ CAPACITY = Board(
     ),
 )
 
-BOARDS = (OVERVIEW, MERGING, BATCHING, CAPACITY)
+_MONTH = "30d"
+_RECORDED_ERRORS, _RECORDED_REQUESTS = (
+    _recorded(f"model:mpm_{each}:rate5m", _MONTH) for each in ("errors", "requests")
+)
+_SPENT = f"{_RECORDED_ERRORS} / {_RECORDED_REQUESTS} / {OBJECTIVE:g}"
+_EACH = "{{model}} {{track}}"
+
+OBJECTIVES = Board(
+    "Segmenter: objectives",
+    "mpm-objectives",
+    (
+        Panel(
+            "Error budget left",
+            "Share of the 0.1 % of 30 days' requests that may be 500 or 504, or of the days that Prometheus keeps.",
+            "percentunit",
+            (Query(f"clamp_min(1 - {_SPENT}, 0)", _EACH),),
+        ),
+        Panel(
+            "Burn rate",
+            "How many times faster than the budget allows: at 1 it lasts 30 days, at 14.4 an hour spends a fiftieth. "
+            "The alerts are at 14.4 (1 h) and 6 (6 h).",
+            "none",
+            tuple(
+                Query(f"{_recorded(series)} / {OBJECTIVE:g}", f"{_EACH}, {series.rpartition('ratio_rate')[2]}")
+                for series in (
+                    "model:mpm_errors:ratio_rate5m",
+                    "model:mpm_errors:ratio_rate1h",
+                    "model:mpm_errors:ratio_rate6h",
+                    "model:mpm_errors:ratio_rate1d",
+                )
+            ),
+        ),
+        Panel(
+            "Until the budget is spent",
+            "At the last hour's rate, from what is left; 30 days at the most.",
+            "s",
+            (
+                Query(
+                    f"clamp_min(1 - {_SPENT}, 0) * 30 * 86400 "
+                    f"/ clamp_min({_recorded('model:mpm_errors:ratio_rate1h')} / {OBJECTIVE:g}, 1)",
+                    _EACH,
+                ),
+            ),
+        ),
+        Panel(
+            "Requests refused",
+            "503: overload is no error here, and has its own alert.",
+            "percentunit",
+            (Query(_recorded("model:mpm_refused:ratio_rate5m"), _EACH),),
+        ),
+        Panel(
+            "Answered within a second",
+            "Share of requests, whatever the answer.",
+            "percentunit",
+            (
+                Query(
+                    f"{_rate('mpm_request_seconds_bucket', _SECOND, by='model, track')} "
+                    f"/ {_rate('mpm_request_seconds_count', by='model, track')}",
+                    _EACH,
+                ),
+            ),
+        ),
+        Panel(
+            "Requests",
+            "Per second, what the shares are of.",
+            "reqps",
+            (Query(_recorded("model:mpm_requests:rate5m"), _EACH),),
+        ),
+    ),
+)
+
+BOARDS = (OVERVIEW, OBJECTIVES, MERGING, BATCHING, CAPACITY)

@@ -11,7 +11,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, Vari
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
 
-from .boards import BOARDS, Board, Panel
+from .boards import BOARDS, VARIABLES, Board, Panel
 
 RUNBOOK = Path(__file__).resolve().parent / "runbook.md"
 RUNBOOK_UID = "mpm-runbook"
@@ -30,16 +30,9 @@ def render(board: Board) -> str:
         .time("now-1h", "now")
         .timezone("browser")
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
-        .with_variable(
-            _variable("namespace").label("Namespace").query("label_values(mpm_model_info, namespace)").all_value(".*")
-        )
-        .with_variable(
-            _variable("model")
-            .label("Model")
-            .query('label_values(mpm_model_info{namespace=~"$namespace"}, model)')
-            .all_value(".+")
-        )
     )
+    for name, label in VARIABLES.items():
+        builder = builder.with_variable(_variable(name).label(label))
     for i, panel in enumerate(board.panels):
         row, column = divmod(i, _COLUMNS)
         builder = builder.with_panel(
@@ -49,8 +42,18 @@ def render(board: Board) -> str:
 
 
 def _variable(name: str) -> dashboard.QueryVariable:
-    refresh = VariableRefresh.ON_TIME_RANGE_CHANGED
-    return dashboard.QueryVariable(name).datasource(_SOURCE).refresh(refresh).include_all(True).multi(True)
+    """A label to choose by, among what those before it leave; all of them is also none."""
+    before = list(VARIABLES)[: list(VARIABLES).index(name)]
+    matchers = ", ".join(f'{label}=~"${label}"' for label in before)
+    return (
+        dashboard.QueryVariable(name)
+        .datasource(_SOURCE)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .include_all(True)
+        .multi(True)
+        .query(f"label_values(mpm_model_info{{{matchers}}}, {name})")
+        .all_value(".*")
+    )
 
 
 def render_runbook(markdown: str) -> str:

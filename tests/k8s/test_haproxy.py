@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from proxying import proxy, require_haproxy
 from rendering import ROOT
+from smuggling import AMBIGUOUS
 
 from handlers.api.formats.png import encode_mask_png
 from handlers.api.formats.views import encode_picture
@@ -144,6 +145,77 @@ def test_a_refusal_says_why_and_reaches_nobody(
         assert json.loads(answer)["code"] == status
         assert told in json.loads(answer)["error"]
     assert replica.heads == []
+
+
+class RawReplica:
+    """Keeps every byte of every connection that is none of HAProxy's own checks, and answers each with 200."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listening.getsockname()[1])
+
+    def serve(self) -> None:
+        with suppress(OSError):  # until it is closed
+            while True:
+                connection, _ = self._listening.accept()
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _answer(self, connection: socket.socket) -> None:
+        connection.settimeout(0.2)
+        received = b""
+        with connection, suppress(OSError):
+            while b"\r\n\r\n" not in received and (part := connection.recv(65_536)):
+                received += part
+            if received.startswith(b"GET /ready"):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            with suppress(TimeoutError):  # whatever may follow
+                while part := connection.recv(65_536):
+                    received += part
+            self.seen.append(received)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RawReplica, tuple[str, int]]]:
+    haproxy, replica = require_haproxy(), RawReplica()
+    threading.Thread(target=replica.serve, daemon=True).start()
+    behind = (f"127.0.0.1:{replica.port}", replica.port)
+    with proxy(haproxy, [behind, behind], tmp_path_factory.mktemp("raw") / "log") as listening:
+        host, _, port = listening.partition(":")
+        yield replica, (host, int(port))
+    replica.close()
+
+
+PLAIN = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.1\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: ?[^\r\n\0]*\r\n)*\r\n")
+
+
+@pytest.mark.parametrize("data", AMBIGUOUS)
+def test_what_two_servers_could_read_differently(data: bytes, raw: tuple[RawReplica, tuple[str, int]]) -> None:
+    """It is refused, or what reaches the replica has one reading: one request, of one length."""
+    replica, address = raw
+    replica.seen.clear()
+    with socket.create_connection(address, timeout=2) as client:
+        client.sendall(data)
+        answer = b""
+        with suppress(TimeoutError, ConnectionResetError):
+            while part := client.recv(65_536):
+                answer += part
+    if not replica.seen:
+        assert answer == b"" or re.match(rb"HTTP/1\.[01] (400|405|411|413|415|422|501)", answer), answer[:100]
+        return
+    (received,) = replica.seen
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert PLAIN.fullmatch(head + b"\r\n\r\n"), head
+    lengths = re.findall(rb"(?im)^content-length: *(\S*)\r?$", head)
+    assert not re.search(rb"(?im)^transfer-encoding", head)
+    assert len(lengths) == (head[:4] in (b"POST", b"PUT "))
+    assert len(body) == sum(map(int, lengths)), received
 
 
 @pytest.mark.parametrize(("options", "passes"), [(["--data-binary", "ab"], True), (["-T", "-"], False)])

@@ -24,7 +24,7 @@ from handlers.observe.metrics import Metrics
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
 from k8s.manifests import Manifest, Manifests, pod_of, running_of, server_of
-from k8s.monitoring.boards import BOARDS
+from k8s.monitoring.boards import BOARDS, OBJECTIVE, VARIABLES
 from k8s.monitoring.grafana import RUNBOOK_UID
 
 KUBERNETES = ("1.32", "1.37")  # the oldest that we take care of, and the newest whose schemas are at hand
@@ -321,6 +321,21 @@ def test_every_board_is_in_the_dashboards() -> None:
     for name, text in config["data"].items():
         assert text == (K8S / "monitoring" / "dashboards" / name).read_text()
     assert sum(map(len, config["data"].values())) < 2**19, "a ConfigMap holds a megabyte"
+
+
+@pytest.mark.parametrize("overlay", ["h100-sxm/torchserve", "kserve"])
+def test_monitors_give_what_the_boards_choose_by(overlay: str) -> None:
+    """Namespace and model are there already."""
+    (monitor,) = manifests(f"overlays/{overlay}").of("PodMonitor")
+    (engine,) = [each for each in monitor["spec"]["podMetricsEndpoints"] if each["port"] == "metrics"]
+    given = {each["targetLabel"] for each in engine["relabelings"]} | set(monitor["spec"].get("podTargetLabels", []))
+    assert given == set(VARIABLES) - {"namespace", "model"} - ({"track"} if overlay == "kserve" else set())
+    assert monitor["spec"]["attachMetadata"] == {"node": True}, "without it nodes have no labels"
+
+
+def test_the_objective_is_that_of_the_alerts() -> None:
+    text = (K8S / "monitoring" / "rules.yml").read_text()
+    assert {float(found) for found in re.findall(r"ratio_rate\w+ > [\d.]+ \* ([\d.]+)", text)} == {OBJECTIVE}
 
 
 def test_the_rules_find_the_monitor_s_job() -> None:

@@ -33,7 +33,7 @@ from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 from k8s.cli import graph_url
 from k8s.generate import dashboards
-from k8s.monitoring.boards import BOARDS, Board, concrete
+from k8s.monitoring.boards import BOARDS, OBJECTIVES, Board, concrete
 from k8s.monitoring.grafana import RUNBOOK, render_runbook
 from k8s.monitoring.prometheus import RULES, Prometheus
 
@@ -44,6 +44,8 @@ MONITORING = ROOT / "k8s" / "monitoring"
 PANELS = [(board, panel) for board in BOARDS for panel in board.panels]
 RULES_TESTS = ("rules_test.yml", "rules_days_test.yml")
 RECORDED, ALERTS = (group["rules"] for group in yaml.safe_load(RULES.read_text())["groups"])
+# What components/monitoring adds of a pod
+OF_THE_POD = {"track": "stable", "node": "node-1", "gpu_product": "NVIDIA-H100-80GB-HBM3"}
 FOREIGN = {"mpm_ops"}  # what looks like a metric's name and is none
 OF_THE_EDGE = {
     "mpm_restarts_total",
@@ -71,7 +73,7 @@ def program() -> Path:
 @pytest.fixture(scope="module")
 def prometheus(program: Path, metrics_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
-    with Prometheus([f"127.0.0.1:{metrics_port}"], folder, program=program) as started:
+    with Prometheus([f"127.0.0.1:{metrics_port}"], folder, program=program, labels=OF_THE_POD) as started:
         yield started
 
 
@@ -381,6 +383,41 @@ def test_rules_are_sound(promtool: Path) -> None:
 def test_rules_fire_when_they_should(promtool: Path) -> None:
     done = subprocess.run(
         [str(promtool), "test", "rules", *RULES_TESTS], cwd=MONITORING, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_error_budget_is_what_failures_leave(promtool: Path, tmp_path: Path) -> None:
+    """One of 2,000 fails: half of the budget, burnt half as fast as allowed; of a canary three, which is too fast."""
+    failing = {"stable": 1, "canary": 3}
+    samples = {  # of every series: left, burn rate, seconds
+        "Error budget left": {"stable": 0.5, "canary": 0.0},
+        "Burn rate": {"stable": 0.5, "canary": 1.5},
+        "Until the budget is spent": {"stable": 0.5 * 30 * 86_400, "canary": 0.0},
+    }
+    series = [
+        {"series": f'mpm_requests_total{{model="s", track="{track}", code="{code}"}}', "values": f"0+{number}x180"}
+        for track, bad in failing.items()
+        for code, number in (("200", 1990), ("503", 10 - bad), ("500", bad - bad // 2), ("504", bad // 2))
+    ]
+    asked = [
+        {
+            "expr": f"round({concrete(query.expr)}, 0.001)",
+            "eval_time": "3h",
+            "exp_samples": [
+                {"labels": f'{{model="s", track="{track}"}}', "value": value}
+                for track, value in samples[panel.title].items()
+            ],
+        }
+        for panel in OBJECTIVES.panels
+        if panel.title in samples
+        for query in panel.queries
+    ]
+    assert len(asked) == 6
+    tests = [{"interval": "1m", "input_series": series, "promql_expr_test": asked}]
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": tests}))
+    done = subprocess.run(
+        [str(promtool), "test", "rules", str(tmp_path / "tests.yml")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

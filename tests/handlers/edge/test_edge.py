@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 from fronting import Front, Upstream, ask, fronted
+from smuggling import AMBIGUOUS, HEAD
 
 from handlers.cli import main
 from handlers.edge.triton import status_of
@@ -84,57 +85,7 @@ def test_what_is_long_or_in_chunks_arrives_with_one_length(edge: Front, upstream
     assert len(upstream.seen) == 2
 
 
-HEAD = b"POST /predictions/m HTTP/1.1\r\nHost: a\r\n"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
-        HEAD + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
-        HEAD + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"Content-Length: 4, 4\r\n\r\nabcd",
-        HEAD + b"Content-Length: +4\r\n\r\nabcd",
-        HEAD + b"Content-Length: 0x4\r\n\r\nabcd",
-        HEAD + b"Content-Length: -4\r\n\r\nabcd",
-        HEAD + b"Content-Length : 4\r\n\r\nabcd",
-        HEAD + b"Content-Length: 4 4\r\n\r\nabcd",
-        HEAD + b"X-A: b\r\n Content-Length: 4\r\n\r\nabcd",
-        HEAD + b"X-A: b\r\n\tc\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b" X-A: b\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x4\r\nabcd\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4 4\r\nabcd\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4\nabcd\n0\n\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n10000000000000004\r\nabcd\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4;a=\"\n\r\nabcd\r\n0\r\n\r\n",
-        HEAD.replace(b"\r\n", b"\n") + b"Content-Length: 4\n\nabcd",
-        HEAD + b"X-A: b\x00c\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"X-A: b\rc\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"X-\xff: b\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"Host: b\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"Content-Type: a/b\r\nContent-Type: c/d\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"X-Request-Id: a\xff\xfe\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"1.1", b"1.2") + b"Content-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"1.1", b"2.0") + b"Content-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"/pred", b"http://other/pred") + b"Content-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"tions/m", b"tions/\x01m") + b"Content-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"tions/m", b"tions/m#a") + b"Content-Length: 4\r\n\r\nabcd",
-        HEAD.replace(b"POST", b"CONNECT") + b"\r\n",
-        HEAD.replace(b"POST", b"TRACE") + b"\r\n",
-        HEAD + b"".join(b"X-%d: a\r\n" % i for i in range(200)) + b"\r\n",
-        HEAD + b"X-A: " + b"a" * 10_000 + b"\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("data", AMBIGUOUS)
 def test_refuses_what_two_servers_could_read_differently(edge: Front, upstream: Upstream, data: bytes) -> None:
     answer = edge.send(data, timeout=2)
     head, _, body = answer.partition(b"\r\n\r\n")
