@@ -23,6 +23,7 @@ from .containers import Header
 
 BASE_BYTES = 96 * 2**20  # of a picture of no pixels: libraries and their buffers
 _SECONDS, _SECONDS_PER_MEGAPIXEL = 5.0, 0.3  # of processor time
+_INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")  # of the environment: no secrets
 _PATIENCE = 3  # times as long by the clock
 
 
@@ -32,7 +33,7 @@ class _Process:
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
         environment = {
-            **os.environ,
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",

@@ -182,6 +182,9 @@ class Edge:
         async with await self._ask(request, target, data, changed, added) as upstream:
             headers = _headers_of(upstream)
             length = upstream.content_length
+            if self._is_triton and upstream.status == 500:
+                status, told = triton.status_of(500, error_of(await _read(upstream), "the server gave no reason"))
+                return web.json_response({"error": told}, status=status)
             if (length is not None and length <= _WHOLE_BYTES) or request.method == "HEAD":
                 return web.Response(
                     body=await _read(upstream), status=upstream.status, reason=upstream.reason, headers=headers

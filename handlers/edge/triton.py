@@ -16,6 +16,7 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON", "application/x-npy": "MASK"}
 
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[0-9]+)?/infer")
+_BAD_JSON = ("failed to parse the request JSON buffer", "Unable to ")
 _NO_ROOM = ("shared memory pool size", "single response, got 0")
 _NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
 
@@ -43,6 +44,29 @@ def check_body(path: str, headers: Mapping[str, str], data: bytes, limits: Limit
     if length > limits.json_bytes:
         raise too_long("JSON", limits.json_bytes, str(length))
     check_json(document, limits)
+    if document and _INFER.fullmatch(path):
+        _check_request(document)
+
+
+def _check_request(document: bytes) -> None:
+    """Refuse what is no JSON, and the extension that divides by zero in Triton where an output is of BYTES."""
+    try:
+        fields: Any = json.loads(document.decode(), object_pairs_hook=_without_twins)
+    except ValueError as error:
+        raise ServingError(ErrorKind.BAD_REQUEST, f"JSON: expected a document, got an error: {error}"[:200]) from None
+    outputs = fields.get("outputs") if isinstance(fields, dict) else None
+    for output in outputs if isinstance(outputs, list) else ():
+        parameters = output.get("parameters") if isinstance(output, dict) else None
+        if isinstance(parameters, dict) and "classification" in parameters:
+            raise ServingError(ErrorKind.BAD_REQUEST, "outputs: expected no parameter classification, got one")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A parser may take the first of two equal names, and another the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that comes twice")
+    return found
 
 
 def infer_path(name: str, version: str | None) -> str:
@@ -75,7 +99,9 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
 
 
 def status_of(status: int, error: str) -> tuple[int, str]:
-    """Status and text of an error; what found no room in shared memory is told apart from what is broken."""
+    """Status and text of an error: for Triton bad JSON and a lack of shared memory are faults of its own."""
     if status == 500 and any(part in error for part in _NO_ROOM):
         return 503, "the server has no room in /dev/shm for this picture or its answer; ask again, or give it more"
+    if status == 500 and error.startswith(_BAD_JSON):
+        return 400, error
     return status, error

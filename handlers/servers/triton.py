@@ -158,18 +158,18 @@ class _Channel:
     def send(self, answer: "Future[Any]") -> None:
         """Send what the request is answered with.
 
-        Triton takes no second answer where the first failed, for want of shared memory. So the end is sent apart: with
-        no answer before it, it makes Triton answer an error of its own.
+        Triton takes no second answer where the first failed, for want of shared memory. So the end of masks is sent
+        apart: with no answer before it, it makes Triton answer an error of its own. An error comes with the end: over
+        gRPC, an end after it would make it an answer.
         """
+        response, final = _response(answer), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        parts = [{"response": response, "flags": final if response.has_error() else 0}, {"flags": final}]
         with self._lock:
             self._sent = True
             with _sending:
-                for what in (
-                    {"response": _response(answer)},
-                    {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL},
-                ):
+                for part in parts[: 1 if response.has_error() else 2]:
                     try:
-                        self._sender.send(**what)
+                        self._sender.send(**part)
                     except Exception as error:
                         logger.error("request %s: the answer could not be sent: %s", self.request_id, error)
             del self._request, self._sender
@@ -202,7 +202,11 @@ class _Gate:
 def _headers(request: Any) -> dict[str, str]:
     """Options by lower-case name, from parameters and from the HTTP headers that Triton passes on as such."""
     headers = {}
-    for name, value in json.loads(request.parameters() or "{}").items():
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except ValueError:
+        raise ServingError(ErrorKind.BAD_REQUEST, "headers and parameters: expected UTF-8, got other bytes") from None
+    for name, value in parameters.items():
         if name.lower() not in OPTION_HEADERS:
             raise ServingError(
                 ErrorKind.BAD_REQUEST, f"parameters: expected some of {', '.join(OPTION_HEADERS)}, got {name[:40]!r}"
@@ -241,7 +245,13 @@ def _options(headers: Mapping[str, str], outputs: Sequence[str], request_id: str
 
 
 def _pictures(request: Any) -> list[bytes]:
-    values = pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy().ravel()
+    tensor = pb_utils.get_input_tensor_by_name(request, INPUT)
+    values, shape = tensor.as_numpy().ravel(), list(tensor.shape())
+    if shape != [len(values), 1]:  # which Triton doesn't compare with what came
+        raise ServingError(
+            ErrorKind.BAD_REQUEST,
+            f"{INPUT}: expected shape [pictures, 1], as many as came ({len(values)}), got {shape}",
+        )
     return [bytes(value) for value in values]
 
 

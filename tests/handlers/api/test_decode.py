@@ -13,6 +13,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageCms
@@ -496,6 +497,15 @@ def test_a_decoder_that_does_not_return_is_ended(monkeypatch: pytest.MonkeyPatch
     assert time.monotonic() - start < 10
     monkeypatch.undo()
     assert decode(encode(IMAGE, "JPEG2000")).shape == RGB.shape  # by another process
+
+
+def test_decoders_inherit_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart.end_all()
+    monkeypatch.setenv("A_SECRET", "told to nobody")
+    decode(encode(IMAGE, "JPEG2000"))
+    (child,) = [each for each in psutil.Process().children() if "handlers.api.other_formats" in each.cmdline()]
+    assert "A_SECRET" not in child.environ()
+    assert child.environ()["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_decoder_that_wants_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

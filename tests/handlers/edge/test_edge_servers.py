@@ -2,12 +2,14 @@
 
 import base64
 import io
+import json
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +118,46 @@ def test_triton_survives_nested_json(edges: dict[str, Front], triton: Triton, pi
                 assert "JSON: expected nesting of at most 64, got deeper" in answer.json()["error"]
     assert infer_raw(edge.url, "tiny", picture).status == 200
     assert triton.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "told"),
+    [
+        ({"outputs": [{"name": "MASK_PNG", "parameters": {"classification": 3}}]}, 400, "no parameter classification"),
+        ({"shape": [2**62, 1]}, 400, "IMAGE: expected shape [pictures, 1]"),
+        ({"shape": [-1, 1]}, 400, "Unable to parse 'shape'"),
+        ({"shape": [2**31, 2**31]}, 400, "unexpected shape"),
+        ({"binary_data_size": 2**62}, 400, "unexpected size for input"),
+        ({"shared_memory_region": "../../etc/passwd", "shared_memory_byte_size": 2**62}, 404, "shared memory region"),
+        ({"id": "\ud800"}, 400, "failed to parse the request JSON"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_triton_survives_requests_that_lie(
+    edges: dict[str, Front], triton: Triton, picture: bytes, changed: dict[str, Any], status: int, told: str
+) -> None:
+    """`classification` of what is no number divides by zero, and ends a Triton without an edge."""
+    size = {"binary_data_size": len(picture) + 4}
+    parameters = {name: value for name, value in changed.items() if name.startswith(("binary", "shared"))} or size
+    image = {"name": "IMAGE", "shape": changed.get("shape", [1, 1]), "datatype": "BYTES", "parameters": parameters}
+    others = {name: value for name, value in changed.items() if name in ("outputs", "id")}
+    head = json.dumps({"inputs": [image]} | others).encode()
+    data = head + len(picture).to_bytes(4, "little") + picture
+    pid = triton.pid
+    answer = requests.post(f"{edges['triton'].url}/v2/models/tiny/infer", data=data, headers={LENGTH: str(len(head))})
+    assert answer.status_code == status
+    assert told in answer.json()["error"]
+    assert infer_raw(triton.url, "tiny", picture).status == 200
+    assert triton.pid == pid
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"inputs": [', b'{"inputs": 3}', b"[1]", b'{"id": "\xff"}', b'{"a": 1, "a": 2}'], ids=repr
+)
+def test_bad_json_is_the_clients_fault(edges: dict[str, Front], data: bytes) -> None:
+    answer = requests.post(f"{edges['triton'].url}/v2/models/tiny/infer", data=data)
+    assert answer.status_code == 400
+    assert answer.json()["error"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from handlers.launch.processes import ServerError, check_port, free_port, url_of
 # A launcher of a server that needs no model: it answers every body with itself, after as many seconds as a path says.
 LAUNCHER = """
 import sys, time
+from handlers.launch import processes, supervision
 from handlers.launch.edge import Front
 from handlers.launch.processes import Server, run_in_foreground
 
@@ -28,7 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Echo(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(float(self.path[1:]))
+        time.sleep(float(self.path.rpartition("/")[2]))
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -38,8 +39,13 @@ class Echo(BaseHTTPRequestHandler):
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
 '''
 
+supervision._LOOK_SECONDS, supervision._ASK_SECONDS, supervision._ANSWER_SECONDS = 0.1, 0.3, 1.0
+processes._LOST_SECONDS = 0.5
+
 class Echo(Server):
-    max_body_bytes, answer_seconds, watched = 1000, 20.0, {}
+    max_body_bytes, answer_seconds = 1000, 20.0
+    @property
+    def watched(self): return {f"{self._own_url}/predictions/0": ""}  # a mask of a tiny picture may be that picture
     def __init__(self, front):
         super().__init__("Echo", sys.argv[1], 0, None, front)
         self._spawn([sys.executable, "-c", BEHIND, str(self.port)], {})
@@ -55,7 +61,7 @@ class Echo(Server):
     def examples(self, sample): return sample
     def ailment(self): return ""
     def forget(self): pass
-    def may_recover(self, *_): return True
+    def may_recover(self, num_failures, ill_seconds): return num_failures < 2
 
 from handlers.launch.processes import ServerError, check_port
 sys.exit(run_in_foreground(Echo, front=lambda: Front(sys.argv[1], int(sys.argv[2]), server="torchserve"),
@@ -104,6 +110,20 @@ def test_both_are_started_again_and_end_in_order(running: Launched) -> None:
         assert waiting.result().content == b"late"
     assert running.process.wait(10) == 0
     assert "drained" in running.told
+
+
+def test_a_server_that_lives_and_answers_nothing_is_started_again(running: Launched) -> None:
+    (server,) = running.children("ThreadingHTTPServer((")
+    server.suspend()
+    running.wait_until(lambda: not running.is_ready, 20)
+    assert "not answered within 1 s" in running.told
+    running.wait_until(lambda: running.is_ready, 30)
+    assert not server.is_running()
+    assert requests.post(f"{running.url}/0", data=b"a").content == b"a"
+    assert "no model comes back here" in running.told
+    assert "Echo ended with status 1; starting it again" in running.told
+    host = running.told.partition("Ready on ")[2].partition(". Try")[0]
+    assert 'mpm_restarts_total{process="server"} 1' in requests.get(f"{host}/metrics").text
 
 
 def test_a_server_that_keeps_ending_is_given_up(running: Launched) -> None:

@@ -272,6 +272,12 @@ class TestRefusals:
         assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
         assert infer_raw(triton.url, "tiny", data).status == 400
 
+    @pytest.mark.parametrize("name", ["X-Request-Id", "X-MPM-View"])
+    def test_headers_that_are_no_text(self, triton: Triton, jpeg: bytes, name: str) -> None:
+        response = infer_raw(triton.url, "tiny", jpeg, **{name: "\xe9\xff"})
+        assert response.status == 400
+        assert response.error == "headers and parameters: expected UTF-8, got other bytes"
+
     def test_truncated(self, triton: Triton, jpeg: bytes) -> None:
         response = infer_raw(triton.url, "tiny", jpeg[: len(jpeg) // 2])
         assert response.status == 400

@@ -47,6 +47,9 @@ class Tensor:
     def as_numpy(self) -> np.ndarray:
         return self.values
 
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
 
 class TritonError(SimpleNamespace):
     INVALID_ARG, INTERNAL, UNAVAILABLE, CANCELLED = "invalid", "internal", "unavailable", "cancelled"
@@ -58,6 +61,9 @@ class TritonError(SimpleNamespace):
 class Response(SimpleNamespace):
     def __init__(self, tensors: Any = (), error: Any = None) -> None:
         super().__init__(tensors=tensors, error=error)
+
+    def has_error(self) -> bool:
+        return self.error is not None
 
 
 PB_UTILS = SimpleNamespace(
@@ -129,6 +135,7 @@ class Request:
         if response is not None:
             self._num_sent += 1
             assert self._num_sent == 1
+            assert bool(flags) == response.has_error()  # over gRPC an end after an error would hide it
             if self._send_failures:
                 self._send_failures -= 1
                 raise RuntimeError("no room in shared memory")
