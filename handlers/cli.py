@@ -29,6 +29,7 @@ port_option = partial(click.option, type=PORT, metavar="PORT")
 _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
 _PORTS = {"torchserve": 8080, "triton": 8000}
 _SAMPLE = Path("build/samples/street.jpg")
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 _FORMATS = ("png", "json", "npy", "overlay", "tokens", "confidence")
 
 
@@ -144,8 +145,8 @@ def serve(
 ) -> int:
     """Serve a model until Ctrl-C or SIGTERM.
 
-    MODEL is a checkpoint (a file with variant.yml beside it, or their folder), which is built before, or a model store
-    or repository that `mpm build` made. Without it the demo model is served.
+    MODEL is a checkpoint or its folder, which is built before, or a model store or repository that `mpm build` made.
+    Without it the demo model is served.
     """
     if model and not model.exists():
         raise click.UsageError(f"MODEL: expected a checkpoint or what `mpm build` made, got {model}: no such file")
@@ -154,10 +155,8 @@ def serve(
         raise click.UsageError("--grpc-port, --triton-metrics-port, --admin-secret-file: expected with Triton only")
     if cors_origin and no_edge:
         raise click.UsageError("--cors-origin: expected with the edge, leave out --no-edge")
-    if model and (model / "checkpoint.pth").is_file():
-        model = model / "checkpoint.pth"
     given = {name: value for name, value in build.items() if value is not None}
-    if model is None or model.is_file():
+    if model is None or model.is_file() or any(path.suffix in _WEIGHTS for path in model.iterdir()):
         checkpoint = {"checkpoint": model} if model else {}
         alone = [] if "out" in given else ["--alone"]
         model = given.setdefault("out", _STORES[server])
@@ -338,3 +337,15 @@ def bench(arguments: tuple[str, ...]) -> int:
     from handlers.bench.__main__ import main as answer
 
     return answer(arguments)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--server SERVER ...")
+def edge(arguments: tuple[str, ...]) -> int:
+    """Put strict HTTP in front of a server that runs elsewhere, in a process or container of its own.
+
+    `mpm edge --help` lists the options. `mpm serve` has one already.
+    """
+    from handlers.edge.__main__ import main as run_edge
+
+    return run_edge(arguments)
