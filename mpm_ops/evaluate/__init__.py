@@ -122,7 +122,7 @@ def compare(
     names = load_classes(checkpoint.parent, model.config.n_cls).names
     results = [*_results(evaluations, names, len(lights))]
     if times:
-        _add_times(results, times, computed_on)
+        _add_times(results, times, model.config.d_model, computed_on)
     print(f"{settings['pictures']}, {len(pairs)} pictures, {settings['computed on']}; in brackets 95 % intervals")
     print_table(results)
     if out:
@@ -323,10 +323,15 @@ def batch_statistics(lengths: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def _add_times(results: Sequence[Row], report: Path, runtime: str) -> None:
-    """Take milliseconds a window from a report of `mpm bench model`, of the same runtime and precision."""
-    rows = json.loads(report.read_text())["results"]
-    known = {(row["merger"], f"{row['runtime']} {row['precision']}"): row["median_ms"] for row in rows}
+def _add_times(results: Sequence[Row], file: Path, width: int, runtime: str) -> None:
+    """Take milliseconds a window from a report of `mpm bench model`: of this width, runtime and precision."""
+    report = json.loads(file.read_text())
+    sizes = {size for size, (of_size, _) in report["shapes"]["sizes"].items() if of_size == width}
+    known = {
+        (row["merger"], f"{row['runtime']} {row['precision']}"): row["median_ms"]
+        for row in report["results"]
+        if row["size"] in sizes and "setting" not in row
+    }
     for result in results:
         result["median_ms"] = known.get((result["merger"], runtime))
 
