@@ -29,6 +29,7 @@ from .dense import DenseSegmenter
 from .injected import Injected
 from .timing import Laps, Timer, in_turn
 
+# Table 5's unmerged 735 and 375 are CTS's in the supplement's table 7, whose first row of two for MPM on L has 351.
 PAPER_UNMERGED = {"fp32": {"Ti": 660, "S": 333, "B": 133, "L": 47}, "bf16": {"B": 735, "L": 375}}
 PAPER_MERGED = {
     "fp32": {"Ti": 831, "S": 431, "B": 177, "L": 74},

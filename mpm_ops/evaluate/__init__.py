@@ -103,19 +103,18 @@ def compare(
     asked += sweep_mergers(model.tower) if sweep else []
     unmerged: Merger = NoMerging(tower=model.tower)
     chosen = [unmerged, *{str(merger): merger for merger in asked if merger.cuts}.values()]
-    runtime, precision = (used := make_runtime(model, runtime, precision)).name, used.precision  # of all rows
+    model.runtime = make_runtime(model, runtime, precision)
+    computed_on = f"{model.runtime.name} {model.runtime.precision}"  # all rows
     settings = {
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "pictures": f"{dataset} {split} {root.resolve()}",
-        "computed on": f"{runtime} {precision} {device}",
+        "computed on": f"{computed_on} {device}",
         "inference": asdict(model.inference),
     }
     evaluations, arithmetic = [], Arithmetic(model)
     with TemporaryDirectory() as scratch:
         known = _Known(out or Path(scratch), settings)
         for merger in chosen:
-            model.merger = merger
-            model.runtime = make_runtime(model, runtime, precision)  # anew, so that the one before is freed
             for light in lights:
                 rows = [*_rows(model, merger, light, pairs, DATASETS[dataset], known)]
                 name = str(merger) if light == 1 else f"{merger} light={light:g}"
@@ -123,7 +122,7 @@ def compare(
     names = load_classes(checkpoint.parent, model.config.n_cls).names
     results = [*_results(evaluations, names, len(lights))]
     if times:
-        _add_times(results, times, f"{runtime} {precision}")
+        _add_times(results, times, model.config.d_model, computed_on)
     print(f"{settings['pictures']}, {len(pairs)} pictures, {settings['computed on']}; in brackets 95 % intervals")
     print_table(results)
     if out:
@@ -217,6 +216,9 @@ def _rows(
             name = f"{image.parent.name}/{image.name}"
             row = known.find(merger, light, name)
             if row is None:
+                if model.merger is not merger:
+                    model.merger = merger
+                    model.runtime = make_runtime(model, model.runtime.name, model.runtime.precision)
                 file = known.unmerged(light, name)
                 unmerged = None if isinstance(merger, NoMerging) else cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
                 row, found = picture_row(model, merger, (image, labels), dataset, light=light, unmerged=unmerged)
@@ -321,10 +323,15 @@ def batch_statistics(lengths: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def _add_times(results: Sequence[Row], report: Path, runtime: str) -> None:
-    """Take milliseconds a window from a report of `mpm bench model`, of the same runtime and precision."""
-    rows = json.loads(report.read_text())["results"]
-    known = {(row["merger"], f"{row['runtime']} {row['precision']}"): row["median_ms"] for row in rows}
+def _add_times(results: Sequence[Row], file: Path, width: int, runtime: str) -> None:
+    """Take milliseconds a window from a report of `mpm bench model`: of this width, runtime and precision."""
+    report = json.loads(file.read_text())
+    sizes = {size for size, (of_size, _) in report["shapes"]["sizes"].items() if of_size == width}
+    known = {
+        (row["merger"], f"{row['runtime']} {row['precision']}"): row["median_ms"]
+        for row in report["results"]
+        if row["size"] in sizes and "setting" not in row
+    }
     for result in results:
         result["median_ms"] = known.get((result["merger"], runtime))
 

@@ -35,19 +35,22 @@ class Seen:
 
 def segment(model: Segmenter, merger: Merger, image: np.ndarray) -> Seen:
     """Segment a picture as anybody does, with another merger, and look on."""
-    watched = _Watched(merger)
+    watched, before = _Watched(merger), model.merger
     model.merger = cast(Merger, watched)
-    start = perf_counter()
-    labels = model.segment(image)
-    seconds = perf_counter() - start
+    try:
+        start = perf_counter()
+        labels = model.segment(image)
+        seconds = perf_counter() - start
+    finally:
+        model.merger = before
 
     columns = -(-model.inference.window_size // model.config.patch_size)
     num_merges = len(merger.stages) - 1
     lengths: list[list[int]] = [[] for _ in range(num_merges)]
     distances = np.zeros(2 * columns, np.int64)
-    for i, (before, after) in enumerate(watched.merges):
-        lengths[i % num_merges] += [int(merge_map.max()) + 1 for merge_map in after]
-        for old, new in zip(before or [None] * len(after), after, strict=True):
+    for i, (old_maps, new_maps) in enumerate(watched.merges):
+        lengths[i % num_merges] += [int(merge_map.max()) + 1 for merge_map in new_maps]
+        for old, new in zip(old_maps or [None] * len(new_maps), new_maps, strict=True):
             steps = merge_distances(None if old is None else _array(old), _array(new), columns)
             distances += np.bincount(steps, minlength=len(distances))
     num_windows = plan_windows(image.shape[0], image.shape[1], model.inference).num_windows

@@ -64,12 +64,12 @@ def plot(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         families.setdefault(family(result["merger"]), []).append(result)
     for i, (field, title) in enumerate({"agreement": "agreement", "mean_iou": "mean IoU"}.items()):
         for panel, (x, x_title) in zip(panels[i], across.items(), strict=True):
-            for name, members in families.items():
+            for color, (name, members) in enumerate(families.items()):
                 known = sorted((m[x], m[field], *m["intervals"][field]) for m in members if m.get(x) is not None)
                 if known:
                     at, value, low, high = zip(*known, strict=True)
-                    panel.plot(at, value, ".-" if len(known) > 1 else "*", label=name)
-                    panel.fill_between(at, low, high, alpha=0.1)
+                    panel.plot(at, value, ".-" if len(known) > 1 else "*", color=f"C{color}", label=name)
+                    panel.fill_between(at, low, high, color=f"C{color}", alpha=0.1)
             panel.grid(alpha=0.3)
             panel.set(xlabel=x_title if i else "")
         panels[i, 0].set(ylabel=title)
@@ -86,6 +86,6 @@ def family(merger: str) -> str:
     items = parameters.split(",")
     name += f" {light}" if light else ""
     cuts = [item for item in items if item.isdigit()]
-    if any(item.startswith("keep") for item in items):
+    if "weighted" in items or any(item.startswith("keep") for item in items):
         return f"{name} {','.join(cuts)}, keep"
     return f"{name}, {len(cuts)} merge{'s' if len(cuts) > 1 else ''}" if cuts else name

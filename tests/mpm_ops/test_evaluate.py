@@ -341,9 +341,12 @@ def test_a_run_that_was_interrupted_goes_on(
 
 
 def test_every_merger_meets_every_light(arguments: list[str], tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text(
-        json.dumps({"results": [{"merger": "none", "runtime": "torch", "precision": "fp32", "median_ms": 12.3}]})
-    )
+    row = {"size": "Ti", "merger": "none", "runtime": "torch", "precision": "fp32", "median_ms": 12.3}
+    report = {
+        "shapes": {"sizes": {"Ti": [64, 1], "S": [128, 2]}},
+        "results": [row, row | {"size": "S", "median_ms": 9}],
+    }
+    (tmp_path / "bench.json").write_text(json.dumps(report))
     more = ["--light=1", "--light=0.3", f"--out={tmp_path / 'out'}", f"--times={tmp_path / 'bench.json'}"]
     assert main([*arguments, *more]) == 0
     results = json.loads((tmp_path / "out/scores.json").read_text())["results"]
