@@ -47,11 +47,17 @@ class Merger(ABC):
         """Attention of the encoder counts each token as often as the patches it stands for."""
         return False
 
+    @property
+    def sees_mates(self) -> bool:
+        """How a window merges depends on those computed with it; servers refuse that."""
+        return False
+
     @abstractmethod
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         """Merge the windows of a stage's output; the call that is returned waits for the device.
 
-        Windows merge independently of their mates. Special tokens stay in front and are never merged.
+        Windows merge independently of their mates, unless it `sees_mates`. Special tokens stay in front and are never
+        merged.
         """
 
     @property

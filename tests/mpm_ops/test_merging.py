@@ -120,6 +120,7 @@ def test_refuses_schedules_the_encoder_cannot_follow(schedule: tuple[int, ...]) 
         ("tome:r=46", ToMe(tower=TOWER, r=46), "tome:r=46"),
         ("algm", Algm(tower=TOWER, threshold=0.9), "algm:threshold=0.9"),
         ("algm:threshold=0.999", Algm(tower=TOWER, threshold=0.999), "algm:threshold=0.999"),
+        ("algm:block=6,batch=4", Algm(tower=TOWER, block=6, batch=4), "algm:threshold=0.9,block=6,batch=4"),
     ],
 )
 def test_mergers_are_read_and_written_as_text(text: str, merger: Merger, written: str) -> None:
@@ -249,6 +250,43 @@ def test_algm_merges_above_the_mean_of_the_window_next() -> None:
     check_clusters(windows, merger.launch(windows)(), clusters, 1)
 
 
+def test_algm_cuts_where_upstream_does() -> None:
+    towers = {width: Tower(num_blocks=24, width=width, num_special=1) for width in (192, 384, 768, 1024)}
+    cuts = {width: Algm(tower=tower).cuts for width, tower in towers.items()}
+    assert cuts == {192: (1, 9), 384: (1, 9), 768: (1, 9), 1024: (1, 13)}
+
+
+def test_algm_decides_for_a_batch_as_upstream_does() -> None:
+    """The least of the windows merges in all; the second threshold is a mean over windows, by the layer from 1."""
+    torch.manual_seed(3)  # of which the least is not 0
+    large = Tower(num_blocks=8, width=1024, num_special=1)
+    merger = Algm(tower=large, threshold=0.6, batch=2)
+    length, grid = 1 + 8 * 4, (8, 4)
+    x = torch.randn(5, length, 12)
+    for i, similar in enumerate((5, 2, 4, 6, 1)):  # windows 0 and 1, 2 and 3, and 4 decide together
+        for square in range(similar):
+            corner = 1 + (square // 2) * 8 + (square % 2) * 2
+            for patch in (corner, corner + 1, corner + 4, corner + 5):
+                x[i, patch] = x[i, corner] + 0.1 * torch.randn(12)
+    first = merger.launch(WindowBatch(PackedTokens.from_batch(x), grid=grid))()
+    assert first.tokens.lengths == tuple(length - 3 * num for num in (2, 2, 4, 4, 1))
+
+    tokens, pair = first.tokens.split(), slice(0, 2)
+    best = []
+    for window in tokens[pair]:
+        odds = range(1, len(window), 2)
+        best.append(torch.tensor([max(cosine(window[i], window[j]) for j in odds) for i in range(2, len(window), 2)]))
+    threshold = sum(float(b.mean()) for b in best) / 2 + sum(float(b.std()) for b in best) / 2 / 7
+    r = min(int((b >= threshold).sum()) for b in best)
+    assert 0 < r < max(int((b >= threshold).sum()) for b in best), "the least decides"
+    second = merger.launch(first)()
+    assert second.tokens.lengths[pair] == (len(tokens[0]) - r,) * 2
+    clusters = [bipartite(window, 1, lambda _: r) for window in tokens[pair]]
+    check_clusters(first.part(0, 2), second.part(0, 2), clusters, 1)
+    with pytest.raises(ValueError, match=r"^windows: expected those of one length, which merged together before, got"):
+        merger.launch(first.part(1, 4))()
+
+
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_cutting_inside_blocks_changes_nothing(
     decoder: str, tiny_model: Callable[..., Segmenter], monkeypatch: pytest.MonkeyPatch
@@ -257,7 +295,7 @@ def test_cutting_inside_blocks_changes_nothing(
     windows = torch.randn(2, 3, 96, 96)
     expected = model.window_logits(windows)
     model.merger = Algm(tower=model.tower, threshold=math.inf)
-    none_of = lambda x: Matches.find(x, 1).step(0, x.shape[1], 1)  # noqa: E731
+    none_of = lambda x, layer: Matches.find(x, 1).step(0, x.shape[1], 1)  # noqa: E731
     monkeypatch.setattr("mpm_ops.merging.algm.global_step", none_of)
     assert [stage.parts for stage in model.stages] == [range(1), range(1, 9), range(9, 10)]
     close(model.window_logits(windows), expected)
