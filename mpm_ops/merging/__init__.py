@@ -11,12 +11,24 @@ from typing import Any
 
 from .algm import ALGM_THRESHOLDS, Algm
 from .base import Merger, Tower
+from .cts import Cts
 from .mpm import Mpm, NoMerging
 from .tome import TOME_REDUCTIONS, ToMe
 
-MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm}
+MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "cts": Cts}
 
-__all__ = ["ALGM_THRESHOLDS", "MERGERS", "TOME_REDUCTIONS", "Algm", "Merger", "Mpm", "NoMerging", "ToMe", "Tower"]
+__all__ = [
+    "ALGM_THRESHOLDS",
+    "MERGERS",
+    "TOME_REDUCTIONS",
+    "Algm",
+    "Cts",
+    "Merger",
+    "Mpm",
+    "NoMerging",
+    "ToMe",
+    "Tower",
+]
 
 
 def make_merger(text: str, tower: Tower) -> Merger:
