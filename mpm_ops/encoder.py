@@ -95,7 +95,7 @@ def make_blocks(
     d_model: int, n_heads: int, n_layers: int, drop_path_rate: float = 0.0, norm_eps: float = LAYER_NORM_EPS
 ) -> nn.Sequential:
     """Segmenter's transformer blocks: pre-norm, exact GELU, 4x MLP, biases everywhere."""
-    rates = torch.linspace(0, drop_path_rate, n_layers).tolist()
+    rates = torch.linspace(0, drop_path_rate, n_layers, device="cpu").tolist()
     return nn.Sequential(
         *(
             Block(

@@ -13,9 +13,12 @@ from .algm import ALGM_THRESHOLDS, Algm
 from .base import Merger, Tower
 from .cts import Cts
 from .mpm import Mpm, NoMerging
+from .region import Region
 from .tome import TOME_REDUCTIONS, ToMe
 
-MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "cts": Cts}
+MERGERS: Mapping[str, type[Merger]] = {
+    "none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "cts": Cts, "region": Region,
+}  # fmt: skip
 
 __all__ = [
     "ALGM_THRESHOLDS",
@@ -26,6 +29,7 @@ __all__ = [
     "Merger",
     "Mpm",
     "NoMerging",
+    "Region",
     "ToMe",
     "Tower",
 ]

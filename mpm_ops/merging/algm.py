@@ -68,6 +68,9 @@ class Algm(Merger):
     def sees_mates(self) -> bool:
         return self.batch > 1
 
+    def lengths_after(self, number: int) -> range:
+        return range(number // 4, number + 1)
+
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         assert self.threshold is not None
         if batch.merge_maps is None:

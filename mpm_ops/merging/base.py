@@ -70,6 +70,10 @@ class Merger(ABC):
         merged.
         """
 
+    def lengths_after(self, number: int) -> range:
+        """How many image tokens may be left of so many after one merge."""
+        return range(number - number // 2, number + 1)
+
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The encoder, cut where it merges."""

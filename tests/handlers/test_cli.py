@@ -25,6 +25,7 @@ pytest_plugins = ("tiny_server",)
 
 COMMANDS = {
     "bench", "build", "check-manifests", "evaluate", "health", "loadtest", "monitor", "samples", "segment", "serve",
+    "simulate",
 }  # fmt: skip
 OPTIONS = ("--schedule", "0,1", "--runtime", "torch", "--precision", "fp32")
 
