@@ -32,6 +32,8 @@ def check_model(name: str, checkpoint: Path, serving: Mapping[str, Any]) -> tupl
     config = ServingConfig.from_mapping(serving)
     checkpoint = find_checkpoint(checkpoint)
     model = load_segmenter(checkpoint, **config.merging, inference=config.inference)
+    if model.merger.sees_mates:
+        raise ValueError(f"merger: expected one that decides window by window, got {model.merger}")
     check_finite(model, checkpoint)
     load_classes(checkpoint.parent, model.config.n_cls)
     return checkpoint, config, model

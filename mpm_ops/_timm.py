@@ -27,7 +27,8 @@ except RuntimeError as error:
         if not torch._C._jit_get_schemas_for_operator(f"torchvision::{_schema.partition('(')[0]}"):
             _library.define(_schema)
 
+from timm import create_model  # noqa: E402
 from timm.layers import Attention  # noqa: E402
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
-__all__ = ["Attention", "Block", "VisionTransformer"]
+__all__ = ["Attention", "Block", "VisionTransformer", "create_model"]

@@ -53,17 +53,27 @@ class Encoder(nn.Module):
         if pad_bottom or pad_right:
             windows = F.pad(windows, (0, pad_right, 0, pad_bottom))
         grid = (windows.shape[2] // self.patch_size, windows.shape[3] // self.patch_size)
-        if windows.is_cuda:
-            patches = self._project(windows)
-        else:
-            windows = windows.contiguous()  # channels that lie last are added in another order
-            patches = self.patch_embed["proj"](windows).flatten(2).transpose(1, 2)
+        patches = self._project(windows)
         special = [self.cls_token] if self.num_special == 1 else [self.cls_token, self.dist_token]
         x = torch.cat([token.expand(len(windows), -1, -1) for token in special] + [patches], dim=1)
         return PackedTokens.from_batch(x + self.positions(grid))
 
+    def embed_squares(self, windows: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised windows -> [B, S, D], a token for every 2 x 2 patches, from half the resolution.
+
+        Its position is the mean of theirs. Windows are padded as in `embed`, to an even number of patches each way.
+        """
+        side = 2 * self.patch_size
+        windows = F.pad(windows, (0, -windows.shape[3] % side, 0, -windows.shape[2] % side))
+        grid = (windows.shape[2] // self.patch_size, windows.shape[3] // self.patch_size)
+        positions = self.positions(grid)[:, self.num_special :].mT.unflatten(2, grid)
+        return self._project(F.avg_pool2d(windows, 2)) + F.avg_pool2d(positions, 2).flatten(2).mT
+
     def _project(self, windows: Tensor) -> Tensor:
-        """The convolution as one matrix product, [B, Gh * Gw, D]: on a GPU faster, and in float32 without TF32."""
+        """[B, Gh * Gw, D]; on a GPU as one matrix product, which is faster, and in float32 without TF32."""
+        if not windows.is_cuda:
+            windows = windows.contiguous()  # channels that lie last are added in another order
+            return self.patch_embed["proj"](windows).flatten(2).transpose(1, 2)
         proj, side = self.patch_embed["proj"], self.patch_size
         assert isinstance(proj, nn.Conv2d)
         windows = windows.to(proj.weight.dtype)

@@ -115,7 +115,8 @@ class Segmenter(nn.Module):
     def tower(self) -> Tower:
         """What a merger has to know of the encoder."""
         config = self.config
-        return Tower(num_blocks=config.n_layers, width=config.d_model, num_special=2 if config.distilled else 1)
+        num_special = 2 if config.distilled else 1
+        return Tower(num_blocks=config.n_layers, width=config.d_model, num_special=num_special, network=self)
 
     def mpm(self, schedule: Sequence[int], align: int = 1) -> Mpm:
         """The paper's merger for this network, see `Mpm`."""
@@ -161,11 +162,14 @@ class Segmenter(nn.Module):
             windows: float [B, 3, H, W], normalised; or uint8 RGB [B, H, W, 3], as cut from a fitted picture, which
                 give the same numbers where the frame is not resized once more (see `cut_windows`).
         """
-        if windows.dtype == torch.uint8:
-            windows = normalize_windows(windows, self.inference.normalization)
+        windows = self.normalized(windows)
         size = self.config.patch_size
         grid = (-(-windows.shape[2] // size), -(-windows.shape[3] // size))
         return WindowBatch(self.encoder.embed(windows), grid=grid)
+
+    def normalized(self, windows: Tensor) -> Tensor:
+        """float [B, 3, H, W] of what `embed` takes."""
+        return normalize_windows(windows, self.inference.normalization)
 
     def launch(
         self,

@@ -73,12 +73,14 @@ class WindowBatch:
             or one [N_b] per window where they differ in size; None before the first merge.
         grid: patches down and across, until windows merge or are grouped anew.
         keys: [T, Dh] mean over heads of the last attention's keys, where the stage was to give them; until they merge.
+        windows: what tokens were embedded from, see `Segmenter.embed`, where the merger looks at it; until they merge.
     """
 
     tokens: PackedTokens
     maps: Tensor | tuple[Tensor, ...] | None = None
     grid: tuple[int, int] | None = None
     keys: Tensor | None = None
+    windows: Tensor | None = None
 
     @property
     def merge_maps(self) -> tuple[Tensor, ...] | None:

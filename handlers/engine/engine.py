@@ -549,6 +549,8 @@ def _offered(model: Segmenter, config: ServingConfig) -> dict[str, Merger]:
             found.append(make_merger(text, model.tower))
         except ValueError as error:
             raise ValueError(f"allowed_mergers: {text}: {error}") from None
+    if mixed := next((merger for merger in found if merger.sees_mates), None):
+        raise ValueError(f"allowed_mergers: {mixed}: expected one that decides window by window, whatever its mates")
     return {_name(merger, model): merger for merger in found}
 
 

@@ -13,15 +13,16 @@ from handlers.config import ServingConfig
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
 from mpm_ops.cpus import usable_cores
+from mpm_ops.models import find_checkpoint
 
 from .engine import Engine
 
 
 def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
-    """Start an engine on `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, in a folder.
+    """Start an engine on a checkpoint, with `classes.csv` where there is one beside it.
 
     Args:
-        path: the folder, or the checkpoint in it.
+        path: the checkpoint or its folder.
         config: how to serve them.
         options: passed on to `Engine`.
 
@@ -33,7 +34,7 @@ def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    checkpoint = path if path.is_file() else path / "checkpoint.pth"
+    checkpoint = find_checkpoint(path)
     model = load_segmenter(checkpoint, **config.merging, inference=config.inference, device=device)
     classes = load_classes(checkpoint.parent, model.config.n_cls)
     return Engine(model, classes, config, **options)

@@ -11,17 +11,21 @@ from typing import Any
 
 from .algm import ALGM_THRESHOLDS, Algm
 from .base import Merger, Tower
+from .cts import Cts
 from .mpm import Mpm, NoMerging
 from .region import Region
 from .tome import TOME_REDUCTIONS, ToMe
 
-MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "region": Region}
+MERGERS: Mapping[str, type[Merger]] = {
+    "none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "cts": Cts, "region": Region,
+}  # fmt: skip
 
 __all__ = [
     "ALGM_THRESHOLDS",
     "MERGERS",
     "TOME_REDUCTIONS",
     "Algm",
+    "Cts",
     "Merger",
     "Mpm",
     "NoMerging",

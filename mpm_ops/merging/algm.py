@@ -12,33 +12,37 @@ from torch import Tensor
 from mpm_ops.stages import WindowBatch
 
 from .base import Merger, parameter
-from .bipartite import Find, Matches, Step, merge_windows
+from .bipartite import Find, Matches, Step, merge_together, merge_windows
 
 ALGM_THRESHOLDS = {192: 0.90, 384: 0.88, 768: 0.94, 1024: 0.95}  # by encoder width: Ti, S, B, L
-_BLOCKS = (0, 4)
+_DEEP = {1024: 6}  # the block of the second merge, by width; 4 elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algm(Merger):
-    """Merges similar 2 x 2 patches in block 0, and by bipartite matching in block 4.
+    """Merges similar 2 x 2 patches in block 0, and by bipartite matching in a later block.
 
-    How many merge depends on the window. (Upstream takes the least of a batch, and the batch's mean as the second
-    threshold; here a window's answer must not depend on its mates.) Attention and decoder count every token once, as
-    upstream's do.
+    How many merge depends on the window. Upstream takes the least of a batch, and the batch's mean as the second
+    threshold: `batch` does so. Attention and decoder count every token once, as upstream's do.
 
     Attributes:
-        threshold: cosine from which four patches merge; ALGM_THRESHOLDS' for the width by default.
+        threshold: cosine from which four patches merge; ALGM_THRESHOLDS' for the width by default. Upstream's for S on
+            Cityscapes is 0.955.
+        block: where bipartite matches merge; upstream's by default, 6 for L and 4 for others.
+        batch: windows that decide together, in the order in which they are computed; upstream evaluates with 4.
 
     Raises:
-        ValueError: the network is distilled or has fewer than five blocks; or threshold is left out and the width is
+        ValueError: the network is distilled or has no such block; batch < 1; or threshold is left out and the width is
             none of Ti, S, B and L.
 
-    Source: tue-mps/algm-segmenter@674eaa2, `algm/algm`.
+    Source: tue-mps/algm-segmenter@674eaa2, `algm/algm` and TRAINING.md.
     """
 
     name: ClassVar[str] = "algm"
     decoder_counts: ClassVar[bool] = False
     threshold: float | None = parameter(float, None)
+    block: int | None = parameter(int, None)
+    batch: int = parameter(int, 1)
 
     def __post_init__(self) -> None:
         if self.tower.num_special != 1:
@@ -47,11 +51,22 @@ class Algm(Merger):
             if self.tower.width not in ALGM_THRESHOLDS:
                 raise ValueError(f"threshold: expected a number for a width of {self.tower.width}, got None")
             object.__setattr__(self, "threshold", ALGM_THRESHOLDS[self.tower.width])
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1 window, got {self.batch}")
         super().__post_init__()
 
     @property
+    def second_block(self) -> int:
+        """Where bipartite matches merge."""
+        return _DEEP.get(self.tower.width, 4) if self.block is None else self.block
+
+    @property
     def cuts(self) -> tuple[int, ...]:
-        return tuple(2 * block + 1 for block in _BLOCKS)
+        return 1, 2 * self.second_block + 1
+
+    @property
+    def sees_mates(self) -> bool:
+        return self.batch > 1
 
     def lengths_after(self, number: int) -> range:
         return range(number // 4, number + 1)
@@ -62,17 +77,21 @@ class Algm(Merger):
             assert batch.grid is not None
             find: Find = partial(_squares, threshold=self.threshold, grid=batch.grid)
         else:
-            find = _similar
-        merged = merge_windows(batch, 1, find)
-        return lambda: merged
+            find = partial(_similar, layer=self.second_block + 1)  # upstream counts from 1
+        if self.batch == 1:
+            merged = merge_windows(batch, 1, find)
+            return lambda: merged
+        bounds = range(0, len(batch.tokens.lengths), self.batch)
+        parts = [merge_together(batch.part(start, start + self.batch), 1, find) for start in bounds]
+        return lambda: WindowBatch.join(parts)
 
 
 def _squares(x: Tensor, keys: Tensor | None, *, threshold: float, grid: tuple[int, int]) -> Step:
     return local_step(x[:, 1:], threshold, grid)
 
 
-def _similar(x: Tensor, keys: Tensor | None) -> Step:
-    return global_step(x)
+def _similar(x: Tensor, keys: Tensor | None, *, layer: int) -> Step:
+    return global_step(x, layer)
 
 
 def local_step(x: Tensor, threshold: float, grid: tuple[int, int]) -> Step:
@@ -102,10 +121,10 @@ def local_step(x: Tensor, threshold: float, grid: tuple[int, int]) -> Step:
     return F.pad(step, (1, 0)), 1 + x.shape[1] - 3 * num_merged
 
 
-def global_step(x: Tensor) -> Step:
-    """Merge the bipartite matches of [B, L, D] tokens above their mean and a fifth of their deviation."""
+def global_step(x: Tensor, layer: int) -> Step:
+    """Merge the bipartite matches of [B, L, D] tokens above their mean plus their deviation divided by the layer."""
     matches = Matches.find(x, num_special=1)
     best = matches.best[:, 1:]
-    threshold = best.mean(dim=1).mean() + best.std(dim=1).mean() / (_BLOCKS[1] + 1)  # upstream counts from 1
+    threshold = best.mean(dim=1).mean() + best.std(dim=1).mean() / layer
     num_merged = int((matches.best >= threshold).sum(dim=1).min())
     return matches.step(num_merged, x.shape[1], 1)

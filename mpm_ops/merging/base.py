@@ -4,18 +4,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpm_ops.stages import Stage, WindowBatch
+
+if TYPE_CHECKING:
+    from mpm_ops.segmenter import Segmenter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tower:
-    """What a merger has to know of an encoder: its blocks, the width of its tokens, and its special tokens."""
+    """What a merger has to know of an encoder: its blocks, the width of its tokens, and its special tokens.
+
+    Attributes:
+        network: the Segmenter itself, for those that embed pixels; None where there is none.
+    """
 
     num_blocks: int
     width: int
     num_special: int
+    network: "Segmenter | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +33,14 @@ class Merger(ABC):
     Attributes:
         name: its key in MERGERS.
         wants_keys: it compares the mean over heads of the keys of the attention before each cut.
+        wants_windows: it looks at the pixels of windows, and cuts before the first block alone.
         decoder_counts: attention of the decoder counts each token as often as the patches it stands for.
         tower: the encoder.
     """
 
     name: ClassVar[str]
     wants_keys: ClassVar[bool] = False
+    wants_windows: ClassVar[bool] = False
     decoder_counts: ClassVar[bool] = True
     tower: Tower
 
@@ -47,11 +57,17 @@ class Merger(ABC):
         """Attention of the encoder counts each token as often as the patches it stands for."""
         return False
 
+    @property
+    def sees_mates(self) -> bool:
+        """How a window merges depends on those computed with it; servers refuse that."""
+        return False
+
     @abstractmethod
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         """Merge the windows of a stage's output; the call that is returned waits for the device.
 
-        Windows merge independently of their mates. Special tokens stay in front and are never merged.
+        Windows merge independently of their mates, unless it `sees_mates`. Special tokens stay in front and are never
+        merged.
         """
 
     def lengths_after(self, number: int) -> range:

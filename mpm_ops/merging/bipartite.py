@@ -27,14 +27,9 @@ def merge_windows(batch: WindowBatch, num_special: int, find: Find, *, together:
         together: find steps for all windows at once on a GPU, where they have one length. Without it, and on a CPU
             in any case, they are merged one by one, and each keeps every bit whatever its mates.
     """
-    lengths, values, maps, keys = batch.tokens.lengths, batch.tokens.values, batch.merge_maps, batch.keys
-    if together and values.is_cuda and batch.tokens.is_uniform:
-        dense = (len(lengths), lengths[0], -1)
-        stacked = None if maps is None else torch.stack(maps)
-        merged, after = _merged(
-            values.view(dense), None if keys is None else keys.view(dense), stacked, num_special, find
-        )
-        return WindowBatch(PackedTokens.from_batch(merged), after)
+    lengths, maps, keys = batch.tokens.lengths, batch.merge_maps, batch.keys
+    if together and batch.tokens.values.is_cuda and batch.tokens.is_uniform:
+        return merge_together(batch, num_special, find)
     nothing = (None,) * len(lengths)
     sequences, longer = [], []
     for sequence, its_keys, its_map in zip(
@@ -44,6 +39,21 @@ def merge_windows(batch: WindowBatch, num_special: int, find: Find, *, together:
         sequences.append(merged[0])
         longer.append(after[0])
     return WindowBatch(PackedTokens.pack(sequences), tuple(longer))
+
+
+def merge_together(batch: WindowBatch, num_special: int, find: Find) -> WindowBatch:
+    """Merge windows of one length by steps that are found for all of them at once.
+
+    Raises:
+        ValueError: windows differ in length, as those do that merged apart.
+    """
+    lengths, values, keys = batch.tokens.lengths, batch.tokens.values, batch.keys
+    if not batch.tokens.is_uniform:
+        raise ValueError(f"windows: expected those of one length, which merged together before, got {lengths}")
+    dense = (len(lengths), lengths[0], -1)
+    stacked = None if batch.merge_maps is None else torch.stack(batch.merge_maps)
+    merged, after = _merged(values.view(dense), None if keys is None else keys.view(dense), stacked, num_special, find)
+    return WindowBatch(PackedTokens.from_batch(merged), after)
 
 
 def _one(value: Tensor | None) -> Tensor | None:

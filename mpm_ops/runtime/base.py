@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -80,5 +81,8 @@ class Runtime(ABC):
         if isinstance(done, Decoded):
             return done
         assert stage.merger is not None
+        if stage.merger.wants_windows:
+            assert isinstance(given, Tensor)
+            done = replace(done, windows=given)
         before_merge()
         return stage.merger.launch(done)

@@ -1,17 +1,22 @@
 """Mergers by name, and ToMe and ALGM against plain loops over single tokens."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mpm_ops import Segmenter
-from mpm_ops.merging import Algm, Merger, Mpm, NoMerging, ToMe, Tower, make_merger
+from mpm_ops.merging import Algm, Cts, Merger, Mpm, NoMerging, ToMe, Tower, make_merger
 from mpm_ops.merging.bipartite import Matches, merge_windows
+from mpm_ops.merging.cts import load_policy
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import make_runtime
 from mpm_ops.stages import Decoded, WindowBatch
@@ -120,6 +125,7 @@ def test_refuses_schedules_the_encoder_cannot_follow(schedule: tuple[int, ...]) 
         ("tome:r=46", ToMe(tower=TOWER, r=46), "tome:r=46"),
         ("algm", Algm(tower=TOWER, threshold=0.9), "algm:threshold=0.9"),
         ("algm:threshold=0.999", Algm(tower=TOWER, threshold=0.999), "algm:threshold=0.999"),
+        ("algm:block=6,batch=4", Algm(tower=TOWER, block=6, batch=4), "algm:threshold=0.9,block=6,batch=4"),
     ],
 )
 def test_mergers_are_read_and_written_as_text(text: str, merger: Merger, written: str) -> None:
@@ -131,7 +137,7 @@ def test_mergers_are_read_and_written_as_text(text: str, merger: Merger, written
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pitome", "merger: expected one of none, mpm, tome, algm, region and its parameters, got 'pitome'"),
+        ("pitome", "merger: expected one of none, mpm, tome, algm, cts, region and its parameters, got 'pitome'"),
         ("none:2", "merger: none has no parameter schedule, expected one of: none; got 'none:2'"),
         ("tome:2,5", "merger: tome has no parameter schedule, expected one of: r; got 'tome:2,5'"),
         ("tome:s=4", "merger: tome has no parameter s, expected one of: r; got 'tome:s=4'"),
@@ -249,6 +255,131 @@ def test_algm_merges_above_the_mean_of_the_window_next() -> None:
     check_clusters(windows, merger.launch(windows)(), clusters, 1)
 
 
+def test_algm_cuts_where_upstream_does() -> None:
+    towers = {width: Tower(num_blocks=24, width=width, num_special=1) for width in (192, 384, 768, 1024)}
+    cuts = {width: Algm(tower=tower).cuts for width, tower in towers.items()}
+    assert cuts == {192: (1, 9), 384: (1, 9), 768: (1, 9), 1024: (1, 13)}
+
+
+def test_algm_decides_for_a_batch_as_upstream_does() -> None:
+    """The least of the windows merges in all; the second threshold is a mean over windows, by the layer from 1."""
+    torch.manual_seed(3)  # of which the least is not 0
+    large = Tower(num_blocks=8, width=1024, num_special=1)
+    merger = Algm(tower=large, threshold=0.6, batch=2)
+    length, grid = 1 + 8 * 4, (8, 4)
+    x = torch.randn(5, length, 12)
+    for i, similar in enumerate((5, 2, 4, 6, 1)):  # windows 0 and 1, 2 and 3, and 4 decide together
+        for square in range(similar):
+            corner = 1 + (square // 2) * 8 + (square % 2) * 2
+            for patch in (corner, corner + 1, corner + 4, corner + 5):
+                x[i, patch] = x[i, corner] + 0.1 * torch.randn(12)
+    first = merger.launch(WindowBatch(PackedTokens.from_batch(x), grid=grid))()
+    assert first.tokens.lengths == tuple(length - 3 * num for num in (2, 2, 4, 4, 1))
+
+    tokens, pair = first.tokens.split(), slice(0, 2)
+    best = []
+    for window in tokens[pair]:
+        odds = range(1, len(window), 2)
+        best.append(torch.tensor([max(cosine(window[i], window[j]) for j in odds) for i in range(2, len(window), 2)]))
+    threshold = sum(float(b.mean()) for b in best) / 2 + sum(float(b.std()) for b in best) / 2 / 7
+    r = min(int((b >= threshold).sum()) for b in best)
+    assert 0 < r < max(int((b >= threshold).sum()) for b in best), "the least decides"
+    second = merger.launch(first)()
+    assert second.tokens.lengths[pair] == (len(tokens[0]) - r,) * 2
+    clusters = [bipartite(window, 1, lambda _: r) for window in tokens[pair]]
+    check_clusters(first.part(0, 2), second.part(0, 2), clusters, 1)
+    with pytest.raises(ValueError, match=r"^windows: expected those of one length, which merged together before, got"):
+        merger.launch(first.part(1, 4))()
+
+
+def test_cts_embeds_the_best_squares_once(tiny_model: Callable[..., Segmenter]) -> None:
+    """Against a loop: a shared token is the patch of half the resolution, at the mean of four positions."""
+    model = tiny_model(image_size=(96, 64), patch_size=8)
+    windows, scores = torch.randn(2, 3, 96, 64), torch.rand(2, 6 * 4)
+    asked = iter(scores)
+    model.merger = Cts(tower=model.tower, shared=7, score=lambda window: next(asked)[None])
+    with torch.inference_mode():
+        (merged,) = run_stages(model, windows)
+        tokens = model.embed(windows).tokens.split()
+    assert merged.tokens.lengths == (1 + 96 - 4 * 7 + 7,) * 2
+    assert merged.merge_maps is not None
+    weight, bias = model.encoder.patch_embed["proj"].parameters()
+    for window, before, after, merge_map, score in zip(
+        windows, tokens, merged.tokens.split(), merged.merge_maps, scores, strict=True
+    ):
+        best = set(score.topk(7).indices.tolist())
+        close(after[0], before[0])
+        seen = set()
+        for row, column in itertools.product(range(12), range(8)):
+            patch, square = 8 * row + column, 4 * (row // 2) + column // 2
+            found = after[1 + int(merge_map[patch])]
+            seen.add(int(merge_map[patch]))
+            if square not in best:
+                close(found, before[1 + patch])
+                continue
+            top, left = 16 * (row // 2), 16 * (column // 2)
+            half = F.interpolate(window[None, :, top : top + 16, left : left + 16], scale_factor=0.5, mode="bilinear")
+            first = 16 * (row // 2) + 2 * (column // 2)
+            at = model.encoder.pos_embed[0, [1 + first, 2 + first, 9 + first, 10 + first]].mean(0)
+            close(found, (weight * half).sum(dim=(1, 2, 3)) + bias + at)
+        assert seen == set(range(96 - 4 * 7 + 7))
+
+
+@pytest.mark.parametrize(("side", "counts"), [(512, (612, 103)), (768, (960, 336)), (480, (540, 90)), (128, (40, 6))])
+@pytest.mark.parametrize("policy", ["random", "oracle"])
+def test_cts_shares_as_many_squares_as_upstream(
+    side: int, counts: tuple[int, int], policy: str, tiny_model: Callable[..., Segmenter]
+) -> None:
+    model = tiny_model(image_size=(side, side), n_layers=1, decoder="linear")
+    model.merger = make_merger(f"cts:policy={policy}", model.tower)
+    with torch.inference_mode():
+        (merged,) = run_stages(model, torch.randn(1, 3, side, side))
+    assert merged.merge_maps is not None
+    sizes = merged.merge_maps[0].bincount()
+    assert (int((sizes == 1).sum()), int((sizes == 4).sum())) == counts
+
+
+def test_cts_oracle_shares_where_the_network_sees_one_class(tiny_model: Callable[..., Segmenter]) -> None:
+    model = tiny_model(image_size=(128, 128), decoder="linear")
+    window = torch.randn(1, 3, 128, 128)
+    classes = model.window_logits(window)[0].double().softmax(0)  # [K, 8, 8]
+    same = [
+        float(classes[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].prod(1).prod(1).sum())
+        for i, j in itertools.product(range(4), range(4))
+    ]
+    model.merger = make_merger("cts:policy=oracle,shared=5", model.tower)
+    (merged,) = run_stages(model, window)
+    assert merged.merge_maps is not None
+    shared = (merged.merge_maps[0].bincount()[merged.merge_maps[0]] == 4).view(8, 8)[::2, ::2].flatten()
+    assert set(shared.nonzero().flatten().tolist()) == set(sorted(range(16), key=lambda s: -same[s])[:5])
+
+
+def test_cts_reads_upstreams_policy(tmp_path: Path, tiny_model: Callable[..., Segmenter]) -> None:
+    """Alone, or in the checkpoint that was trained with it."""
+    network = timm.create_model("efficientnet_lite0", pretrained=False, features_only=True)
+    head = nn.Conv2d(320, 2, 1)
+    weights = {f"backbone.{k}": v for k, v in network.state_dict().items()}
+    weights |= {f"head.{k}": v for k, v in head.state_dict().items()}
+    torch.save(weights, tmp_path / "policy.pth")
+    torch.save(
+        {"model": {f"policy_net.{k}": v for k, v in weights.items()} | {"encoder.x": head.bias}},
+        tmp_path / "whole.pth",
+    )
+    window = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        expected = head(network.eval()(window)[-1]).softmax(1)[:, 1].flatten(1)
+    for file in ("policy.pth", "whole.pth"):
+        policy = load_policy(str(tmp_path / file))
+        close(policy(window).sigmoid(), expected)
+    model = tiny_model(image_size=(128, 96))
+    model.merger = make_merger(f"cts:policy={tmp_path / 'policy.pth'},shared=4", model.tower)
+    (merged,) = run_stages(model, window)
+    assert merged.tokens.lengths == (1 + 48 - 3 * 4,)
+    model.merger = make_merger("cts:policy=nowhere", model.tower)  # a text alone, maybe a client's, opens no file
+    with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
+        run_stages(model, window)
+
+
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_cutting_inside_blocks_changes_nothing(
     decoder: str, tiny_model: Callable[..., Segmenter], monkeypatch: pytest.MonkeyPatch
@@ -257,13 +388,16 @@ def test_cutting_inside_blocks_changes_nothing(
     windows = torch.randn(2, 3, 96, 96)
     expected = model.window_logits(windows)
     model.merger = Algm(tower=model.tower, threshold=math.inf)
-    none_of = lambda x: Matches.find(x, 1).step(0, x.shape[1], 1)  # noqa: E731
+    none_of = lambda x, layer: Matches.find(x, 1).step(0, x.shape[1], 1)  # noqa: E731
     monkeypatch.setattr("mpm_ops.merging.algm.global_step", none_of)
     assert [stage.parts for stage in model.stages] == [range(1), range(1, 9), range(9, 10)]
     close(model.window_logits(windows), expected)
 
 
-@pytest.mark.parametrize("text", ["tome:r=5", "algm:threshold=0.2", "mpm:1,2,4,keep=0.5,weighted,proportional"])
+@pytest.mark.parametrize(
+    "text",
+    ["tome:r=5", "algm:threshold=0.2", "mpm:1,2,4,keep=0.5,weighted,proportional", "cts:policy=oracle,shared=9"],
+)
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_windows_do_not_see_each_other(text: str, runtime: str, tiny_model: Callable[..., Segmenter]) -> None:
     model = tiny_model(image_size=(160, 160), n_layers=5)
@@ -278,13 +412,20 @@ def test_windows_do_not_see_each_other(text: str, runtime: str, tiny_model: Call
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize(
     "text",
-    ["tome:r=5", "algm:threshold=0.2", "mpm:1,3,align=8", "mpm:1,2,4,align=4,keep=0.5,weighted,proportional", "none"],
+    [
+        "tome:r=5",
+        "algm:threshold=0.2",
+        "mpm:1,3,align=8",
+        "mpm:1,2,4,align=4,keep=0.5,weighted,proportional",
+        "none",
+        "cts:shared=5",
+    ],
 )
 def test_every_merger_gives_the_same_on_every_runtime(
     text: str, distilled: bool, tiny_model: Callable[..., Segmenter]
 ) -> None:
-    if distilled and text.startswith("algm"):
-        pytest.skip("ALGM knows no distilled networks")
+    if distilled and text.startswith(("algm", "cts")):
+        pytest.skip("ALGM and CTS know no distilled networks")
     model = tiny_model(image_size=(96, 96), n_layers=5, distilled=distilled)
     model.merger = make_merger(text, model.tower)
     windows = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(5))
@@ -305,6 +446,12 @@ def test_refuses_what_does_not_fit(tiny_model: Callable[..., Segmenter]) -> None
         ValueError, match=r"^model: expected one special token, as ALGM does, got a distilled network$"
     ):
         Algm(tower=Tower(num_blocks=5, width=64, num_special=2), threshold=0.9)
+    with pytest.raises(ValueError, match=r"^model: expected a Segmenter with one special token, as CTS does$"):
+        Cts(tower=TOWER)
+    even = tiny_model(image_size=(64, 64))
+    even.merger = Cts(tower=even.tower, shared=5)
+    with pytest.raises(ValueError, match=r"^shared: expected at most 4 squares of a window, got 5$"):
+        even.window_logits(torch.zeros(1, 3, 64, 64))
     odd = tiny_model(n_layers=5)
     odd.merger = Algm(tower=odd.tower, threshold=0.9)
     with pytest.raises(ValueError, match=r"^windows: expected an even number of patches each way, got 3 x 4$"):

@@ -193,7 +193,7 @@ def test_a_schedule_that_is_not_allowed_is_refused(start: Callable[..., Engine])
     assert (error.kind, str(error)) == (ErrorKind.BAD_REQUEST, "X-MPM-Schedule: expected one of 1,2, off, got '2'")
 
 
-MERGERS = ("mpm:1,2,keep=0.75,weighted,proportional", "tome:r=7", "algm:threshold=0.9")
+MERGERS = ("mpm:1,2,keep=0.75,weighted,proportional", "tome:r=7", "algm:threshold=0.9", "cts:policy=oracle,shared=3")
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,8 @@ def test_a_merger_that_the_network_does_not_know_or_can_not_compute_is_never_ser
 ) -> None:
     with pytest.raises(ValueError, match=r"allowed_mergers: tome:s=1: merger: tome has no parameter s"):
         start(replace(CONFIG, allowed_mergers=("tome:s=1",)))
+    with pytest.raises(ValueError, match=r"allowed_mergers: algm:.*: expected one that decides window by window"):
+        Engine(tiny_model(n_layers=5), CLASSES, replace(CONFIG, allowed_mergers=("algm:threshold=0.9,batch=4",)))
     odd = InferenceConfig(im_size=56, max_ratio=4, window_size=56, window_stride=48, normalization="vit")
     network = tiny_model(n_layers=5, patch_size=8, inference=odd)
     config = replace(CONFIG, allowed_mergers=("algm:threshold=0.9",))
