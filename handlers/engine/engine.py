@@ -337,6 +337,7 @@ class Engine:
             num_pictures=num_pictures,
             tokens=plan.num_windows * self._tokens_of_window,
             held_bytes=source.num_bytes,
+            keeps_maps=any(FORMATS[name].needs_maps for name in options.formats),
         )
 
     def _ended(self, metrics: Metrics, request: Request, code: int, pictures: Sequence[Picture], error: str) -> None:
