@@ -12,6 +12,7 @@ from pathlib import Path
 from .app import Edge
 from .connection import Server
 from .limits import Limits
+from .page import Page
 
 
 async def run(listening: socket.socket, edge: Edge, limits: Limits) -> None:
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--patience-seconds", type=float, default=Limits().header_seconds, help="with slow clients")
     parser.add_argument("--answer-seconds", type=float, default=Limits().answer_seconds)
     parser.add_argument("--restarts", type=Path, help="file with the launcher's count of restarts")
+    parser.add_argument("--models", type=Path, help="file with the URL of each model's metrics")
+    parser.add_argument("--no-page", action="store_true", help="no page for people")
+    parser.add_argument("--example", type=Path, action="append", default=[], help="picture that the page offers")
     arguments = parser.parse_args()
     logging.basicConfig(format="edge: %(message)s")
     with suppress(ValueError, OSError):
@@ -58,6 +62,8 @@ def main() -> None:
             limits=limits,
             origins=arguments.cors_origin,
             restarts=arguments.restarts,
+            models=arguments.models,
+            page=None if arguments.no_page else Page(arguments.example),
         )
         await run(socket.socket(fileno=arguments.fd), edge, limits)
 

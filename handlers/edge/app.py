@@ -18,8 +18,10 @@ from handlers.errors import ErrorKind, ServingError
 from . import triton
 from .bodies import Body, Budget, picture_of_form, picture_of_json
 from .connection import JSON_TYPE
+from .info import Service
 from .limits import Limits
 from .metrics import HELD_BYTES, REFUSALS, REQUESTS, render
+from .page import Page
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE")
 _TARGET = re.compile(r"/[!\"$-~]*")  # what a URL may hold, without a fragment
@@ -54,6 +56,8 @@ class Edge:
         limits: of clients.
         origins: whose pages may call from a browser; "*" for all.
         restarts: file in which the launcher counts processes that it started again.
+        models: file in which it keeps the URL of each model's metrics.
+        page: for people, if there is to be one.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Edge:
         limits: Limits,
         origins: Sequence[str] = (),
         restarts: Path | None = None,
+        models: Path | None = None,
+        page: Page | None = None,
     ) -> None:
         self.stopping = False
         self._upstream, self._is_triton, self._limits = upstream, is_triton, limits
@@ -78,6 +84,7 @@ class Edge:
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=2**20,
         )
+        self._service = Service(self._session, models, is_triton=is_triton, page=page)
 
     async def close(self) -> None:
         await self._session.close()
@@ -117,6 +124,8 @@ class Edge:
             return web.Response(status=204)
         if path == "/metrics" and request.method in ("GET", "HEAD"):
             return web.Response(body=render(self._restarts), headers={"Content-Type": "text/plain; version=0.0.4"})
+        if request.method in ("GET", "HEAD") and (told := await self._service.answer(path)):
+            return told
         found = _PREDICT.fullmatch(path) or _KSERVE.fullmatch(path)
         if found and request.method in ("POST", "PUT"):
             return await self._segment(request, body, found, added)

@@ -42,6 +42,7 @@ from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 from .admission import Admission
 from .agreement import Agreement, Sampler
 from .computing import Computer
+from .description import describe_model
 from .lane import Lane
 from .loop import Loop
 from .request import Group, Picture, Reply, Request, Window, internal_error, only_reply
@@ -134,7 +135,8 @@ class Engine:
             sampler, self._compute_unmerged, self.metrics, classes, patch_size
         )
         port = config.metrics_port
-        self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
+        described = describe_model(model, classes, config, self._offered, self._default, self._describe(device))
+        self._stop_metrics = self.metrics.serve(config.metrics_host, port, described) if port else lambda: None
 
         self._loop = Loop(
             device,
