@@ -4,14 +4,12 @@ Imports nothing of the model before a command needs it: `mpm serve` stays as the
 """
 
 import math
+import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import click
 
-from handlers.config import PRECISIONS, RUNTIMES
+from handlers.config import PRECISIONS, RUNTIMES, read_serving_config
 
 GROUP = "mpm.commands"  # entry points of packages that import this one
 DEMO = Path(__file__).resolve().parents[1] / "model_store" / "demo" / "checkpoint.pth"
@@ -31,14 +29,7 @@ port_option = partial(click.option, type=PORT, metavar="PORT")
 _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
 _PORTS = {"torchserve": 8080, "triton": 8000}
 _SAMPLE = Path("build/samples/street.jpg")
-# Of an engine that nobody else asks: none of its few pictures is refused for lack of room or time.
-_ALONE: dict[str, Any] = {
-    "max_inflight_tokens": 2**40, "max_inflight_mib": 2**20, "deadline_seconds": 86_400.0, "agreement_fraction": 0,
-    "agreement_min_fraction": 0,
-}  # fmt: skip
-_TRIES = 10  # at a server that is busy
-_INFLIGHT = 4  # pictures that `segment` has under way, whose windows are then computed together
-_MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npy": "application/x-npy"}
+_FORMATS = ("png", "json", "npy", "overlay", "tokens", "confidence")
 
 
 class _Commands(click.Group):
@@ -254,137 +245,72 @@ def health(url: str, timeout: float, metrics: str | None) -> int:
     return 0
 
 
-Ask = Callable[[bytes], bytes]
+class _Formats(click.ParamType):
+    name = "FORMAT,..."
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(str(value).split(",")))
+        if unknown := [name for name in chosen if name not in _FORMATS]:
+            self.fail(f"expected some of {', '.join(_FORMATS)}, got {unknown[0]!r}", parameter, context)
+        return chosen
 
 
-class RefusedError(Exception):
-    """A picture was not segmented; the message says why."""
+class _Share(click.ParamType):
+    name = "INDEX/COUNT"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(value))
+        if not found or int(found[1]) >= int(found[2]):
+            self.fail(f"expected one such as 0/16 to 15/16, got {value!r}", parameter, context)
+        return int(found[1]), int(found[2])
 
 
 @commands.command()
-@click.argument("pictures", nargs=-1, required=True, type=PATH, metavar="PICTURE|FOLDER...")
+@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE|FOLDER|PATTERN...")
 @click.option("--out", type=PATH, default=Path("masks"), show_default=True, help="Folder; made if missing.")
 @click.option("--url", help="A served model, asked instead: .../predictions/NAME, .../v2/models/NAME, grpc://...")
 @click.option("--checkpoint", type=PATH, help="With variant.yml beside it; else the demo model.")
-@click.option("--format", "form", type=click.Choice([*_MEDIA_TYPES]), default="png", show_default=True)
-@click.option("--view", type=click.Choice(["overlay", "tokens", "confidence"]), help="A picture for people instead.")
+@click.option("--format", "forms", type=_Formats(), default="png", show_default=True, help=", ".join(_FORMATS))
+@click.option("--shard", type=_Share(), default="0/1", help="Only one of so many parts, by the pictures' names: 3/16.")
+@click.option("--resume", is_flag=True, help="Leave out pictures whose answers are there.")
 @click.option("--schedule", help="Blocks before which tokens merge (2,5), or off.")
 @click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
 @click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule.")
 @click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="What computes (auto).")
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="Of the network (auto).")
 @click.option("--device", help="auto, cpu, cuda or one such as cuda:1 (auto).")
+@click.option("--config", type=PATH, help="YAML with more fields of handlers.config.ServingConfig.")
 def segment(
-    pictures: tuple[Path, ...],
+    pictures: tuple[str, ...],
     out: Path,
     url: str | None,
-    form: str,
-    view: str | None,
+    forms: tuple[str, ...],
+    shard: tuple[int, int],
+    resume: bool,
     schedule: str | None,
     merger: str | None,
     checkpoint: Path | None,
     **own: Any,
 ) -> int:
-    """Write the masks of pictures and folders.
+    """Write the masks of pictures, of folders with all that is below them, and of patterns such as '**/*.jpg'.
 
-    OUT/NAME.png holds class ids, with the classes' colours. The model is loaded into this process, or asked at --url.
-    A picture that is refused is named, and the rest goes on; the status is then 1.
+    OUT/NAME.png holds class ids, with the classes' colours; OUT keeps the folders below FOLDER. The model is loaded
+    into this process, or asked at --url. Each file is written whole or not at all. A picture that is refused is named
+    in the end, and the status is then 1. Ctrl-C and --resume take it up where it was.
     """
+    from handlers.folder import Shard, asking_engine, asking_server, segment_pictures
+
     given = [name for name, value in {"checkpoint": checkpoint, **own}.items() if value is not None]
     if url and given:
         raise click.UsageError(f"--{given[0]}: expected without --url, where the server has a model")
-    files = [file for path in pictures for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    files = [file for file in files if not file.is_dir()]
-    targets = _targets(files, out, "png" if view else form)
-    headers = {"X-MPM-View": view} if view else {}
     if url:
-        asked = {"X-MPM-Schedule": schedule, "X-MPM-Merger": merger}
-        headers |= {name: value for name, value in asked.items() if value}
-    accept = _MEDIA_TYPES["png" if view else form]
-    fields = {"schedule": schedule, "merger": merger, **own}
-    asking = _asking_server(url, accept, headers) if url else _asking_engine(checkpoint, accept, headers, fields)
-    with asking as ask, ExitStack() as stack:
-        pool = ThreadPoolExecutor(_INFLIGHT)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        out.mkdir(parents=True, exist_ok=True)
-        written = list(pool.map(partial(_write, ask), files, targets))
-    return 0 if all(written) else 1
-
-
-def _write(ask: Ask, file: Path, target: Path) -> bool:
-    """Segment one picture; False, and a line that says why, if it is refused."""
-    try:
-        target.write_bytes(ask(file.read_bytes()))
-    except (RefusedError, FileNotFoundError, PermissionError, TimeoutError) as error:
-        told = getattr(error, "strerror", None) or str(error) or "not answered in time"
-        print(f"{file}: {told}", file=sys.stderr)
-        return False
-    print(target)
-    return True
-
-
-def _targets(files: Sequence[Path], out: Path, suffix: str) -> list[Path]:
-    """Where each file's mask goes; names that several share keep their suffix.
-
-    Raises:
-        UsageError: there is no file, or a mask would replace one.
-    """
-    stems = [file.stem for file in files]
-    targets = [out / f"{file.stem if stems.count(file.stem) == 1 else file.name}.{suffix}" for file in files]
-    if not files:
-        raise click.UsageError("PICTURE: expected pictures, got folders without any")
-    if taken := {target.resolve() for target in targets} & {file.resolve() for file in files}:
-        raise click.UsageError(f"--out: expected a folder without the pictures, got one with {min(taken).name}")
-    if len(set(targets)) < len(targets):
-        raise click.UsageError("PICTURE: expected names that differ, since masks go into one folder")
-    return targets
-
-
-@contextmanager
-def _asking_server(url: str, accept: str, headers: Mapping[str, str]) -> Iterator[Ask]:
-    from handlers.client import connect
-
-    def ask(picture: bytes) -> bytes:
-        for _ in range(_TRIES):
-            answer = client.segment(picture, accept=accept, headers=headers)
-            if answer.status == 200:
-                return answer.body
-            if answer.status != 503:
-                break
-            told = answer.headers.get("retry-after", "")
-            time.sleep(int(told) if told.isdecimal() else 1)  # it is busy
-        raise RefusedError(answer.error)
-
-    with connect(url) as client:
-        yield ask
-
-
-@contextmanager
-def _asking_engine(
-    checkpoint: Path | None, accept: str, headers: Mapping[str, str], fields: Mapping[str, Any]
-) -> Iterator[Ask]:
-    """The servers' own engine in this process."""
-    from handlers.api.options import RequestOptions
-    from handlers.config import ServingConfig
-    from handlers.engine.loading import load_engine
-    from handlers.errors import ServingError
-    from mpm_ops.stages import parse_schedule
-
-    given = {name: value for name, value in fields.items() if value is not None}
-    if "schedule" in given:
-        given["schedule"] = parse_schedule(given["schedule"])
-    config = ServingConfig.from_mapping(given | _ALONE)
-    named = {name.lower(): value for name, value in {"accept": accept, **headers}.items()}
-    options = RequestOptions.from_headers(named, "mpm")
-
-    def ask(picture: bytes) -> bytes:
-        try:
-            return bytes(engine.submit(picture, options).result().body)
-        except ServingError as error:
-            raise RefusedError(str(error)) from None
-
-    with closing(load_engine(checkpoint or DEMO, config)) as engine:
-        yield ask
+        asking = asking_server(url, forms, {"schedule": schedule, "merger": merger, "priority": "bulk"})
+    else:
+        config = own.pop("config")
+        fields = {"schedule": schedule, "merger": merger, **own}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        asking = asking_engine(checkpoint or DEMO, forms, (read_serving_config(config) if config else {}) | fields)
+    return segment_pictures(pictures, out, asking, forms, shard=Shard(*shard), resume=resume)
 
 
 @commands.command()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 # Those of `mpm_ops.runtime`, whose import takes seconds and 200 MB: launchers and checks read configurations too.
@@ -179,6 +180,19 @@ class ServingConfig:
             if name in values:
                 values[name] = _as_tuples(values[name])
         return cls(**values)
+
+
+def read_serving_config(path: Path) -> dict[str, Any]:
+    """Fields of `ServingConfig` from a YAML file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
+    return values
 
 
 def _check_integer(name: str, value: Any, *, minimum: int, other: str = "") -> None:

@@ -101,7 +101,7 @@ class Deployment:
         """The picture's mask, or why there is none; never raises for what a server does."""
         start = time.monotonic()
         try:
-            answer = self._client.segment(picture, headers=self._headers, timeout_seconds=self._timeout_seconds)
+            answer = self._client.ask(picture, headers=self._headers, timeout_seconds=self._timeout_seconds)
         except TimeoutError:
             return Reply(time.monotonic() - start, error=f"no answer within {self._timeout_seconds:g} s")
         except NoAnswerError as error:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.client import Answer, Client, connect
+from handlers.client import Answer, Transport, connect
 
 from .pictures import Item
 
@@ -50,11 +50,11 @@ class Servers:
         for host in hosts:
             if not re.fullmatch(r"(grpc://)?[^/]+:\d+/?" if protocol == "triton-grpc" else r"https?://[^/]+/?", host):
                 raise ValueError(f"host: expected {expected}, got {host!r}")
-        self._clients: list[Client] = [connect(url, connection_seconds=connection_seconds) for url in urls]
+        self._clients: list[Transport] = [connect(url, connection_seconds=connection_seconds) for url in urls]
 
     def ask(self, item: Item, number: int, timeout_seconds: float) -> Answer:
-        """Send an item to the server whose turn it is by the number of the request; raises as `Client.segment`."""
-        return self._clients[number % len(self._clients)].segment(
+        """Send an item to the server whose turn it is by the number of the request; raises as `Transport.ask`."""
+        return self._clients[number % len(self._clients)].ask(
             item.body,
             accept=_ACCEPTED.get(item.kind, "image/png"),
             content_type=item.content_type,

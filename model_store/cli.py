@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from handlers.cli import DEMO, PATH, model_options
+from handlers.config import read_serving_config
 
 _OWN = {"torchserve": ("max_delay_ms",), "triton": ("model_version",)}
 
@@ -66,19 +67,6 @@ def samples(out: Path) -> None:
 
     for path in paint_samples(out):
         print(path)
-
-
-def read_serving_config(path: Path) -> dict[str, Any]:
-    """Fields of `handlers.config.ServingConfig` from a YAML file."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
-    return values
 
 
 def remove_others(store: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -23,7 +24,8 @@ def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, alig
     parameter names do not change. Patching again replaces the schedule; an empty one turns merging off.
 
     Args:
-        vit: any timm `VisionTransformer`, with whatever special tokens and blocks it has.
+        vit: any timm `VisionTransformer`, with whatever special tokens and blocks it has. Gradient checkpointing may
+            be on, or be switched on later.
         schedule: block numbers, 0-based, strictly increasing.
         align: see `merge_tokens`.
 
@@ -31,34 +33,50 @@ def patch_timm(vit: VisionTransformer, schedule: Sequence[int] = (2, 5), *, alig
         The same model.
 
     Raises:
-        ValueError: vit is no VisionTransformer, drops patches, checkpoints gradients, or does not have
-            the blocks of the schedule; or align < 1.
+        ValueError: vit is no VisionTransformer, drops patches, or does not have the blocks of the schedule; or
+            align < 1.
 
     Source: MPM, sections 3.2-3.4 (arXiv 2604.05718).
     """
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"vit: expected a timm VisionTransformer, got {type(vit).__name__}")
+        kind = type(vit).__name__
+        raise ValueError(f"vit: expected a timm VisionTransformer, got {kind}{_reason(kind)}")
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ValueError("vit: expected a model without patch dropout")
-    if vit.grad_checkpointing:  # timm then runs the blocks one by one, past the merging
-        raise ValueError("vit: expected a model without gradient checkpointing")
     blocks = OrderedDict(vit.blocks.named_children())
     merging = MergingBlocks(blocks, schedule, num_special=vit.num_prefix_tokens, align=align)
     vit.blocks = merging if schedule else nn.Sequential(blocks)
     return vit
 
 
-class MergingBlocks(nn.Sequential):
+def _reason(kind: str) -> str:
+    """Why a class of timm's is refused, where its users would expect it to work."""
+    return next((f", which {reason}" for reason, kinds in _REASONS.items() if kind in kinds.split()), "")
+
+
+_REASONS = {
+    "attends in windows of a fixed grid of tokens, at a cost linear in them: merging made Swin no faster and every "
+    "metric worse (MPM, supplement, table 10)": "SwinTransformer SwinTransformerV2 SwinTransformerV2Cr "
+    "VisionTransformerSAM MaxxVit DaVit Twins GlobalContextVit Hiera HieraDet TinyVit",
+    "has relative positions, and a merged token has none": "VisionTransformerRelPos Beit MultiScaleVit Levit",
+    "rotates queries and keys by their positions (as EVA-02 and DINOv3 do), and a merged token has none": "Eva",
+}
+
+
+class MergingBlocks(nn.Module):
     """Transformer blocks between which tokens merge. Takes and returns [B, L, D] of full length.
 
-    Iterating gives one callable per block instead of the block itself, because timm walks the blocks
-    that way when it collects intermediate features; each takes and returns full length too.
+    Iterating gives one callable per block instead of the block itself, because timm walks the blocks that way when it
+    collects intermediate features or checkpoints gradients; each takes and returns full length too, and gives the same
+    when it is called again. (Of an `nn.Sequential` timm would checkpoint the blocks themselves, without merging.)
     """
 
     def __init__(
         self, blocks: "OrderedDict[str, nn.Module]", schedule: Sequence[int], *, num_special: int, align: int
     ) -> None:
-        super().__init__(blocks)
+        super().__init__()
+        for name, block in blocks.items():
+            self.add_module(name, block)
         tower = Tower(num_blocks=len(blocks), width=0, num_special=num_special)
         Mpm(tower=tower, schedule=tuple(schedule), align=align)  # refuses what doesn't fit
         self.schedule = tuple(schedule)
@@ -66,25 +84,31 @@ class MergingBlocks(nn.Sequential):
         self.align = align
 
     def forward(self, x: Tensor) -> Tensor:
-        walk = _Walk(self, x)
+        if not len(x):
+            return nn.Sequential(*self.children())(x)
+        walk = _Walk(self, list(x))
         for block in self.children():
             walk.step(block)
         return walk.full_length()
 
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:  # type: ignore[override]
-        walk: _Walk | None = None
+    def __len__(self) -> int:
+        return len(self._modules)
 
-        def step(x: Tensor, *, block: nn.Module, **options: Any) -> Tensor:
-            nonlocal walk
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        maps: dict[int, list[Tensor] | None] = {0: None}  # before each block
+
+        def step(x: Tensor, *, depth: int, block: nn.Module, **options: Any) -> Tensor:
             if any(option is not None and option is not False for option in options.values()):
                 raise ValueError(f"merging blocks take no {', '.join(options)}")
-            if walk is None:
-                walk = _Walk(self, x)
+            if not len(x):
+                return block(x)
+            walk = _Walk.resume(self, x, maps[depth], depth)
             walk.step(block)
+            maps[depth + 1] = walk.maps
             return walk.full_length()
 
-        for block in self.children():
-            yield lambda x, block=block, **options: step(x, block=block, **options)
+        for depth, block in enumerate(self.children()):
+            yield partial(step, depth=depth, block=block)
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         blocks = list(self.named_children())
@@ -100,11 +124,25 @@ class MergingBlocks(nn.Sequential):
 class _Walk:
     """One pass over the blocks: ragged sequences, and where each original token went."""
 
-    def __init__(self, blocks: MergingBlocks, x: Tensor) -> None:
+    def __init__(
+        self, blocks: MergingBlocks, sequences: list[Tensor], maps: list[Tensor] | None = None, depth: int = 0
+    ) -> None:
         self.blocks = blocks
-        self.sequences = list(x)
-        self.maps: list[Tensor] | None = None
-        self.depth = 0
+        self.sequences = sequences
+        self.maps = maps
+        self.depth = depth
+
+    @classmethod
+    def resume(cls, blocks: MergingBlocks, x: Tensor, maps: list[Tensor] | None, depth: int) -> "_Walk":
+        """Go on before a block, from what `full_length` gave after the one before it."""
+        if maps is None:
+            return cls(blocks, list(x), None, depth)
+        special, sequences = blocks.num_special, []
+        for sequence, merge_map in zip(x, maps, strict=True):
+            token = torch.arange(len(merge_map), device=x.device)
+            first = token.scatter_reduce(0, merge_map, token, "amin", include_self=False)[: int(merge_map.max()) + 1]
+            sequences.append(torch.cat([sequence[:special], sequence[special:][first]]))
+        return cls(blocks, sequences, maps, depth)
 
     def step(self, block: nn.Module) -> None:
         if self.depth in self.blocks.schedule:

@@ -33,7 +33,7 @@ PROSE = re.sub(r"^ *```.*?^ *```", "", README, flags=re.MULTILINE | re.DOTALL)
 SPANS = list(dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)))
 SPACED = "\n".join([SHELL, *SPANS])
 # These tell of other projects' commands and settings too; of ours, how to run and where to look.
-MANUALS = [ROOT / name / "README.md" for name in ("docker", "k8s", "loadtest")]
+MANUALS = [*(ROOT / name / "README.md" for name in ("docker", "k8s", "loadtest")), ROOT / "k8s" / "fleet.md"]
 MANUAL_COMMANDS = "\n".join(file.read_text(encoding="utf-8") for file in MANUALS).replace("\\\n", " ")
 
 

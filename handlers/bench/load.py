@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 
-from handlers.client import Client, connect
+from handlers.client import Transport, connect
 
 
 def run_clients(url: str, pictures: Sequence[bytes], num_clients: int, seconds: float) -> tuple[list[float], float]:
@@ -23,13 +23,13 @@ def run_clients(url: str, pictures: Sequence[bytes], num_clients: int, seconds: 
         raise RuntimeError(f"{url}: {error}") from error
 
 
-def ask(client: Client, picture: bytes) -> bytes:
+def ask(client: Transport, picture: bytes) -> bytes:
     """The mask of a picture.
 
     Raises:
         RuntimeError: it was refused.
     """
-    answer = client.segment(picture, timeout_seconds=300)
+    answer = client.ask(picture, timeout_seconds=300)
     if answer.status != 200:
         raise RuntimeError(f"status {answer.status}: {answer.error}")
     return answer.body

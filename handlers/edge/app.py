@@ -13,6 +13,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from handlers.api.headers import REQUEST_ID
+from handlers.client import error_of
 from handlers.errors import ErrorKind, ServingError
 
 from . import triton
@@ -155,7 +156,7 @@ class Edge:
             if upstream.status != 200 and self._is_triton:
                 fields = {
                     "code": upstream.status,
-                    "error": triton.error_of(reply),
+                    "error": error_of(reply, "the server gave no reason"),
                     "request_id": added["X-Request-Id"],
                 }
                 return web.json_response(fields, status=upstream.status)

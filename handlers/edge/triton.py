@@ -73,10 +73,3 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
     padding = -(10 + len(described) + 1) % 64
     head = f"{described}{' ' * padding}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
-
-
-def error_of(reply: bytes) -> str:
-    try:
-        return str(json.loads(reply)["error"])
-    except (ValueError, KeyError, TypeError):
-        return reply[:200].decode(errors="replace") or "the server gave no reason"

@@ -56,7 +56,7 @@ def check_model(url: str, *, timeout_seconds: float, metrics_url: str = "") -> N
         before = read_progress(metrics_url, url)
         while (left := deadline - time.monotonic()) > 0:
             try:
-                answer = client.segment(tiny_picture(), content_type="image/png", timeout_seconds=left)
+                answer = client.ask(tiny_picture(), content_type="image/png", timeout_seconds=left)
             except TimeoutError:
                 if _computes(before, metrics_url, url):
                     return

@@ -1,5 +1,6 @@
 """The command `mpm`: what it offers, how it starts, and `segment` in its own process."""
 
+import json
 import os
 import re
 import subprocess
@@ -70,7 +71,7 @@ def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["segment"], "Missing argument 'PICTURE|FOLDER...'"),
+        (["segment"], "Missing argument 'PICTURE|FOLDER|PATTERN...'"),
         (
             ["segment", ".", "--url", "http://h/predictions/x", "--runtime", "torch"],
             "--runtime: expected without --url",
@@ -78,6 +79,12 @@ def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["segment", "empty"], "PICTURE: expected pictures, got folders without any"),
         (["segment", "a.png", "--out", "."], "--out: expected a folder without the pictures, got one with a.png"),
         (["segment", "a.png", "b/a.png"], "PICTURE: expected names that differ"),
+        (
+            ["segment", "a.png", "--format", "png,gif"],
+            "expected some of png, json, npy, overlay, tokens",
+        ),
+        (["segment", "a.png", "--shard", "2/2"], "expected one such as 0/16 to 15/16, got '2/2'"),
+        (["segment", "a.png", "--config", "a.png"], "a.png: expected a mapping, got NoneType"),
         (["segment", "a.png", "--schedule", "two"], "schedule: expected"),
         (["segment", "a.png", "--schedule", "99"], "schedule: expected"),
         (["segment", "a.png", "--merger", "tome:46"], "merger: tome has no parameter schedule, expected one of: r"),
@@ -126,21 +133,31 @@ class TestSegment:
     def test_a_folder_and_what_is_refused(
         self, checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """The bytes are those of the library, and so of the servers."""
+        """The bytes are those of the library, and so of the servers; one computation gives all forms."""
         out, missing = tmp_path / "out", tmp_path / "missing.jpg"
-        options = ["--checkpoint", str(checkpoint), "--out", str(out), *OPTIONS]
+        (folder / "b.jpg").rename(folder / "deeper" / "b.jpg")
+        (folder / "b.png").rename(folder / "deeper" / "b.png")
+        options = ["--checkpoint", str(checkpoint), "--out", str(out), *OPTIONS, "--format", "json,png,overlay,npy"]
         assert main(["segment", str(folder), str(missing), *options]) == 1
         printed = capsys.readouterr()
-        refused = sorted(printed.err.splitlines())
-        assert refused[0] == f"{missing}: No such file or directory"
-        assert refused[1].startswith(f"{folder / 'notes.txt'}: image: expected JPEG")
-        written = {"a.png": "a.png", "b.jpg.png": "b.jpg", "b.png.png": "b.png"}
-        assert sorted(printed.out.split()) == [str(out / name) for name in written]
+        told, *refused = printed.err.splitlines()[-3:]
+        assert re.fullmatch(rf"3 of 5 pictures written to {out} in [0-9.]+ s, 2 failed:", told)
+        assert f"{missing}: No such file or directory" in refused
+        assert any(line.startswith(f"{folder / 'notes.txt'}: image: expected JPEG") for line in refused)
+        pictures = {"a": "a.png", "deeper/b.jpg": "deeper/b.jpg", "deeper/b.png": "deeper/b.png"}
+        suffixes = (".png", ".json", ".npy", ".overlay.png")
+        expected = {name + suffix for name in pictures for suffix in suffixes}
+        assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == expected
         model = load_segmenter(checkpoint, (0, 1), runtime="torch", precision="fp32")
         classes = load_classes(checkpoint.parent, model.config.n_cls)
-        for name, source in written.items():
+        for name, source in pictures.items():
             image = decode_image((folder / source).read_bytes(), max_bytes=10**6, max_pixels=10**6)
-            assert (out / name).read_bytes() == encode_mask_png(model.segment(image), classes)
+            labels = model.segment(image)
+            assert (out / f"{name}.png").read_bytes() == encode_mask_png(labels, classes)
+            np.testing.assert_array_equal(np.load(out / f"{name}.npy"), labels)
+            assert json.loads((out / f"{name}.json").read_text())["width"] == labels.shape[1]
+            with Image.open(out / f"{name}.overlay.png") as view:
+                assert (view.size, view.mode) == (labels.shape[::-1], "RGB")
 
     def test_another_merger(self, checkpoint: Path, folder: Path, tmp_path: Path, merger: str) -> None:
         source = folder / "a.png"
@@ -151,20 +168,10 @@ class TestSegment:
         mask = encode_mask_png(model.segment(image), load_classes(checkpoint.parent, model.config.n_cls))
         assert (tmp_path / "a.png").read_bytes() == mask
 
-    def test_other_forms(self, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-        picture, own = (
-            str(folder / "a.png"),
-            ["--checkpoint", str(checkpoint.parent), "--out", str(tmp_path), *OPTIONS],
-        )
-        assert main(["segment", picture, *own, "--view", "overlay"]) == 0
-        with Image.open(tmp_path / "a.png") as view:
-            assert (view.size, view.mode) == ((90, 60), "RGB")
-        assert main(["segment", picture, *own, "--format", "npy"]) == 0
-        assert np.load(tmp_path / "a.npy").shape == (60, 90)
-
     def test_a_server_that_is_not_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["segment", str(folder), "--url", "http://127.0.0.1:1/predictions/x"]) == 2
-        assert capsys.readouterr().err == "ConnectionRefusedError: [Errno 111] Connection refused\n"
+        told = "http://127.0.0.1:1/predictions/x: no server is ready there; start one with mpm serve\n"
+        assert capsys.readouterr().err == told
 
 
 def test_serve_builds_a_checkpoint_with_its_options(

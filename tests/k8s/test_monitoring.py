@@ -164,8 +164,8 @@ def test_triton_exports_the_same_names(
 ) -> None:
     before = scrape(triton_metrics_port)
     with connect(f"grpc://{triton.grpc_url}/tiny") as client:
-        assert client.segment(encode_picture(photo(0), "image/jpeg")).status == 200
-        assert "X-MPM-View: expected one of" in client.segment(b"", headers={"x-mpm-view": "funny"}).error
+        assert client.ask(encode_picture(photo(0), "image/jpeg")).status == 200
+        assert "X-MPM-View: expected one of" in client.ask(b"", headers={"x-mpm-view": "funny"}).error
     after = scrape(triton_metrics_port)
     assert after["mpm_images_total"] == before["mpm_images_total"] + 1
     assert after["mpm_requests_total"] == before["mpm_requests_total"] + 2, "what could not be submitted counts too"

@@ -160,7 +160,7 @@ def test_it_answers_a_picture_as_the_library_does(played: Played, capsys: pytest
         mask = answer.content
     else:
         with connect(f"http://127.0.0.1:{played.ports['8000']}/v2/models/segmenter") as client:
-            mask = client.segment(picture).body
+            mask = client.ask(picture).body
     model = load_segmenter(ROOT / "model_store" / "demo" / "checkpoint.pth", schedule=(2, 5), runtime="auto")
     assert (np.asarray(Image.open(io.BytesIO(mask))) == model.segment(image)).all()
     with capsys.disabled():

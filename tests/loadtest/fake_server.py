@@ -40,6 +40,7 @@ class FakeServer:
         self.stalled_until = 0.0  # seconds since the epoch
         self.serial = False  # one at a time
         self.status = 200
+        self.refusals = 0  # requests from now on that find no room, and are to come again at once
         self.name = ""  # what a proxy in front would call it
         self.num_connections = 0
         self.seen: list[str] = []
@@ -83,6 +84,9 @@ class FakeServer:
                     self._work()
             else:
                 self._work()
+            if self.refusals:
+                self.refusals -= 1
+                return 503, {"Retry-After": "0"}, b'{"error": "no room"}\n'
             if self.status != 200:
                 return self.status, {}, b'{"error": "no room"}\n'
             try:

@@ -28,14 +28,19 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "normalised queries and keys": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "norm before the blocks": ("vit_tiny_patch16_224", {"pre_norm": True, "num_classes": 0}),
     "any picture size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "img_size": 64}),
+    "SigLIP": ("vit_base_patch16_siglip_224", {}),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", {"patch_size": 16, "init_values": 0.5}),
+    "DINOv2 giant": ("vit_giant_patch14_dinov2", {"patch_size": 16, "init_values": 0.5, "mlp_ratio": 4}),
+    "CLIP": ("vit_base_patch16_clip_224", {}),
+    "FlexiViT": ("flexivit_small", {}),
 }
 SCHEDULE = (1, 3)
 
 
-def make_vit(name: str) -> VisionTransformer:
+def make_vit(name: str, img_size: int = 128) -> VisionTransformer:
     model, options = VITS[name]
     torch.manual_seed(0)
-    sizes = {"img_size": 128, "embed_dim": 64, "num_heads": 2, "depth": 5, "num_classes": 10}
+    sizes = {"img_size": img_size, "embed_dim": 64, "num_heads": 2, "depth": 5, "num_classes": 10}
     vit = timm.create_model(model, pretrained=False, **(sizes | options)).eval()
     for parameter in vit.parameters():  # timm starts with weights so small that blocks change little
         if parameter.ndim > 1:
@@ -210,6 +215,40 @@ def test_gradients_reach_every_block() -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in vit.blocks.parameters())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_merging(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run twice then: what they merge, give and learn is the same, whenever it is switched on."""
+    monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
+    vit, images = make_vit("registers", 64), pictures(2)[:, :, :64, :64].requires_grad_()
+    early = deepcopy(vit)
+    early.set_grad_checkpointing()
+    patch_timm(early, SCHEDULE)
+    expected = patch_timm(vit, SCHEDULE)(images)
+    expected.square().sum().backward()
+    final, features = vit.forward_intermediates(images)
+    late = deepcopy(vit)
+    late.set_grad_checkpointing()
+    lengths: list[int] = []
+    early.blocks[4].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    output = early(images)
+    torch.testing.assert_close([output, late(images)], [expected, expected], rtol=0, atol=2e-5)
+    output.square().sum().backward()
+    for (name, parameter), own in zip(vit.named_parameters(), early.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
+    found, found_features = early.forward_intermediates(images)
+    torch.testing.assert_close([found, *found_features], [final, *features], rtol=0, atol=2e-5)
+    assert len(lengths) == 3 * 2, "the last block does not run again for gradients"
+    assert all(length < 4 + 16 for length in lengths)
+
+
+@pytest.mark.parametrize("name", ["class token", "attention pooling"])
+def test_an_empty_batch_gives_empty_features(name: str) -> None:
+    vit, nothing = patch_timm(make_vit(name), SCHEDULE), torch.zeros(0, 3, 128, 128)
+    assert vit(nothing).shape == (0, 10)
+    x = torch.zeros(0, 64 + vit.num_prefix_tokens, 64)
+    assert [block(x).shape for block in vit.blocks] == [x.shape] * 5  # timm's intermediates can't be empty anyway
+
+
 @torch.inference_mode()
 def test_refuses_attention_masks() -> None:
     vit = patch_timm(make_vit("class token"), SCHEDULE)
@@ -222,18 +261,31 @@ def test_refuses_attention_masks() -> None:
     [
         (lambda: nn.Linear(2, 2), "^vit: expected a timm VisionTransformer, got Linear$"),
         (lambda: timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), "without patch dropout$"),
-        (lambda: checkpointing(make_vit("class token")), "without gradient checkpointing$"),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1,)),
+            "^vit: expected a timm VisionTransformer, got SwinTransformer, which attends in windows .* table 10",
+        ),
+        (
+            lambda: tiny("vit_relpos_small_patch16_224"),
+            "got VisionTransformerRelPos, which has relative positions, and",
+        ),
+        (
+            lambda: tiny("beit_base_patch16_224"),
+            "got Beit, which has relative positions, and a merged token has none$",
+        ),
+        (lambda: tiny("samvit_base_patch16_224"), "got VisionTransformerSAM, which attends in windows"),
+        (lambda: tiny("eva02_tiny_patch14_224"), "got Eva, which rotates queries and keys by their positions"),
+        (lambda: tiny("vit_small_patch16_dinov3"), "got Eva, which .* EVA-02 and DINOv3 .* a merged token has none$"),
     ],
-    ids=["no ViT", "patch dropout", "gradient checkpointing"],
+    ids=["no ViT", "patch dropout", "Swin", "relative positions", "BEiT", "SAM", "EVA-02", "DINOv3"],
 )
 def test_refuses_models_it_would_break(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch_timm(make())
 
 
-def checkpointing(vit: VisionTransformer) -> VisionTransformer:
-    vit.set_grad_checkpointing()
-    return vit
+def tiny(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, **({"embed_dim": 48, "depth": 1, "num_heads": 2} | options))
 
 
 @pytest.mark.parametrize(("schedule", "align"), [((5,), 1), ((3, 1), 1), ((1,), 0)])

@@ -23,6 +23,7 @@ _TINTS = {2: (60, 130, 220), 3: (60, 190, 130), 4: (245, 190, 60)}  # by patches
 _TINT = 0.4
 _STRIP_PIXELS = 2**20
 _PNG_LEVEL = 1
+_VIEW_TYPES = ("image/png", "image/jpeg")
 _VIEW_BYTES = 16  # a pixel; measured on 64 million pixels of noise: 12.3
 
 
@@ -216,10 +217,11 @@ def _view(
     draw: Callable[["Picture", Classes, int], np.ndarray], *, needs_image: bool = False, needs_confidence: bool = False
 ) -> Format:
     def encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
-        return encode_picture(draw(picture, classes, patch_size), picture.options.media_type)
+        asked = picture.options.media_type
+        return encode_picture(draw(picture, classes, patch_size), asked if asked in _VIEW_TYPES else _VIEW_TYPES[0])
 
     return Format(
-        media_types=("image/png", "image/jpeg"),
+        media_types=_VIEW_TYPES,
         output="MASK_PNG",
         encode=encode,
         bytes_per_pixel=_VIEW_BYTES,

@@ -236,8 +236,8 @@ class TestSameBytesEverywhere:
             f"grpc://{triton.grpc_url}/tiny",
         ):
             with connect(url) as client:
-                assert client.segment(picture, headers=headers).body == mask
-                refused = client.segment(picture, headers={"X-MPM-Merger": "tome:r=4"})
+                assert client.ask(picture, headers=headers).body == mask
+                refused = client.ask(picture, headers={"X-MPM-Merger": "tome:r=4"})
             assert refused.status == 400
             assert f"X-MPM-Merger: expected one of mpm:0,1, {merger}, none, got 'tome:r=4'" in refused.error
 
@@ -349,7 +349,7 @@ class TestRefusals:
 
 def ask(url: str, picture: bytes) -> bytes:
     with connect(url) as client:
-        answer = client.segment(picture)
+        answer = client.ask(picture)
     assert answer.status == 200, answer.error
     return answer.body
 
@@ -366,13 +366,13 @@ class TestClient:
     ) -> None:
         pictures = [encode_picture(photo(i, 40 + i, 50), "image/png") for i in range(20)]
         with connect(url.format(triton)) as client, ThreadPoolExecutor(8) as threads:
-            masks = list(threads.map(lambda picture: client.segment(picture).body, pictures))
+            masks = list(threads.map(lambda picture: client.ask(picture).body, pictures))
             assert masks == [encode_mask_png(expected(picture), classes) for picture in pictures]
-            unmerged = client.segment(pictures[0], headers={"X-MPM-Schedule": "off"})
+            unmerged = client.ask(pictures[0], headers={"X-MPM-Schedule": "off"})
             assert Image.open(io.BytesIO(unmerged.body)).size == (50, 40)
-            assert client.segment(pictures[0], headers={"X-MPM-View": "tokens"}).status == 200
+            assert client.ask(pictures[0], headers={"X-MPM-View": "tokens"}).status == 200
             with pytest.raises(ValueError, match=r"accept: expected one of image/png, .* got 'image/webp'"):
-                client.segment(pictures[0], accept="image/webp")
+                client.ask(pictures[0], accept="image/webp")
 
     def test_shared_memory(self, triton: Triton, photo: Callable[..., np.ndarray], model: Segmenter) -> None:
         frame = photo(7, 90, 110)
