@@ -42,7 +42,8 @@ class Page:
 
     def __init__(self, examples: Sequence[Path] = ()) -> None:
         self._files = {f"/page/{file.name}": (file.read_bytes(), _TYPES[file.suffix]) for file in _FOLDER.iterdir()}
-        self._pictures = {f"/examples/{quote(file.name)}": file for file in examples if file.suffix.lower() in _PICTURES}
+        pictures = [file for file in examples if file.suffix.lower() in _PICTURES]
+        self._pictures = {f"/examples/{quote(file.name)}": file for file in pictures}
         self.examples = sorted(self._pictures)
 
     async def answer(self, path: str) -> web.Response | None:
