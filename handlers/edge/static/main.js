@@ -5,6 +5,7 @@ import { watch } from "./live.js";
 import { Tokens } from "./tokens.js";
 import { View } from "./view.js";
 
+const RESULTS = ["toolbar", "downloads", "results"]; // what there is only with a result
 const MEASURED = 5; // times, each way
 const RETRY = 2000; // milliseconds until a model that is not ready is looked at again
 const $ = (id) => document.getElementById(id);
@@ -181,7 +182,7 @@ function median(times) {
 function show() {
   uncover();
   describeMerger();
-  for (const id of ["toolbar", "downloads", "results"]) $(id).hidden = false;
+  for (const id of RESULTS) $(id).hidden = false;
   const hasMerged = result.counts.length > 1;
   $("changes-tab").hidden = !(result.plain && hasMerged);
   if ($("changes-tab").hidden && kind() === "changes") document.querySelector("[name=view]").checked = true;
@@ -228,7 +229,7 @@ function stepName(step) {
   return step ? `After merge ${step}` : "Before merging";
 }
 
-function showComparison(how = "") {
+function showComparison(how = "one run each") {
   const { plain, counts, milliseconds, merging } = result;
   const isMerged = counts.length > 1;
   $("measure").hidden = !(plain && isMerged);
@@ -242,7 +243,7 @@ function showComparison(how = "") {
   if (plain) rows.push(bar("div", "Without", plain.milliseconds / longest, `${plain.milliseconds.toFixed(0)} ms`));
   else rows.push(bar("div", "Without", 0, "…"));
   $("times").replaceChildren(...rows);
-  $("merge-time").textContent = isMerged ? `${merging.toFixed(1)} ms of it are merging${how && `; ${how}`}.` : "";
+  $("merge-time").textContent = isMerged ? `${merging.toFixed(1)} ms of it are merging; ${how}.` : "";
 }
 
 function showSteps() {
@@ -397,8 +398,10 @@ function connect() {
   });
   $("model").addEventListener("change", () => {
     chooseModel();
-    if (result) result.plain = null;
-    run();
+    const again = picture;
+    picture = result = null;
+    for (const id of RESULTS) $(id).hidden = true;
+    if (again) take(again);
   });
   $("merger").addEventListener("change", () => run());
   document.querySelectorAll("[name=view]").forEach((tab) => tab.addEventListener("change", changeKind));
