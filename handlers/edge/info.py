@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -141,7 +141,7 @@ def _version() -> str:
         return "0"
 
 
-def _json(fields: Mapping[str, Any] | Sequence[Any]) -> web.Response:
+def _json(fields: Mapping[str, Any]) -> web.Response:
     return web.Response(
         body=json.dumps(fields).encode() + b"\n", headers={**HEADERS, "Content-Type": "application/json"}
     )

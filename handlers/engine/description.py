@@ -15,19 +15,13 @@ _LIMITS = ("max_image_bytes", "max_image_pixels", "max_inflight_tokens", "deadli
 
 
 def describe_model(
-    model: Segmenter,
-    classes: Classes,
-    config: ServingConfig,
-    offered: Mapping[str, Merger],
-    default: str,
-    info: Mapping[str, str],
+    model: Segmenter, classes: Classes, config: ServingConfig, offered: Mapping[str, Merger], info: Mapping[str, str]
 ) -> bytes:
     """One JSON object.
 
     Args:
         model, classes, config: that are served.
         offered: mergers that requests may ask for, by the names in metrics.
-        default: name of the one that they get unasked.
         info: what the model runs on, as `mpm_model_info` says it.
     """
     fields: dict[str, Any] = {
@@ -37,7 +31,7 @@ def describe_model(
             for i, (name, color) in enumerate(zip(classes.names, classes.colors.tolist(), strict=True))
         ],
         "mergers": [
-            {"name": name, "is_default": name == default, **_asked_for(name, merger)}
+            {"name": name, "is_default": name == info["schedule"], **_asked_for(name, merger)}
             for name, merger in offered.items()
         ],
         "patch_size": model.config.patch_size,

@@ -135,7 +135,7 @@ class Engine:
             sampler, self._compute_unmerged, self.metrics, classes, patch_size
         )
         port = config.metrics_port
-        described = describe_model(model, classes, config, self._offered, self._default, self._describe(device))
+        described = describe_model(model, classes, config, self._offered, self._describe(device))
         self._stop_metrics = self.metrics.serve(config.metrics_host, port, described) if port else lambda: None
 
         self._loop = Loop(
