@@ -29,7 +29,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 # The first that works: a client without its daemon does not.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 
-.PHONY: env serve serve-triton monitor loadtest soak dashboards images image test test-all check bench clean
+.PHONY: env serve serve-triton monitor library-masks loadtest soak dashboards images image test test-all check bench clean
 
 env: $(TRITON)
 
@@ -56,15 +56,20 @@ serve-triton: $(TRITON)
 monitor: $(ENV)
 	exec $(BIN)/mpm monitor --target 127.0.0.1:$(METRICS_PORT) --out build/monitor
 
-# The masks of a sample have to be those that the library makes of the checkpoint that serves.
+# Masks have to be those that the library makes of the checkpoint that serves.
+MASKS := build/loadtest/masks
 LOADTEST := -f loadtest/locustfile.py --headless --only-summary --loglevel WARNING --host http://$(HOST):$(PORT) \
-	--metrics http://$(HOST):$(METRICS_PORT)/metrics $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --rate $(RATE) \
+	--metrics http://$(HOST):$(METRICS_PORT)/metrics $(if $(CHECKPOINT),--library-masks $(MASKS)) --rate $(RATE) \
 	--accept png=88%,json=12% --raw 10% --bad 5%
 
-loadtest: $(ENV)
+library-masks: $(ENV)
+	rm -rf $(MASKS)
+	$(if $(CHECKPOINT),$(BIN)/mpm loadtest masks --checkpoint $(CHECKPOINT) --metrics http://$(HOST):$(METRICS_PORT)/metrics --out $(MASKS))
+
+loadtest: library-masks
 	$(BIN)/locust $(LOADTEST) --run-time $(SECONDS) --slo $(SLO) --report build/loadtest/report.html
 
-soak: $(ENV)
+soak: library-masks
 	$(BIN)/locust $(LOADTEST) --shape soak --server-pid auto --slo errors=0 --report build/loadtest/soak.html
 
 dashboards: $(ENV)

@@ -29,6 +29,7 @@ port_option = partial(click.option, type=PORT, metavar="PORT")
 _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_repository")}
 _PORTS = {"torchserve": 8080, "triton": 8000}
 _SAMPLE = Path("build/samples/street.jpg")
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 _FORMATS = ("png", "json", "npy", "overlay", "tokens", "confidence")
 
 
@@ -146,8 +147,8 @@ def serve(
 ) -> int:
     """Serve a model until Ctrl-C or SIGTERM.
 
-    MODEL is a checkpoint (a file with variant.yml beside it, or their folder), which is built before, or a model store
-    or repository that `mpm build` made. Without it the demo model is served.
+    MODEL is a checkpoint or its folder, which is built before, or a model store or repository that `mpm build` made.
+    Without it the demo model is served.
     """
     if model and not model.exists():
         raise click.UsageError(f"MODEL: expected a checkpoint or what `mpm build` made, got {model}: no such file")
@@ -158,10 +159,8 @@ def serve(
         raise click.UsageError("--cors-origin: expected with the edge, leave out --no-edge")
     if no_page and no_edge:
         raise click.UsageError("--no-page: expected with the edge, leave out --no-edge, which has no page")
-    if model and (model / "checkpoint.pth").is_file():
-        model = model / "checkpoint.pth"
     given = {name: value for name, value in build.items() if value is not None}
-    if model is None or model.is_file():
+    if model is None or model.is_file() or any(path.suffix in _WEIGHTS for path in model.iterdir()):
         checkpoint = {"checkpoint": model} if model else {}
         alone = [] if "out" in given else ["--alone"]
         model = given.setdefault("out", _STORES[server])
@@ -318,29 +317,50 @@ def segment(
 @click.option("--root", type=PATH, required=True, help="Folder of the dataset.")
 @click.option("--split", default="val", show_default=True)
 @click.option("--checkpoint", type=PATH, required=True, help="With variant.yml beside it.")
-@click.option("--schedule", "schedules", multiple=True, help="2,5 or off; repeat to compare (off and 2,5).")
+@click.option("--schedule", "schedules", multiple=True, help="2,5 for one; repeat to compare (2,5).")
 @click.option("--align", default=1, show_default=True, help="Token counts after a merge are multiples of this.")
 @click.option("--merger", "mergers", multiple=True, help="tome:r=46, algm ...; repeat to compare.")
+@click.option("--sweep", is_flag=True, help="Many mergers: schedules early to late, keep, ToMe, ALGM, by region.")
+@click.option(
+    "--light", "lights", multiple=True, type=float, default=[1.0], help="0.3 for night; repeat to compare (1)."
+)
 @click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--im-size", type=int, help="Pictures are resized to this short side (the checkpoint's).")
+@click.option("--window-stride", type=int, help="Pixels between windows; Segmenter's own evaluation: window - 32.")
 @click.option("--skip", default=0, help="Leave out so many pictures at the start (0).")
-@click.option("--agreement", is_flag=True, help="Instead of scores: pixels as without merging, and its arithmetic.")
-@click.option("--out", type=PATH, help="Write the scores as JSON too.")
-def evaluate(**options: Any) -> None:
-    """Mean IoU of a checkpoint, with and without merging."""
+@click.option("--most", type=click.IntRange(1), help="Take at most so many pictures, evenly chosen (all).")
+@click.option("--times", type=PATH, help="Show milliseconds of a report of `mpm bench model` beside.")
+@click.option("--out", type=PATH, help="Folder for scores.json; started again, it goes on where it was stopped.")
+@click.option("--plot", "plot_file", type=PATH, help="Draw the curves into a PNG or SVG.")
+def evaluate(im_size: int | None, window_stride: int | None, **options: Any) -> None:
+    """What merging changes and saves: scores, agreement with the unmerged network, tokens, GFLOPs, images a second."""
     from mpm_ops.evaluate import compare
 
-    compare(**options)
+    inference = {"im_size": im_size, "window_stride": window_stride}
+    compare(inference={name: value for name, value in inference.items() if value is not None}, **options)
 
 
 @commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="QUESTION ...")
 def bench(arguments: tuple[str, ...]) -> int:
-    """Measure speed: model, codec, end-to-end, servers or gpu.
+    """Measure speed: model, blocks, codec, end-to-end, servers or gpu.
 
     `mpm bench QUESTION --help` lists the options of each.
     """
     from handlers.bench.__main__ import main as answer
 
     return answer(arguments)
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--server SERVER ...")
+def edge(arguments: tuple[str, ...]) -> int:
+    """Put strict HTTP in front of a server that runs elsewhere, in a process or container of its own.
+
+    `mpm edge --help` lists the options. `mpm serve` has one already.
+    """
+    from handlers.edge.__main__ import main as run_edge
+
+    return run_edge(arguments)

@@ -53,8 +53,10 @@ class ServingConfig:
         deadline_seconds: requests that take longer are answered with an error.
         stall_seconds: a group that takes longer means that the device hangs, and ends the process.
         codec_threads: threads that decode pictures, and as many that encode replies.
-        torch_threads: threads of the network's operators; 0 leaves torch's default, but no more than the container's
-            quota of processor time allows.
+        torch_threads: threads of the network's operators; 0 for the cores that this process may use, see
+            `mpm_ops.cpus.usable_cores`, or fewer where the variable MPM_CORES says so.
+        streams: groups computed side by side on a CPU, where enough waits, on an equal part of its threads each;
+            "auto" for one a core where the runtime has streams (openvino), 1 for none.
         metrics_port: where Prometheus finds this model's metrics; 0 for nowhere.
         metrics_host: address of that port.
         agreement_fraction: of pictures that an idle device also computes without merging, to compare; 0 for none.
@@ -84,6 +86,7 @@ class ServingConfig:
     stall_seconds: float = 100
     codec_threads: int = 2
     torch_threads: int = 0
+    streams: int | str = "auto"
     metrics_port: int = 0
     metrics_host: str = "127.0.0.1"
     agreement_fraction: float = 0.01
@@ -105,6 +108,8 @@ class ServingConfig:
             _check_integer(name, getattr(self, name), minimum=0)
         if self.graph_mib != "auto":
             _check_integer("graph_mib", self.graph_mib, minimum=0, other="auto")
+        if self.streams != "auto":
+            _check_integer("streams", self.streams, minimum=1, other="auto")
         if self.metrics_port > _MAX_PORT:
             raise ValueError(f"metrics_port: expected at most {_MAX_PORT}, got {self.metrics_port}")
         if not isinstance(self.metrics_host, str) or not self.metrics_host:

@@ -12,13 +12,32 @@ import promql_parser as promql
 from handlers.config import ServingConfig
 from mpm_ops.stages import parse_schedule
 
-from .manifests import Manifest, Manifests, containers_of, labels_of, matches, name_of, pod_of, quantity, server_of
+from .manifests import (
+    Manifest,
+    Manifests,
+    containers_of,
+    edge_of,
+    labels_of,
+    matches,
+    name_of,
+    pod_of,
+    quantity,
+    running_of,
+    server_of,
+)
 
 STOP_SECONDS = 10  # that a server has to end, after its last answer
 USER = 10001
 TRITON_METRICS = "triton-metrics"  # Triton's own, where alone stands what waited too long in its queue
-# All that a server listens on beyond loopback
-PORTS = {"http": (8000, 8080), "grpc": (8001,), "metrics": (8090,), TRITON_METRICS: (8002,)}
+EDGE_METRICS = "edge-metrics"
+# All that a server and its edge listen on beyond loopback
+PORTS = {
+    "http": (8000, 8080, 8088),
+    "grpc": (8001,),
+    "metrics": (8090,),
+    TRITON_METRICS: (8002,),
+    EDGE_METRICS: (8091,),
+}
 JAVA_BYTES = 2560 * 2**20  # TorchServe's heap and direct memory, at most
 ENGINE_BYTES = 768 * 2**20  # the process that computes: measured with the demo model on a CPU
 CUDA_ENGINE_BYTES = 4 * 2**30  # the same with CUDA's libraries: assumed
@@ -63,8 +82,10 @@ def selectors(manifests: Manifests) -> Iterator[str]:
         found = manifests.selected_by({"matchLabels": service["spec"]["selector"]})
         if len(found) != 1:
             yield f"{name_of(service)}: selector: expected the pods of one workload, got those of {len(found)}"
+    of_kserve = [{"serving.kserve.io/inferenceservice": name} for name in manifests.names("InferenceService")]
     for manifest in manifests.of("PodDisruptionBudget", "PodMonitor"):
-        if not manifests.selected_by(manifest["spec"]["selector"]):
+        selector = manifest["spec"]["selector"]
+        if not manifests.selected_by(selector) and not any(matches(selector, labels) for labels in of_kserve):
             yield f"{name_of(manifest)}: selector: matches no pod"
     for policy in manifests.of("NetworkPolicy"):
         selector = policy["spec"]["podSelector"]
@@ -205,7 +226,7 @@ def _products(server: Manifest, *, shared: bool) -> Iterator[str]:
 def ports(manifests: Manifests) -> Iterator[str]:
     """Every port that something refers to exists, and a server offers no other than those of PORTS."""
     for workload in manifests.workloads:
-        for container in pod_of(workload)["containers"]:
+        for container in running_of(pod_of(workload)):
             offered = {port.get("name"): port["containerPort"] for port in container.get("ports", [])}
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 for action in ("httpGet", "tcpSocket", "grpc"):
@@ -213,10 +234,10 @@ def ports(manifests: Manifests) -> Iterator[str]:
                     if port is not None and port not in offered and port not in offered.values():
                         yield f"{name_of(workload)}: {container['name']}: {probe}: port {port!r} isn't among {offered}"
                 for url in _urls(container.get(probe, {}).get("exec", {}).get("command", [])):
-                    if url not in offered.values():
+                    if url not in offered.values() and url != _option(container, "port", 0):
                         yield f"{name_of(workload)}: {container['name']}: {probe}: port {url} isn't among {offered}"
     for server in manifests.servers:
-        for port in server_of(server).get("ports", []):
+        for port in (port for container in running_of(pod_of(server)) for port in container.get("ports", [])):
             if port["containerPort"] not in PORTS.get(port.get("name"), ()):
                 yield f"{name_of(server)}: ports: expected http, grpc and metrics as in {PORTS}, got {port}"
             if "hostPort" in port:
@@ -245,7 +266,7 @@ def ports(manifests: Manifests) -> Iterator[str]:
             for port in rule.get("ports", []):
                 if not any(port["port"] in offered for offered in offers):
                     yield f"{name_of(policy)}: port {port['port']!r}: no pod that it selects has such"
-    for route in manifests.of("HTTPRoute"):
+    for route in manifests.of("HTTPRoute", "GRPCRoute"):
         for backend in _backends(route):
             services = [s for s in manifests.of("Service") if s["metadata"]["name"] == backend["name"]]
             if not services:
@@ -259,13 +280,13 @@ def _urls(command: Sequence[str]) -> list[int]:
 
 
 def _offered(workload: Manifest) -> set[str | int]:
-    every = [port for container in pod_of(workload)["containers"] for port in container.get("ports", [])]
+    every = [port for container in running_of(pod_of(workload)) for port in container.get("ports", [])]
     return {port["containerPort"] for port in every} | {port["name"] for port in every if "name" in port}
 
 
 def _others_ports(workload: Manifest) -> set[str | int]:
-    """What may be asked of every server, and only Triton has; it has to."""
-    return set() if _is_triton(workload) else {TRITON_METRICS}
+    """What may be asked of every server, and only Triton and an edge have; Triton has to."""
+    return {EDGE_METRICS} if _is_triton(workload) else {EDGE_METRICS, TRITON_METRICS}
 
 
 def _backends(route: Manifest) -> Iterator[Mapping[str, Any]]:
@@ -292,6 +313,21 @@ def routes(manifests: Manifests) -> Iterator[str]:
                     f"{name_of(route)}: rule {number}: filters: expected one that removes Content-Encoding, since "
                     "Triton inflates to any size"
                 )
+
+    for route in manifests.of("GRPCRoute"):
+        methods = {(m["method"].get("service"), m["method"].get("method")) for m in _matches(route)}
+        if ("inference.GRPCInferenceService", "ModelInfer") not in methods:
+            yield f"{name_of(route)}: expected a match for inference.GRPCInferenceService/ModelInfer"
+        for service, method in methods:
+            if service is None or method is None or "Repository" in method:
+                yield f"{name_of(route)}: expected methods by name, none that load models, got {service}/{method}"
+        for other in manifests.of("HTTPRoute"):
+            if shared := set(route["spec"].get("hostnames", [])) & set(other["spec"].get("hostnames", [])):
+                yield f"{name_of(route)}: hostnames: expected none of {name_of(other)}'s, got {', '.join(shared)}"
+
+
+def _matches(route: Manifest) -> list[Mapping[str, Any]]:
+    return [match for rule in route["spec"]["rules"] for match in rule.get("matches", [{"method": {}}])]
 
 
 def _admits(match: Mapping[str, Any], method: str, path: str) -> bool:
@@ -343,16 +379,19 @@ def endings(manifests: Manifests) -> Iterator[str]:
             continue
         if config is None:
             continue
-        stop = server_of(server).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        edge = edge_of(server)
+        stop = (edge or server_of(server)).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if stop < 10:
             yield f"{name_of(server)}: preStop: expected to sleep 10 s or more, so that balancers learn of the end"
         lame = _lame_duck_seconds(server)
-        needed = stop + lame + config.deadline_seconds + STOP_SECONDS  # launchers drain for the deadline
+        answer = _option(edge, "answer-seconds", 120) if edge else config.deadline_seconds
+        needed = stop + lame + max(answer, config.deadline_seconds) + STOP_SECONDS  # launchers drain for the deadline
         grace = pod_of(server).get("terminationGracePeriodSeconds", 30)
         if grace < needed:
             yield (
                 f"{name_of(server)}: terminationGracePeriodSeconds: expected {needed:g} (preStop {stop}, lame duck "
-                f"{lame:g}, deadline_seconds {config.deadline_seconds:g}, {STOP_SECONDS} to end), got {grace}"
+                f"{lame:g}, {'--answer-seconds' if edge else 'deadline_seconds'} {answer:g}, {STOP_SECONDS} to end), "
+                f"got {grace}"
             )
         for route in manifests.of("HTTPRoute"):
             for rule in route["spec"]["rules"]:
@@ -361,11 +400,41 @@ def endings(manifests: Manifests) -> Iterator[str]:
                     yield f"{name_of(route)}: timeouts.request: expected deadline_seconds or more, or 504 goes unheard"
 
 
+def edges(manifests: Manifests) -> Iterator[str]:
+    """An edge is all that clients reach of its server, ends before it, and waits as long as the server answers."""
+    for server in manifests.servers:
+        edge, where = edge_of(server), name_of(server)
+        if edge is None:
+            continue
+        if server_of(server) in pod_of(server)["containers"]:
+            yield f"{where}: server: expected an init container with restartPolicy Always, to end after the edge"
+        if "--host=127.0.0.1" not in server_of(server)["args"]:
+            yield f"{where}: server: expected --host=127.0.0.1, or clients pass by the edge"
+        for port in ("http", "grpc"):
+            if port in {each.get("name") for each in server_of(server).get("ports", [])}:
+                yield f"{where}: server: ports: expected no {port} beside an edge"
+        kind = "triton" if "--server=triton" in server_of(server)["args"] else "torchserve"
+        if f"--server={kind}" not in edge.get("args", []):
+            yield f"{where}: edge: expected --server={kind}"
+        try:
+            config = manifests.serving(server)
+        except ValueError:  # told by `models`
+            continue
+        if config and _option(edge, "answer-seconds", 120) < config.deadline_seconds:
+            yield f"{where}: edge: --answer-seconds: expected deadline_seconds ({config.deadline_seconds:g}) or more"
+        if config and _option(edge, "max-body-bytes", 33 * 2**20) < config.max_body_bytes:
+            yield f"{where}: edge: --max-body-bytes: expected {config.max_body_bytes}, which the model takes, or more"
+
+
 def _lame_duck_seconds(server: Manifest) -> float:
-    """How long the launcher goes on as if nothing were, after SIGTERM; what is no number it refuses itself."""
-    words = server_of(server).get("args", [])
-    found = [re.fullmatch(r"--lame-duck-seconds=(\d+(?:\.\d+)?)", word) for word in words]
-    return sum(float(match[1]) for match in found if match)
+    """How long the launcher goes on as if nothing were, after SIGTERM."""
+    return _option(server_of(server), "lame-duck-seconds", 0)
+
+
+def _option(container: Mapping[str, Any], name: str, otherwise: float) -> float:
+    """A number among a container's arguments; what is none the command refuses itself."""
+    found = [re.fullmatch(rf"--{name}=(\d+(?:\.\d+)?)", word) for word in container.get("args", [])]
+    return next((float(match[1]) for match in found if match), otherwise)
 
 
 def disruptions(manifests: Manifests) -> Iterator[str]:
@@ -594,7 +663,7 @@ def models(manifests: Manifests) -> Iterator[str]:
         if several and config.precision == "auto":
             yield f"{where}: precision: expected a name, because masks of auto differ from chip to chip, got auto"
         if not config.torch_threads and not _knows_its_cores(server):
-            yield f"{where}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+            yield f"{where}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
         least = min(FILL_TOKENS, _window_tokens(config))
         fewest = int(options.get("batch-size", "0")) * least
         if config.max_inflight_tokens > fewest:
@@ -650,11 +719,11 @@ def _window_tokens(config: ServingConfig) -> int:
 
 def _knows_its_cores(server: Manifest) -> bool:
     given = {env["name"]: env.get("valueFrom", {}) for env in server_of(server).get("env", [])}
-    return given.get("OMP_NUM_THREADS", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
+    return given.get("MPM_CORES", {}).get("resourceFieldRef", {}).get("resource") == "requests.cpu"
 
 
 def _is_triton(workload: Manifest) -> bool:
-    return any("--server=triton" in c.get("args", []) for c in pod_of(workload)["containers"])
+    return any("--server=triton" in c.get("args", []) for c in running_of(pod_of(workload)))
 
 
 def _wants_gpu(server: Manifest) -> bool:
@@ -699,6 +768,19 @@ def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{path}.{key}" if path else str(key))
 
 
+def jobs(manifests: Manifests) -> Iterator[str]:
+    """Pods of an Indexed Job share the pictures out among as many as there are: others would be nobody's."""
+    for job in manifests.of("Job"):
+        spec = job["spec"]
+        for container in pod_of(job)["containers"]:
+            for argument in container.get("args", []):
+                expected = f"--shard=$(JOB_COMPLETION_INDEX)/{spec.get('completions')}"
+                mode = spec.get("completionMode")
+                if argument.startswith("--shard=") and (mode != "Indexed" or argument != expected):
+                    where = f"{name_of(job)}: {container['name']}"
+                    yield f"{where}: expected completionMode Indexed and {expected}, got {mode} and {argument}"
+
+
 def image_volumes(manifests: Manifests, kubernetes: tuple[int, int]) -> Iterator[str]:
     """No volume is one that an older API server would drop."""
     for workload in manifests.workloads:
@@ -720,12 +802,14 @@ CHECKS: tuple[Callable[[Manifests], Iterator[str]], ...] = (
     routes,
     probes,
     endings,
+    edges,
     disruptions,
     scaling,
     confinement,
     volumes,
     models,
     memory,
+    jobs,
     placeholders,
 )
 RELEASE_CHECKS = (digests, examples)

@@ -4,7 +4,9 @@ import re
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,6 +40,55 @@ def check_manifests(release: bool, kubernetes: tuple[int, int]) -> int:
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
+
+
+def _several(kind: type) -> Callable[[object, click.Parameter, str | None], list[float] | None]:
+    def parse(_: object, __: object, text: str | None) -> list[float] | None:
+        try:
+            found = [kind(each) for each in text.split(",")] if text is not None else None
+        except ValueError:
+            found = [0]
+        if found is not None and not all(each > 0 for each in found):
+            raise click.BadParameter(f"expected numbers > 0, separated by commas, got {text!r}")
+        return found
+
+    return parse
+
+
+@click.command()
+@click.option("--day", type=PATH, required=True, help="File of lines HH:MM,PICTURES_PER_SECOND.")
+@click.option("--rate", required=True, help="Of one replica: pictures per second, or what `capacity --out` wrote.")
+@click.option("--min", "low", callback=_several(int), help="Fewest replicas, one or more values.")
+@click.option("--max", "high", callback=_several(int), help="Most replicas.")
+@click.option("--waiting", callback=_several(float), help="Threshold of the seconds that wait.")
+@click.option("--use", callback=_several(float), help="Threshold of the replicas in use.")
+@click.option("--start-seconds", default=60.0, show_default=True, help="From a pod to its first answer.")
+@click.option("--queue-seconds", default=0.2, show_default=True, help="Of work held before requests are refused.")
+@click.option("--refused", default=0.001, show_default=True, help="Share of requests that may be.")
+@click.option("--write", type=PATH, help="Folder for a component with the choice.")
+def simulate(
+    day: Path, rate: str, start_seconds: float, queue_seconds: float, refused: float, write: Path | None, **tried: Any
+) -> int:
+    """Simulate a day of the autoscaler of manifests on standard input: GPU-hours, and refused requests.
+
+    The cheapest choice that keeps --refused is written as a component for the overlay; the status is 1 if none does.
+    """
+    from .manifests import Manifests
+    from .simulate import Scaler, choose, component, read_day, read_rate
+
+    given = Scaler.of(Manifests.parse(sys.stdin.read()))
+    per_replica, cores = read_rate(rate)
+    load = [pictures / per_replica for pictures in read_day(day)]
+    values = {name: values or [getattr(given, name)] for name, values in tried.items()}
+    limits = {"refused": refused, "start_seconds": start_seconds, "queue_seconds": queue_seconds}
+    chosen = choose(given, load, values, **limits)
+    if chosen is None:
+        print(f"none refuses {refused:g} or less: more replicas, less use, or a shorter start", file=sys.stderr)
+        return 1
+    if write:
+        write.mkdir(parents=True, exist_ok=True)
+        (write / "kustomization.yaml").write_text(component(chosen, cores))
+    return 0
 
 
 @click.command()

@@ -56,7 +56,7 @@ class Manifests:
     @property
     def servers(self) -> list[Manifest]:
         """The Deployments that segment."""
-        return [w for w in self.of("Deployment") if any(c["name"] == "server" for c in pod_of(w)["containers"])]
+        return [w for w in self.of("Deployment") if any(c["name"] == "server" for c in running_of(pod_of(w)))]
 
     def selected_by(self, selector: Mapping[str, Any]) -> list[Manifest]:
         """Workloads whose pods a label selector matches."""
@@ -91,8 +91,19 @@ def containers_of(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*pod.get("initContainers", []), *pod["containers"]]
 
 
+def running_of(pod: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Containers and sidecars, which are init containers that are started again when they end."""
+    sidecars = [c for c in pod.get("initContainers", []) if c.get("restartPolicy") == "Always"]
+    return [*sidecars, *pod["containers"]]
+
+
 def server_of(workload: Manifest) -> Mapping[str, Any]:
-    return next(container for container in pod_of(workload)["containers"] if container["name"] == "server")
+    return next(container for container in running_of(pod_of(workload)) if container["name"] == "server")
+
+
+def edge_of(workload: Manifest) -> Mapping[str, Any] | None:
+    """What of `components/edge` is in front of the server; None where clients ask it itself."""
+    return next((container for container in running_of(pod_of(workload)) if container["name"] == "edge"), None)
 
 
 def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

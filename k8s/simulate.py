@@ -1,6 +1,6 @@
 """Simulate a day of the autoscaler: what its settings cost in GPU-hours, and how many requests they refuse.
 
-kubectl kustomize k8s/overlays/mine | python -m k8s.simulate --day day.csv --rate 480 [--min 2,4] [--use 0.7,0.8]
+kubectl kustomize k8s/overlays/mine | mpm simulate --day day.csv --rate 480 [--min 2,4] [--use 0.7,0.8]
 
 DAY has a line `HH:MM,PICTURES_PER_SECOND` for every turn of the load, straight between them. --rate is what one
 replica computes: pictures per second, or the file that `loadtest capacity --out` wrote. All else is read from the
@@ -11,14 +11,12 @@ A model: replicas are alike and evenly loaded, work is fluid, metrics are fresh,
 end cost nothing. It has the rules of the HorizontalPodAutoscaler: tolerance, stabilization, policies.
 """
 
-import argparse
 import csv
 import itertools
 import json
 import math
-import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,7 +227,13 @@ def read_rate(text: str) -> tuple[float, float | None]:
         text: a number, or a file of `loadtest capacity --out` with one size.
     """
     if not Path(text).is_file():
-        return float(text), None
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate: expected pictures per second, or a file of `capacity --out`, got {text!r}")
+        return rate, None
     sizes = json.loads(Path(text).read_text())["sizes"]
     if len(sizes) != 1:
         raise ValueError(f"{text}: expected one size, got {', '.join(size['measured']['name'] for size in sizes)}")
@@ -252,67 +256,34 @@ def component(scaler: Scaler, cores: float | None) -> str:
         request = [{"op": "replace", "path": path, "value": str(math.ceil(1.25 * (cores + 1.5)))}]
         patches.append({"target": {"kind": "Deployment", "name": "segmenter"}, "patch": yaml.safe_dump(request)})
     head = {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", "patches": patches}
-    return "# Made by `python -m k8s.simulate --write`.\n" + yaml.safe_dump(head, sort_keys=False)
+    return "# Made by `mpm simulate --write`.\n" + yaml.safe_dump(head, sort_keys=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m k8s.simulate", description=__doc__.split("\n")[0])
-    parser.add_argument("--day", type=Path, required=True, help="file of lines HH:MM,PICTURES_PER_SECOND")
-    parser.add_argument(
-        "--rate", required=True, help="of one replica: pictures per second, or `capacity --out`'s file"
-    )
-    parser.add_argument("--min", type=_several(int), help="fewest replicas, one or more values")
-    parser.add_argument("--max", type=_several(int), help="most replicas")
-    parser.add_argument("--waiting", type=_several(float), help="threshold of the seconds that wait")
-    parser.add_argument("--use", type=_several(float), help="threshold of the replicas in use")
-    parser.add_argument("--start-seconds", type=float, default=60, help="from a pod to its first answer (60)")
-    parser.add_argument(
-        "--queue-seconds", type=float, default=0.2, help="of work held before requests are refused (0.2)"
-    )
-    parser.add_argument("--refused", type=float, default=0.001, help="share of requests that may be (0.001)")
-    parser.add_argument("--write", type=Path, help="folder for a component with the choice")
-    options = parser.parse_args(arguments)
-    try:
-        given = Scaler.of(Manifests.parse(sys.stdin.read()))
-        rate, cores = read_rate(options.rate)
-        load = [pictures / rate for pictures in read_day(options.day)]
-    except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    names = {"low": options.min, "high": options.max, "waiting": options.waiting, "use": options.use}
-    values = [values or [getattr(given, name)] for name, values in names.items()]
-    chosen: tuple[float, Scaler] | None = None
+def choose(
+    given: Scaler,
+    load: Sequence[float],
+    values: Mapping[str, Sequence[float]],
+    *,
+    refused: float,
+    start_seconds: float,
+    queue_seconds: float,
+) -> Scaler | None:
+    """Simulate every combination, a line each, and return the cheapest that refuses no larger share of the requests.
+
+    Args:
+        given: the autoscaler as it is.
+        load: replicas' worth of pictures at every second.
+        values: to try, by names of fields.
+    """
+    best: tuple[float, Scaler] | None = None
     print(" min   max  waiting   use  refused  GPU-hours  overloaded  little headroom")
-    for combination in itertools.product(*values):
-        scaler = replace(given, **dict(zip(names, combination, strict=True)))
-        found = simulate(load, scaler, start_seconds=options.start_seconds, queue_seconds=options.queue_seconds)
+    for combination in itertools.product(*values.values()):
+        scaler = replace(given, **dict(zip(values, combination, strict=True)))  # type: ignore[arg-type]
+        found = simulate(load, scaler, start_seconds=start_seconds, queue_seconds=queue_seconds)
         print(
             f"{scaler.low:4} {scaler.high:5} {scaler.waiting:8g} {scaler.use:5g} {found.refused:8.2%} "
             f"{found.gpu_hours:10.1f} {found.overloaded:11} {found.little_headroom:16}"
         )
-        if found.refused <= options.refused and not (chosen and chosen[0] <= found.gpu_hours):
-            chosen = found.gpu_hours, scaler
-    if chosen is None:
-        print(
-            f"none refuses {options.refused:g} or less: more replicas, less use, or a shorter start", file=sys.stderr
-        )
-        return 1
-    if options.write:
-        options.write.mkdir(parents=True, exist_ok=True)
-        (options.write / "kustomization.yaml").write_text(component(chosen[1], cores))
-    return 0
-
-
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        found = [kind(each) for each in text.split(",")]
-        if not all(each > 0 for each in found):
-            raise ValueError(text)
-        return found
-
-    parse.__name__ = "numbers > 0"
-    return parse
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if found.refused <= refused and not (best and best[0] <= found.gpu_hours):
+            best = found.gpu_hours, scaler
+    return best[1] if best else None

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+_UNITS = (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0))
+
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, above: bool = False) -> None:
     """Raise a ValueError unless the value is a finite number at least, or above, the minimum."""
@@ -18,45 +20,23 @@ def check_integer(name: str, value: Any, *, minimum: int) -> None:
 
 
 def parse_share(name: str, text: str) -> float:
-    """`5%` or `0.05`.
-
-    Raises:
-        ValueError: it is neither, or not within 0..1.
-    """
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = -1.0
+    """`5%` or `0.05`; a ValueError if it is neither, or not within 0..1."""
+    share = _scaled(text, "%", 0.01) if text.endswith("%") else _scaled(text, "", 1.0)
     if not 0 <= share <= 1:
         raise ValueError(f"{name}: expected a share such as 5% or 0.05, got {text!r}")
     return share
 
 
-_UNITS = (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0))
-
-
 def parse_seconds(name: str, text: str) -> float:
-    """`800ms`, `2s`, `30m`, `1h`, or plain seconds.
-
-    Raises:
-        ValueError: it is none of these, or negative.
-    """
-    unit, factor = next(((unit, seconds) for unit, seconds in _UNITS if text.endswith(unit)), ("", 1.0))
-    try:
-        value = float(text.removesuffix(unit)) * factor
-    except ValueError:
-        value = -1.0
-    if not (math.isfinite(value) and value >= 0):
+    """`800ms`, `2s`, `30m`, `1h`, or plain seconds; a ValueError if it is none of these, or negative."""
+    value = _scaled(text, *next(unit for unit in _UNITS if text.endswith(unit[0])))
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a duration such as 800ms, 2s or 30m, got {text!r}")
     return value
 
 
 def parse_pairs(name: str, text: str) -> dict[str, str]:
-    """`a=1,b=2` as a mapping.
-
-    Raises:
-        ValueError: an entry is not NAME=VALUE, or a name is given twice.
-    """
+    """`a=1,b=2` as a mapping; a ValueError if an entry is not NAME=VALUE, or a name is given twice."""
     found: dict[str, str] = {}
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         key, equals, value = entry.rpartition("=")
@@ -64,3 +44,22 @@ def parse_pairs(name: str, text: str) -> dict[str, str]:
             raise ValueError(f"{name}: expected NAME=VALUE, each name once, got {entry!r}")
         found[key] = value
     return found
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`0.jpg=2,night*=0` as numbers by patterns of file names."""
+    found = {}
+    for pattern, number in parse_pairs("weights", text).items():
+        try:
+            found[pattern] = float(number)
+        except ValueError:
+            raise ValueError(f"weights: {pattern}: expected a number, got {number!r}") from None
+        check_number(f"weights: {pattern}", found[pattern])
+    return found
+
+
+def _scaled(text: str, unit: str, factor: float) -> float:
+    try:
+        return float(text.removesuffix(unit)) * factor
+    except ValueError:
+        return math.nan

@@ -7,7 +7,6 @@ exit status.
 """
 
 import json
-import logging
 import math
 import signal
 import sys
@@ -24,16 +23,13 @@ from locust.env import Environment
 from locust.exception import LocustError
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-from .arrivals import Arrival, write_trace
-from .masks import OK, Library, read_masks, run_module
+from .masks import OK, read_masks
 from .options import LoadSettings
 from .page import told, write_report
-from .pictures import PAINTED, draw_sample, load_mix
-from .run import Pulse, Record, Share
+from .pictures import PAINTED, ensure_pictures
+from .run import UNSENT, Pulse, Record, Share
 from .server import Sampler, find_server, sample_memory, sample_metrics
 from .summary import RunResult, summarize
-
-logger = logging.getLogger(__name__)
 
 READY, BEGIN, CLOSE, FINISHED = "load_ready", "load_begin", "load_close", "load_finished"
 _BEGIN_SECONDS = 0.5  # from the last READY to the beginning, where messages go over a network
@@ -71,7 +67,7 @@ class Worker:
             self.share = None
             self._send(READY, {"problem": str(error), "library": {}})
             return
-        self.share = share = Share(settings, lambda record, num_bytes: self._count(settings, record, num_bytes))
+        self.share = share = Share(settings, partial(self._count, settings))
         gevent.spawn(self._prepare, share, getattr(options, "library", {}))
 
     def _prepare(self, share: Share, library: dict[str, bytes]) -> None:
@@ -80,7 +76,8 @@ class Worker:
                 import grpc.experimental.gevent
 
                 grpc.experimental.gevent.init_gevent()  # else a call would block every greenlet
-            ensure_pictures(share.settings.pictures)
+            if share.settings.pictures == PAINTED:
+                ensure_pictures()
             share.prepare(library)
             agreement = share.references.library_agreement
         except (OSError, ValueError) as error:
@@ -92,7 +89,7 @@ class Worker:
     def _on_begin(self, environment: Environment, msg: Any) -> None:
         gevent.sleep(max(0.0, msg.data["at"] - time.time()))
         if self.share:
-            self.share.begin(msg.data["index"], msg.data["of"])
+            self.share.begin(msg.data["index"], msg.data["of"], lambda: environment.runner.user_count)  # type: ignore[union-attr]
             gevent.spawn(self._report_end, self.share)
 
     def _report_end(self, share: Share) -> None:
@@ -123,26 +120,17 @@ class Worker:
 
     def _count(self, settings: LoadSettings, record: Record, num_bytes: int) -> None:
         """Into locust's statistics: latency from when a request was due, and apart the time from sending it."""
-        stats = self._environment.stats
-        unsent = record.outcome.startswith("unsent")
         self._environment.events.request.fire(
             request_type=settings.protocol,
             name=record.kind,
-            response_time=None if unsent else 1000 * record.seconds,
+            response_time=None if record.outcome == UNSENT else 1000 * record.seconds,
             response_length=num_bytes,
             exception=None if record.outcome == OK else RequestFailedError(record.outcome),
             context={},
         )
-        if settings.is_open and not unsent:  # an entry of its own, which the total leaves out
-            stats.entries[f"{record.kind}, from sending", settings.protocol].log(
-                round(1000 * (record.seconds - record.late)), num_bytes
-            )
-
-
-def ensure_pictures(folder: Path) -> None:
-    """Paint pictures into the default folder if it has none, in a process of its own."""
-    if folder == PAINTED and not (folder.is_dir() and any(folder.iterdir())):
-        run_module("loadtest", "paint", "--out", str(folder))
+        if settings.is_open and record.outcome != UNSENT:  # an entry of its own, which the total leaves out
+            entry = self._environment.stats.entries[f"{record.kind}, from sending", settings.protocol]
+            entry.log(round(1000 * (record.seconds - record.late)), num_bytes)
 
 
 class Controller:
@@ -150,10 +138,10 @@ class Controller:
 
     def __init__(self, environment: Environment) -> None:
         self.options: Any = environment.parsed_options
+        assert self.options is not None
         self.settings: LoadSettings | None = None
         self.summary: dict[str, Any] | None = None
         self.is_over = False
-        self._environment = environment
         self._problem = ""
         self._expected: set[str] = set()
         self._active = self._ending = False
@@ -171,7 +159,6 @@ class Controller:
         events.spawning_complete.add_listener(self._on_spawned)
         events.worker_report.add_listener(self._on_report)
         events.quitting.add_listener(self._on_quitting)
-        assert self.options is not None
         if self.options.headless:  # locust takes the signal only after a run with a shape
             gevent.signal_handler(signal.SIGTERM, self._on_terminate)
 
@@ -193,14 +180,17 @@ class Controller:
         clients = getattr(self._runner, "clients", None)
         found = [*clients.ready, *clients.running, *clients.spawning] if clients is not None else []
         self._expected = {client.id for client in found} or {"local"}
+        options = self.options
         if environment.shape_class:
-            self.options.shape = type(environment.shape_class).__name__.lower()
-        self.options.seconds = self.options.run_time  # as the shape: locust keeps both from its workers
+            options.shape = type(environment.shape_class).__name__.lower()
+        options.seconds = options.run_time  # as the shape: locust keeps both from its workers
         try:
-            self.settings = LoadSettings.read(self.options, environment.host)
-            ensure_pictures(self.settings.pictures)
-            self.options.library = self._library_masks(self.settings)  # travels to the workers with the options
-            metrics, pid = self.settings.metrics, self._server_pid(self.settings)
+            self.settings = LoadSettings.read(options, environment.host)
+            if self.settings.pictures == PAINTED:
+                ensure_pictures()
+            # travels to the workers with the options
+            options.library = read_masks(Path(options.library_masks)) if options.library_masks else {}
+            metrics, pid = self.settings.metrics, server_pid(options.server_pid, self.settings.hosts[0])
         except (OSError, ValueError) as error:
             self._fail(str(error))
             return
@@ -251,11 +241,7 @@ class Controller:
     def _missing(self) -> set[str]:
         """Workers that have not finished, as far as they are still there."""
         clients = getattr(self._runner, "clients", None)
-        there = (
-            {client.id for client in clients.values() if client.state != "missing"}
-            if clients is not None
-            else {"local"}
-        )
+        there = {"local"} if clients is None else {each.id for each in clients.values() if each.state != "missing"}
         return (self._expected & there) - self._finished.keys()
 
     def _keep(self, data: dict[str, Any]) -> None:
@@ -327,17 +313,11 @@ class Controller:
             memory=watched.samples,
         )
         self.summary = summarize(settings, result)
-        self._write(self.summary, result)
-
-    def _write(self, summary: dict[str, Any], result: RunResult) -> None:
-        if self.options.save_trace:
-            sent = (Arrival(each.at, "" if each.kind == "bad" else each.name, each.kind) for each in result.records)
-            write_trace(Path(self.options.save_trace), sent)  # bad bytes are made anew
-        print(told(summary))
+        print(told(self.summary))
         if self.options.report == "-":
-            print(json.dumps(summary, allow_nan=False), flush=True)
+            print(json.dumps(self.summary, allow_nan=False), flush=True)
         elif self.options.report:
-            write_report(summary, Path(self.options.report))
+            write_report(self.summary, Path(self.options.report))
             print(f"\n{self.options.report}", flush=True)
 
     def _on_quitting(self, environment: Environment, **_: Any) -> None:
@@ -350,59 +330,14 @@ class Controller:
         elif self.summary is not None:
             environment.process_exit_code = KEPT if self.summary["held"] else self.options.exit_code_on_error
 
-    def _library_masks(self, settings: LoadSettings) -> dict[str, bytes]:
-        """The library's masks of a sample of the pictures; none if nobody asked for them."""
-        options = self.options
-        if not options.checkpoint:
-            for name in ("schedule", "align"):
-                if getattr(options, name):
-                    raise ValueError(f"{name}: expected with --checkpoint only")
-            return read_masks(Path(options.library_masks)) if options.library_masks else {}
-        if options.library_masks:
-            raise ValueError("library-masks: expected without --checkpoint")
-        if options.library_sample < 1:
-            raise ValueError(f"library-sample: expected an integer >= 1, got {options.library_sample}")
-        schedule, align = options.schedule, options.align or 1
-        if not schedule:
-            schedule, told_align = served_schedule(settings.metrics)
-            align = options.align or told_align
-        names = list(load_mix(settings.pictures, weights=settings.weights).weights)
-        sample = draw_sample(settings.pictures, names, options.library_sample, settings.seed)
-        return Library(checkpoint=Path(options.checkpoint), schedule=schedule, align=align).masks(sample)
 
-    def _server_pid(self, settings: LoadSettings) -> int | None:
-        """The process whose memory is watched; None for none."""
-        text = self.options.server_pid
-        if not text:
-            return None
-        if text == "auto":
-            host = settings.hosts[0]
-            pid = find_server(urllib.parse.urlsplit(f"//{host.rpartition('//')[2]}").port or 80)
-            if pid is None:
-                print(f"server-pid: this user sees no process that listens at {host} here", file=sys.stderr)
-            return pid
-        if not text.isdecimal():
-            raise ValueError(f"server-pid: expected the id of a process, or auto, got {text!r}")
-        if not psutil.pid_exists(int(text)):
-            raise ValueError(f"server-pid: expected a process of this machine, got {text}")
-        return int(text)
-
-
-def served_schedule(metrics: tuple[str, ...]) -> tuple[str, int]:
-    """Schedule and align of the servers, from `mpm_model_info` in their metrics.
-
-    Raises:
-        ValueError: they don't say, or differ.
-    """
-    try:
-        found = sample_metrics(metrics).metrics
-    except (OSError, ValueError) as error:
-        raise ValueError(f"schedule: expected --schedule, or metrics that name it: {error}") from None
-    values = []
-    for name in ("schedule", "align"):
-        named = found.labels("mpm_model_info", name)
-        if len(named) != 1:
-            got = " and ".join(named) or "none"
-            raise ValueError(f"{name}: expected --schedule, or metrics (mpm_model_info) with one {name}, got {got}")
-        values.append(named[0])
-    return values[0], int(values[1])
+def server_pid(text: str, host: str) -> int | None:
+    """The process whose memory is watched: its id as text, or "auto", who listens at `host` here; None for none."""
+    if text == "auto":
+        pid = find_server(urllib.parse.urlsplit(f"//{host.rpartition('//')[2]}").port or 80)
+        if pid is None:
+            print(f"server-pid: this user sees no process that listens at {host} here", file=sys.stderr)
+        return pid
+    if text and not (text.isdecimal() and psutil.pid_exists(int(text))):
+        raise ValueError(f"server-pid: expected a process of this machine, or auto, got {text}")
+    return int(text) if text else None

@@ -1,9 +1,8 @@
-"""Load on a served model, for locust:
+"""Load on a served model, for locust; see README.md.
 
-    locust -f loadtest/locustfile.py --host http://127.0.0.1:8080                      # its page:
-    http://127.0.0.1:8089 locust -f loadtest/locustfile.py --headless -u 8 -r 8 -t 1m                        # each
-    user waits for its answer locust -f loadtest/locustfile.py --headless --rate 20 -t 1m --slo p99=800ms --report
-    report.html
+    locust -f loadtest/locustfile.py --host http://127.0.0.1:8080                    its page: http://127.0.0.1:8089
+    locust -f loadtest/locustfile.py --headless -u 8 -r 8 -t 1m                      each user waits for its answer
+    locust -f loadtest/locustfile.py --headless --rate 20 -t 1m --slo p99=800ms --report report.html
 
 Everything of locust works as it does elsewhere: --master and --worker, --processes, --csv, --html, --tags. What is
 added: requests that do not wait for answers (`--rate`), every mask checked, promises that set the exit status, and a
@@ -13,7 +12,6 @@ Exit status with `--headless`: 0 if every promise was kept, 1 if one was broken,
 could not keep up, so that the run says nothing about the server.
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -24,14 +22,12 @@ from locust import User, constant, events, tag, task
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import Runner, WorkerRunner
-from locust.web import WebUI
 
 from loadtest.controller import Controller, Worker
 from loadtest.options import OPEN_LOOP_USERS, LoadSettings, add_arguments
 from loadtest.protocols import PROTOCOLS
 from loadtest.shapes import SHAPES
 
-logger = logging.getLogger(__name__)
 events.init_command_line_parser.add_listener(add_arguments)
 
 
@@ -43,6 +39,13 @@ class SegmentUser(User):
     """
 
     wait_time = constant(0)
+
+    def _send(self) -> None:
+        share = self.environment.worker.share
+        request = share and share.next_request()
+        if not request:
+            raise StopUser
+        share.send(request)
 
     @tag("png")
     @task
@@ -68,34 +71,25 @@ class SegmentUser(User):
         """Send what is no picture and has to be refused."""
         self._send()
 
-    def _send(self) -> None:
-        share = self.environment.worker.share
-        request = share and share.next_request()
-        if not request:
-            raise StopUser
-        share.send(request)
-
 
 @events.init.add_listener
-def _wire(environment: Environment, runner: Runner, web_ui: WebUI | None, **_: object) -> None:
+def _wire(environment: Environment, runner: Runner, **_: object) -> None:
     options = environment.parsed_options
     assert options is not None
-    if isinstance(runner, WorkerRunner):
-        environment.worker = Worker(environment)  # type: ignore[attr-defined]
-        return
-    environment.host = environment.host or PROTOCOLS[options.protocol].host
-    if options.rate or options.trace:
-        options.num_users = options.num_users or OPEN_LOOP_USERS
-        options.spawn_rate = options.spawn_rate or options.num_users
-    try:
-        LoadSettings.read(options, environment.host)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    environment.available_shape_classes = {shape.__name__: shape() for shape in SHAPES.values()}
-    for shape in environment.available_shape_classes.values():
-        shape.runner = runner
-    if options.shape or options.headless or options.autostart:  # a shape counts time from the first request
-        environment.shape_class = environment.available_shape_classes[(options.shape or "steady").capitalize()]
-    environment.run = Controller(environment)  # type: ignore[attr-defined]
+    if not isinstance(runner, WorkerRunner):
+        environment.host = environment.host or PROTOCOLS[options.protocol].host
+        if options.rate:
+            options.num_users = options.num_users or OPEN_LOOP_USERS
+            options.spawn_rate = options.spawn_rate or options.num_users
+        try:
+            LoadSettings.read(options, environment.host)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        environment.available_shape_classes = {shape.__name__: shape() for shape in SHAPES}
+        for shape in environment.available_shape_classes.values():
+            shape.runner = runner
+        if options.shape or options.headless or options.autostart:  # a shape counts time from the first request
+            environment.shape_class = environment.available_shape_classes[(options.shape or "steady").capitalize()]
+        environment.run = Controller(environment)  # type: ignore[attr-defined]
     environment.worker = Worker(environment)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Is an answer right? Masks under load are compared with those of the same pictures from the idle server, and these
 with the library's.
 
-    mpm loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER PICTURE...
+    mpm loadtest masks --checkpoint checkpoint.pth [--schedule 2,5] [--align 1] --out FOLDER [PICTURE...]
 
 writes the library's masks: `PICTURE.png`, class ids as grey values. It loads torch, so it is a process of its own: the
 client has to stay light, and the server needs the cores while there is load.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ import click
 import numpy as np
 from PIL import Image
 
-from handlers.client import Answer, NoAnswerError
+from handlers.client import Answer, NoAnswerError, read_metrics
 from handlers.png import SIGNATURE, png_size
 
-from .pictures import Item, read_frame
+from .pictures import PAINTED, Item, ensure_pictures, read_frame, weigh_pictures
 from .protocols import Servers
 
 OK = "ok"
@@ -37,67 +37,43 @@ class MaskError(ValueError):
     """An answer is not what was asked for; the message says why in a few words that group well."""
 
 
-class OtherImageError(ValueError):
-    """An image, but not one of class ids; the message is its format and mode."""
-
-
 @dataclass(frozen=True)
 class Reference:
-    """The mask of a picture, as an idle server gave it or the library made it.
-
-    Attributes:
-        png: class ids as palette or grey values.
-    """
+    """The mask of a picture, a PNG of class ids, as an idle server gave it or the library made it."""
 
     png: bytes
 
     @cached_property
     def labels(self) -> np.ndarray:
         """[H, W] class ids."""
-        return read_mask(self.png)
+        return read_mask(self.png)[0]
 
     @cached_property
-    def areas(self) -> Mapping[int, int]:
+    def areas(self) -> np.ndarray:
         """Pixels by class."""
-        ids, counts = np.unique(self.labels, return_counts=True)
-        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        return np.bincount(self.labels.ravel())
 
 
-def read_mask(png: bytes) -> np.ndarray:
-    """Class ids [H, W] of a mask.
+def read_mask(png: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """Class ids [H, W] of a palette or grey PNG, and the palette's colours [K, 3]; None without a palette.
 
     Raises:
-        MaskError: it is not a palette or grey PNG, or an index lies outside of the palette.
+        MaskError: it is not such a PNG, or an index lies outside of the palette.
     """
     if png[:8] != SIGNATURE:
         raise MaskError("not a PNG")
     try:
-        labels, colors = decode_mask(png)
-    except OtherImageError as other:
-        raise MaskError(f"a {other}, not of class ids") from None
-    except OSError:
-        raise MaskError("a broken PNG") from None
-    if colors is not None and labels.max(initial=0) >= len(colors):
-        raise MaskError("a class outside of the palette")
-    return labels
-
-
-def decode_mask(png: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-    """Class ids [H, W] of a palette or grey PNG, and the palette's colours [K, 3]; None without a palette.
-
-    Raises:
-        OtherImageError: it is an image of another kind.
-        OSError: it can't be read.
-    """
-    try:
         with Image.open(io.BytesIO(png)) as opened:
-            if opened.format != "PNG" or opened.mode not in ("P", "L", "I", "I;16"):
-                raise OtherImageError(f"{opened.format} of mode {opened.mode}")
+            if opened.mode not in ("P", "L", "I", "I;16"):
+                raise MaskError(f"a PNG of mode {opened.mode}, not of class ids")
             palette = opened.getpalette() if opened.mode == "P" else None
             labels = np.asarray(opened)
-    except (SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None
-    return labels, None if palette is None else np.asarray(palette, np.uint8).reshape(-1, 3)
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise MaskError("a broken PNG") from None
+    colors = None if palette is None else np.asarray(palette, np.uint8).reshape(-1, 3)
+    if colors is not None and labels.max(initial=0) >= len(colors):
+        raise MaskError("a class outside of the palette")
+    return labels, colors
 
 
 def check_answer(
@@ -117,12 +93,11 @@ def check_answer(
     if answer.status != 200:
         return f"status {answer.status}", None
     try:
-        agreement = CHECKS[item.kind](item, answer.body, reference)
+        agreement = (_check_json if item.kind == "json" else _check_png)(item, answer.body, reference)
     except MaskError as error:
         return f"wrong: {error}", None
-    if agreement is not None and agreement < min_agreement:
-        return "wrong: another mask", agreement
-    return OK, agreement
+    wrong = agreement is not None and agreement < min_agreement
+    return "wrong: another mask" if wrong else OK, agreement
 
 
 def _check_refusal(answer: Answer) -> str:
@@ -140,7 +115,7 @@ def _check_png(item: Item, body: bytes, reference: Reference | None) -> float | 
         raise MaskError("not a PNG")
     if size[::-1] != item.size:
         raise MaskError("another size than the picture")
-    labels = read_mask(body)
+    labels, _ = read_mask(body)
     if reference is None:
         return None
     if labels.shape != reference.labels.shape:
@@ -153,7 +128,7 @@ def _check_json(item: Item, body: bytes, reference: Reference | None) -> float |
     try:
         described = json.loads(body)
         size = (described["height"], described["width"])
-        areas = {entry["id"]: entry["area"] for entry in described["classes"]}
+        areas = {int(entry["id"]): int(entry["area"]) for entry in described["classes"]}
     except (ValueError, KeyError, TypeError):
         raise MaskError("not the JSON of a mask") from None
     if size != item.size:
@@ -162,12 +137,8 @@ def _check_json(item: Item, body: bytes, reference: Reference | None) -> float |
         raise MaskError("areas that do not fill the picture")
     if reference is None:
         return None
-    shared = sum(min(area, reference.areas.get(index, 0)) for index, area in areas.items())
+    shared = sum(min(area, known) for index, known in enumerate(reference.areas) if (area := areas.get(index)))
     return float(shared / (size[0] * size[1]))
-
-
-Check = Callable[[Item, bytes, Reference | None], float | None]
-CHECKS: Mapping[str, Check] = {"png": _check_png, "raw": _check_png, "json": _check_json}
 
 
 class References:
@@ -202,8 +173,7 @@ class References:
                 answer = _ask_idle(servers, item, number, timeout_seconds)
                 outcome, _ = self.check(item, answer)
                 if outcome != OK:
-                    said = "" if answer.status == 200 else f": {answer.body[:200]!r}"
-                    raise MaskError(f"{where}: {outcome}{said}")
+                    raise MaskError(f"{where}: {outcome}{'' if answer.status == 200 else f': {answer.body[:200]!r}'}")
                 if item.name in self._library:
                     self._compare_with_library(item, answer, where)
                 self._masks.setdefault((item.kind, item.name), Reference(answer.body))
@@ -238,14 +208,7 @@ def _ask_idle(servers: Servers, item: Item, number: int, timeout_seconds: float)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """The model as the library runs it, with which a server has to agree.
-
-    Attributes:
-        checkpoint: checkpoint.pth with its variant.yml beside it.
-        schedule: blocks before which tokens merge (2,5), or off.
-        align: token counts after a merge are multiples of this.
-        inference: fields of the checkpoint's inference that the server overrides.
-    """
+    """The model as the library runs it, with which a server has to agree: options of `mpm loadtest masks`."""
 
     checkpoint: Path
     schedule: str = "2,5"
@@ -261,21 +224,21 @@ class Library:
         with tempfile.TemporaryDirectory(prefix="loadtest-masks-") as folder:
             options = {"checkpoint": self.checkpoint, "schedule": self.schedule, "align": self.align, "out": folder}
             options |= {"inference": json.dumps(dict(self.inference))}
-            flags = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-            run_module("loadtest", "masks", *flags, *map(str, pictures))
+            run_module("loadtest", "masks", *flags(options), *map(str, pictures))
             return read_masks(Path(folder))
 
 
 def read_masks(folder: Path) -> dict[str, bytes]:
-    """Masks that `mpm loadtest masks` wrote, by the names of their pictures.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Masks that `mpm loadtest masks` wrote, by the names of their pictures; a ValueError if there is none."""
     masks = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
     if not masks:
         raise ValueError(f"library-masks: expected what `mpm loadtest masks` writes in {folder}, got nothing")
     return masks
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Options as a command line has them."""
+    return [text for name, value in options.items() for text in (f"--{name}", os.fspath(str(value)))]
 
 
 def environment() -> dict[str, str]:
@@ -297,25 +260,37 @@ def run_module(module: str, *arguments: str) -> None:
 
 
 @click.command()
-@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("pictures", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="With variant.yml beside it.")
-@click.option(
-    "--schedule", default="2,5", show_default=True, help="Blocks before which tokens merge, off, or a merger."
-)
-@click.option("--align", default=1, show_default=True, help="Token counts after a merge are multiples of this.")
+@click.option("--schedule", help="Blocks before which tokens merge (2,5), off, or a merger.")
+@click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
+@click.option("--metrics", metavar="URL", help="Merge as this server's metrics say, where no option says it.")
 @click.option("--inference", default="{}", metavar="JSON", help="Overrides of the checkpoint's own.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
-def command(
-    pictures: tuple[Path, ...], checkpoint: Path, schedule: str, align: int, inference: str, out: Path
-) -> None:
-    """Write masks as the library makes them, to compare a server's with."""
+def command(pictures: Sequence[Path], checkpoint: Path, inference: str, out: Path, **merging: Any) -> None:
+    """Write masks as the library makes them, to compare a server's with; of the painted scenes if no PICTURES are
+    named."""
     from mpm_ops import load_segmenter  # torch: only here
     from mpm_ops.stages import parse_schedule
 
+    if not pictures:
+        ensure_pictures()
+        pictures = list(weigh_pictures(PAINTED, {}))
+    schedule, align = (merging[name] or served(name, merging["metrics"]) for name in ("schedule", "align"))
     plain = ":" not in schedule  # else it is another merger's text, with which servers name it
-    merging: Any = {"schedule": parse_schedule(schedule), "align": align} if plain else {"merger": schedule}
-    model = load_segmenter(checkpoint, **merging, inference=json.loads(inference))
+    chosen: Any = {"schedule": parse_schedule(schedule), "align": int(align)} if plain else {"merger": schedule}
+    model = load_segmenter(checkpoint, **chosen, inference=json.loads(inference))
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         Image.fromarray(model.segment(read_frame(picture))).save(out / f"{picture.name}.png")
     click.echo(f"{len(pictures)} masks in {out}")
+
+
+def served(name: str, metrics: str | None) -> str:
+    """Schedule or align of a server, from `mpm_model_info` in its metrics; the library's own without a server."""
+    if not metrics:
+        return {"schedule": "2,5", "align": "1"}[name]
+    found = read_metrics(metrics).labels("mpm_model_info", name)
+    if len(found) != 1:
+        raise ValueError(f"{name}: expected --{name}, or metrics (mpm_model_info) that name it, got {found or 'none'}")
+    return found[0]

@@ -14,10 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from handlers.png import png_file
 
-from .arrivals import Arrival
-from .checks import check_number
-
 KINDS = ("png", "json", "raw", "bad")
+PAINTED = Path("build/loadtest/pictures")
+_SCENES: Mapping[str, Any] = {"clutter": (0, 0.35, 0.7, 1), "sizes": ((640, 480), (480, 640))}
 _SUFFIXES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 
 
@@ -57,19 +56,13 @@ class Mix:
     weights: Mapping[str, float]
     seed: int
 
-    def choose(self, number: int, arrival: Arrival | None = None) -> Item:
-        """The item of a request.
-
-        Raises:
-            KeyError: the arrival names what the mix does not hold.
-        """
+    def choose(self, number: int) -> Item:
+        """The item of a request."""
         dice = random.Random(self.seed * 1_000_003 + number)
-        drawn = dice.choices(list(self.shares), list(self.shares.values()))[0]
-        kind = (arrival.kind if arrival else "") or drawn
+        kind = dice.choices(list(self.shares), list(self.shares.values()))[0]
         if kind == "bad":
-            return self.items[kind, dice.choice([name for item_kind, name in self.items if item_kind == "bad"])]
-        name = arrival.picture if arrival else ""
-        return self.items[kind, name or dice.choices(list(self.weights), list(self.weights.values()))[0]]
+            return dice.choice([item for item in self.items.values() if item.kind == "bad"])
+        return self.items[kind, dice.choices(list(self.weights), list(self.weights.values()))[0]]
 
     @property
     def pictures(self) -> list[Item]:
@@ -83,43 +76,43 @@ def load_mix(
     shares: Mapping[str, float] | None = None,
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
-    raw: bool = False,
 ) -> Mix:
     """Read the pictures of a folder.
 
     Args:
         shares: of the `KINDS`; only masks as PNG by default.
         weights: by patterns of file names, the last that fits; 1 where none does. 0 leaves a picture out.
-        raw: read raw frames too, though their share is 0: arrivals may ask for them.
 
     Raises:
-        ValueError: a weight is out of range, or no picture is left.
+        ValueError: no picture is left.
         OSError: the folder can't be read.
     """
-    shares, weights = shares or {"png": 1.0}, weights or {}
-    for pattern, weight in weights.items():
-        check_number(f"weights: {pattern}", weight)
+    shares = shares or {"png": 1.0}
+    weighed = weigh_pictures(folder, weights or {})
+    items = [item for path in weighed for item in _forms(path, raw=shares.get("raw", 0) > 0)]
+    items += _bad_items(items[0])
+    chosen = {path.name: weight for path, weight in weighed.items()}
+    return Mix({(item.kind, item.name): item for item in items}, dict(shares), chosen, seed)
+
+
+def weigh_pictures(folder: Path, weights: Mapping[str, float]) -> dict[Path, float]:
+    """Files of a folder that are sent, and how often; see `load_mix`."""
     if not folder.is_dir():
         raise ValueError(f"pictures: expected a folder, got {folder}")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    chosen = {path: _weight(path.name, weights) for path in files}
-    chosen = {path: weight for path, weight in chosen.items() if weight > 0}
-    if not chosen:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        fitting = [weight for pattern, weight in weights.items() if fnmatch.fnmatch(path.name, pattern)]
+        if path.suffix.lower() in _SUFFIXES and (weight := [1.0, *fitting][-1]) > 0:
+            found[path] = weight
+    if not found:
         raise ValueError(f"{folder}: expected pictures ({', '.join(_SUFFIXES)}), got none with a weight above 0")
-    items = [item for path in chosen for item in _forms(path, raw=raw or shares.get("raw", 0) > 0)]
-    items += _bad_items(items[0])
-    return Mix(
-        {(item.kind, item.name): item for item in items},
-        dict(shares),
-        {path.name: weight for path, weight in chosen.items()},
-        seed,
-    )
+    return found
 
 
-def draw_sample(folder: Path, names: Sequence[str], most: int, seed: int) -> list[Path]:
-    """At most so many of the pictures of a folder, the same for the same seed."""
-    chosen = names if len(names) <= most else random.Random(seed).sample(sorted(names), most)
-    return [folder / name for name in sorted(chosen)]
+def draw_sample(files: Sequence[Path], most: int, seed: int) -> list[Path]:
+    """At most so many files in the order of their names, the same for the same seed."""
+    files = sorted(files)
+    return files if len(files) <= most else sorted(random.Random(seed).sample(files, most))
 
 
 def read_frame(path: Path) -> np.ndarray:
@@ -140,10 +133,6 @@ def read_frame(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: not a picture that can be read") from None
 
 
-PAINTED = Path("build/loadtest/pictures")
-_SCENES: Mapping[str, Any] = {"clutter": (0, 0.35, 0.7, 1), "sizes": ((640, 480), (480, 640))}
-
-
 def ensure_pictures(folder: Path = PAINTED, scenes: Mapping[str, Any] = _SCENES) -> None:
     """Paint road scenes as JPEG into a folder that has no files; the same arguments always give the same scenes.
 
@@ -154,7 +143,7 @@ def ensure_pictures(folder: Path = PAINTED, scenes: Mapping[str, Any] = _SCENES)
     """
     if folder.is_dir() and any(folder.iterdir()):
         return
-    from model_store.demo.painter import paint_scene
+    from model_store.demo.painter import paint_scene  # OpenCV
 
     folder.mkdir(parents=True, exist_ok=True)
     for amount in scenes["clutter"]:
@@ -163,33 +152,22 @@ def ensure_pictures(folder: Path = PAINTED, scenes: Mapping[str, Any] = _SCENES)
             Image.fromarray(image).save(folder / f"clutter{round(100 * amount):03d}_{width}x{height}.jpg", quality=92)
 
 
-def _weight(name: str, weights: Mapping[str, float]) -> float:
-    return ([1.0] + [weight for pattern, weight in weights.items() if fnmatch.fnmatch(name, pattern)])[-1]
-
-
 def _forms(path: Path, *, raw: bool) -> list[Item]:
-    body = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(body)) as opened:
-            turned = opened.getexif().get(274, 1) >= 5  # orientation: the server answers upright
-            width, height = opened.size[::-1] if turned else opened.size
-    except (UnidentifiedImageError, OSError):
-        raise ValueError(f"{path}: not a picture that can be read") from None
-    content_type = _SUFFIXES[path.suffix.lower()]
-    found = [Item(path.name, kind, body, content_type, (height, width)) for kind in ("png", "json")]
+    frame, body, content_type = read_frame(path), path.read_bytes(), _SUFFIXES[path.suffix.lower()]
+    size = (frame.shape[0], frame.shape[1])  # the server answers upright
+    found = [Item(path.name, kind, body, content_type, size) for kind in ("png", "json")]
     if raw:
         buffer = io.BytesIO()
-        np.save(buffer, read_frame(path))
-        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", (height, width)))
+        np.save(buffer, frame)
+        found.append(Item(path.name, "raw", buffer.getvalue(), "application/x-npy", size))
     return found
 
 
 def _bad_items(good: Item) -> list[Item]:
     """What must be refused: noise, half a picture, and one that says to be huge."""
-    huge = png_file(60_000, 60_000, 8, 2, (b"IDAT", zlib.compress(b"\0" * 9)))
     bodies = {
         "noise": random.Random(0).randbytes(4096),
         "half a picture": good.body[: len(good.body) // 2],
-        "60000x60000 in 70 bytes": huge,
+        "60000x60000 in 70 bytes": png_file(60_000, 60_000, 8, 2, (b"IDAT", zlib.compress(b"\0" * 9))),
     }
     return [Item(name, "bad", body, "application/octet-stream", (0, 0)) for name, body in bodies.items()]

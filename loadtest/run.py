@@ -1,7 +1,7 @@
 """One process's share of a run. Under gevent: users are greenlets, and requests run in them.
 
-Open loop (`--rate`, `--trace`): a dispatcher hands every request to a free user when it is due, whether or not earlier
-ones are answered, and latency counts from when it was due. A client that waits for answers before it asks again
+Open loop (`--rate`): a dispatcher sends every request when it is due, whether or not earlier ones are answered, and
+latency counts from when it was due. A client that waits for answers before it asks again
 (closed loop) asks a slow server less, and so misses most of the waiting that it would have caused: coordinated
 omission.
 """
@@ -9,13 +9,12 @@ omission.
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import count, islice
 from typing import NamedTuple
 
 import gevent
-from gevent.event import AsyncResult, Event
+from gevent.event import Event
 
 from handlers.client import Answer, NoAnswerError
 
@@ -45,7 +44,6 @@ class Record(NamedTuple):
         kind, name: of the item.
         tokens_in, tokens_out: of the picture before and after merging, where the server says so.
         agreement: share of pixels as in the reference, where compared.
-        replica: the server behind a proxy, where the proxy names it.
     """
 
     number: int
@@ -58,7 +56,6 @@ class Record(NamedTuple):
     tokens_in: int | None = None
     tokens_out: int | None = None
     agreement: float | None = None
-    replica: str | None = None
 
 
 class Pulse(NamedTuple):
@@ -100,22 +97,17 @@ class Share:
         finished: set once everything sent is answered and nothing is sent any more.
     """
 
+    references: References
+    _mix: Mix
+    _servers: Servers
+
     def __init__(self, settings: LoadSettings, report: Callable[[Record, int], None] = lambda *_: None) -> None:
-        self.settings = settings
-        self.problem = ""
-        self.gave_up = False
-        self.finished = Event()
-        self.references: References
-        self._report = report
-        self._mix: Mix
-        self._servers: Servers
+        self.settings, self._report = settings, report
+        self.problem, self.gave_up, self.finished = "", False, Event()
         self._budget = ErrorBudget(settings.slo if settings.give_up else None, settings.num_due())
-        self._begun = Event()
-        self._closed = Event()
-        self._start = 0.0
-        self._index, self._of = 0, 1
+        self._begun, self._closed = Event(), Event()
+        self._start, self._index, self._of = 0.0, 0, 1
         self._numbers = count()
-        self._free: deque[AsyncResult] = deque()  # users that wait for a request to become due
         self._inflight: dict[int, Request] = {}
         self._records: list[Record] = []
         self._pulses: list[Pulse] = []
@@ -127,61 +119,39 @@ class Share:
             library: the library's masks of some of the pictures, as PNG, by names.
 
         Raises:
-            ValueError, OSError: pictures, trace or masks can't be used, or a server gives wrong ones.
+            ValueError, OSError: pictures or masks can't be used, or a server gives wrong ones.
         """
-        settings = self.settings
-        raw = any(arrival.kind == "raw" for arrival in settings.trace)
-        self._mix = load_mix(
-            settings.pictures, shares=settings.shares, weights=settings.weights, seed=settings.seed, raw=raw
-        )
-        for number, arrival in enumerate(settings.trace):
-            try:
-                self._mix.choose(number, arrival)
-            except (KeyError, IndexError):
-                named = f"picture {arrival.picture!r}, kind {arrival.kind!r} at {arrival.at:g} s"
-                raise ValueError(f"trace: expected pictures and kinds of this run, got {named}") from None
-        self._servers = Servers(settings.protocol, settings.hosts, settings.model, settings.connection_seconds)
-        self.references = References(library, settings.min_agreement)
-        self.references.take(self._mix.pictures, self._servers, settings.timeout_seconds)
+        chosen = self.settings
+        self._mix = load_mix(chosen.pictures, shares=chosen.shares, weights=chosen.weights, seed=chosen.seed)
+        self._servers = Servers(chosen.protocol, chosen.hosts, chosen.model, chosen.connection_seconds)
+        self.references = References(library, chosen.min_agreement)
+        self.references.take(self._mix.pictures, self._servers, chosen.timeout_seconds)
 
-    def begin(self, index: int = 0, of: int = 1) -> None:
-        """Let users send, as the process `index` of `of` that share the arrivals."""
+    def begin(self, index: int = 0, of: int = 1, num_users: Callable[[], int] = lambda: 1) -> None:
+        """Let requests be sent, as the process `index` of `of` that share the arrivals."""
         self._index, self._of = index, of
         self._start = time.monotonic()
         self._numbers = count(index, of)
         self._begun.set()
         gevent.spawn(self._watch)
-        gevent.spawn(self._dispatch if self.settings.is_open else self._close_in_time)
+        gevent.spawn(self._dispatch, num_users)
 
     def close(self) -> None:
         """Send nothing more; `finished` is set once what is in flight is answered."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._begun.set()
-        while self._free:
-            self._free.popleft().set(None)
-        gevent.spawn(self._finish)
+        if not self._closed.is_set():
+            self._closed.set()
+            self._begun.set()
+            gevent.spawn(self._finish)
 
     def next_request(self) -> Request | None:
-        """Wait until a request is due, for a user; None if there will be none any more."""
+        """What a user that waits for its answer sends next; None, perhaps after a while, if there will be nothing."""
         self._begun.wait()
+        if self.settings.is_open:
+            self._closed.wait()  # the dispatcher sends; users only bound how many are in flight
         if self._closed.is_set() or self.problem:
             return None
-        if not self.settings.is_open:
-            number = next(self._numbers)
-            return Request(number, self._mix.choose(number), time.monotonic())
-        slot = AsyncResult()
-        self._free.append(slot)
-        try:
-            request: Request | None = slot.get()
-        except BaseException:  # the user is stopped, because there shall be fewer
-            if slot in self._free:
-                self._free.remove(slot)
-            elif slot.value is not None:
-                self._keep_unsent(slot.value)
-            raise
-        return request
+        number = next(self._numbers)
+        return Request(number, self._mix.choose(number), time.monotonic())
 
     def send(self, request: Request) -> None:
         """Send a request, check its answer, and write down what became of it."""
@@ -201,28 +171,14 @@ class Share:
         except NoAnswerError as error:
             seconds, outcome = time.monotonic() - due, f"connection: {str(error)[:60]}"
         except gevent.GreenletExit:
-            self._give_up(request)
+            self._keep(request, time.monotonic() - due, GIVEN_UP)
             raise
         except Exception as error:
             logger.exception("a request failed in the client")
             seconds, outcome = time.monotonic() - due, f"client: {type(error).__name__}"
         finally:
             self._inflight.pop(number, None)
-        tokens_in, tokens_out = (answer.tokens if answer else None) or (None, None)
-        record = Record(
-            number=number,
-            at=due - self._start,
-            late=sent - due,
-            seconds=seconds,
-            outcome=outcome,
-            kind=item.kind,
-            name=item.name,
-            tokens_in=tokens_in,
-            tokens_out=tokens_out,
-            agreement=agreement,
-            replica=answer.replica if answer else None,
-        )
-        self._keep(record, len(answer.body) if answer else 0)
+        self._keep(request, seconds, outcome, sent - due, answer, agreement)
 
     def take(self) -> tuple[list[Record], list[Pulse]]:
         """Records since they were last taken."""
@@ -230,23 +186,22 @@ class Share:
         self._records, self._pulses = [], []
         return taken
 
-    def _dispatch(self) -> None:
-        """Hand requests to free users when they are due."""
-        for number, arrival in islice(enumerate(self.settings.due()), self._index, None, self._of):
-            due = self._start + arrival.at
+    def _dispatch(self, num_users: Callable[[], int]) -> None:
+        """Send requests when they are due, while fewer are in flight than there are users; then wait for the end."""
+        due_times = self.settings.due() if self.settings.is_open else ()
+        for number, at in islice(enumerate(due_times), self._index, None, self._of):
+            due = self._start + at
             gevent.sleep(0)  # a dispatcher that is behind must still let others run
             while (early := due - time.monotonic()) > 0 and not self._closed.is_set():
                 self._closed.wait(early)
             if self._closed.is_set():
                 return
-            request = Request(number, self._mix.choose(number, arrival), due)
-            if self._free:
-                self._free.popleft().set(request)
+            request = Request(number, self._mix.choose(number), due)
+            if len(self._inflight) < num_users():
+                self._inflight[number] = request
+                gevent.spawn(self.send, request)
             else:
-                self._keep_unsent(request)
-        self._close_in_time()
-
-    def _close_in_time(self) -> None:
+                self._keep(request, 0.0, UNSENT)
         left = self._start + self.settings.seconds - time.monotonic()
         self._closed.wait(None if left == math.inf else max(0.0, left))
         self.close()
@@ -256,7 +211,7 @@ class Share:
         while self._inflight and not self.gave_up and time.monotonic() < deadline:
             gevent.sleep(_PULSE_SECONDS)
         for request in list(self._inflight.values()):
-            self._give_up(request)
+            self._keep(request, time.monotonic() - request.due, GIVEN_UP)
         self.finished.set()
 
     def _watch(self) -> None:
@@ -273,18 +228,23 @@ class Share:
             cpu = (time.process_time() - used) / elapsed
             self._pulses.append(Pulse(time.monotonic() - self._start, self._index, worst, cpu, len(self._inflight)))
 
-    def _give_up(self, request: Request) -> None:
-        number, item, due = request
-        self._keep(Record(number, due - self._start, 0.0, time.monotonic() - due, GIVEN_UP, item.kind, item.name), 0)
-
-    def _keep_unsent(self, request: Request) -> None:
-        number, item, due = request
-        self._keep(Record(number, due - self._start, 0.0, 0.0, UNSENT, item.kind, item.name), 0)
-
-    def _keep(self, record: Record, num_bytes: int) -> None:
+    def _keep(
+        self,
+        request: Request,
+        seconds: float,
+        outcome: str,
+        late: float = 0.0,
+        answer: Answer | None = None,
+        agreement: float | None = None,
+    ) -> None:
+        """Write down what became of a request, once: what comes later was written down as given up."""
         if self.finished.is_set():
-            return  # written down as given up
+            return
+        number, item, due = request
+        before, after = (answer.tokens if answer else None) or (None, None)
+        at, name = due - self._start, item.name
+        record = Record(number, at, late, seconds, outcome, item.kind, name, before, after, agreement)
         self._records.append(record)
-        if record.kind != "bad":
-            self._budget.count(record.seconds if record.outcome == OK else math.inf)
-        self._report(record, num_bytes)
+        if item.kind != "bad":
+            self._budget.count(seconds if outcome == OK else math.inf)
+        self._report(record, len(answer.body) if answer else 0)

@@ -9,7 +9,7 @@ trial, and in each repeat get the same arrivals: what disturbs the machine distu
 """
 
 import json
-import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,16 +27,15 @@ from handlers.launch.processes import Server, ServerError, free_port
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
 
-from .checks import check_integer, check_number, parse_pairs, parse_seconds, parse_share
+from .checks import check_integer, parse_seconds, parse_share, parse_weights
 from .cli import LOCUSTFILE
-from .masks import Library, environment, run_module
-from .page import alike, library_of, render_search
-from .pictures import PAINTED, draw_sample, ensure_pictures, load_mix
+from .masks import Library, environment, flags, run_module
+from .page import alike, library_of
+from .pictures import PAINTED, draw_sample, ensure_pictures, weigh_pictures
 from .protocols import PROTOCOLS
 from .server import sample_metrics
 from .slo import Slo
 from .summary import describe_machine, installed_versions
-from .trials import Trial, bisect_interleaved, summarize_search
 
 MODEL = "segmenter"
 PRESETS = {
@@ -47,9 +46,9 @@ PRESETS = {
     "replicas": ("replicas=1", "replicas=2"),
 }
 _GUESS = (0.2, 1.1)  # of what waiting clients reach: between there most promises break
+_CLOSE = 0.15  # of the upper end: what is left when an end that no trial confirmed moves on
 _READY_SECONDS, _DRAIN_SECONDS = 180.0, 120.0
 _MAX_INFLIGHT = 512
-_OWN = ("protocol", "schedule", "align", "replicas")
 
 
 class RunError(RuntimeError):
@@ -87,17 +86,17 @@ class Configuration:
         Raises:
             ValueError: an entry is no NAME=VALUE, or a value is not what its field expects.
         """
-        values: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         serving: dict[str, Any] = {}
         for entry in text.split():
             name, equals, value = entry.partition("=")
             if not equals:
                 raise ValueError(f"configuration: expected NAME=VALUE, got {entry!r}")
-            if name not in _OWN:
-                serving[name] = yaml.safe_load(value)
+            if name in ("protocol", "schedule"):
+                own[name] = value
             else:
-                values[name] = int(value) if name in ("align", "replicas") and value.isdecimal() else value
-        return cls(**values, serving=serving)
+                (own if name in ("align", "replicas") else serving)[name] = yaml.safe_load(value)
+        return cls(**own, serving=serving)
 
     @property
     def name(self) -> str:
@@ -138,11 +137,7 @@ class Served:
         self._running.close()
 
     def wait_ready(self) -> None:
-        """Return once every server has answered a picture.
-
-        Raises:
-            RunError: one ended, or did not in time.
-        """
+        """Return once every server has answered a picture; a RunError if one ended, or did not in time."""
         try:
             for server in self._servers:
                 server.wait_ready(_READY_SECONDS)
@@ -179,36 +174,113 @@ class Served:
         }
         run_module("handlers", "build", *flags(options))
         self.metrics.append(f"http://127.0.0.1:{port}/metrics")
-        if protocol == "torchserve":
-            torchserve = TorchServe(out, log=log)
-            self.hosts.append(torchserve.url)
-            return torchserve
-        triton = Triton(out, log=log)
-        self.hosts.append(triton.grpc_url if protocol == "triton-grpc" else triton.url)
-        return triton
+        server = (TorchServe if protocol == "torchserve" else Triton)(out, log=log)
+        self.hosts.append(getattr(server, "grpc_url" if protocol == "triton-grpc" else "url"))
+        return server
 
 
-def flags(options: Mapping[str, object]) -> list[str]:
-    """Options as a command line has them."""
-    return [text for name, value in options.items() for text in (f"--{name}", os.fspath(str(value)))]
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The outcome of one rate."""
+
+    rate: float
+    held: bool
+    p50_ms: float | None
+    p99_ms: float | None
+    doubts: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Bisection:
+    """Narrows down the highest rate that holds, from a guess: an end that no trial confirms moves on.
+
+    Attributes:
+        low: a rate that held, or the guess of one.
+        high: a rate that did not, or the guess of one.
+        trials: all so far.
+    """
+
+    low: float
+    high: float
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def next_rate(self) -> float:
+        return (self.low + self.high) / 2
+
+    def learn(self, trial: Trial) -> None:
+        """Take the outcome of `next_rate` over."""
+        self.trials.append(trial)
+        close = _CLOSE * self.high
+        if trial.held:
+            self.low = trial.rate
+            if self.high - self.low < close and all(other.held for other in self.trials):
+                self.high *= 1.25
+        else:
+            self.high = trial.rate
+            if self.high - self.low < close and not any(other.held for other in self.trials):
+                self.low /= 4
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial at the highest rate that held."""
+        return max((trial for trial in self.trials if trial.held), key=lambda trial: trial.rate, default=None)
+
+    @property
+    def rate(self) -> float:
+        """The highest that held; 0 if none did."""
+        return self.best.rate if self.best else 0.0
+
+
+def bisect_interleaved(
+    guesses: Sequence[tuple[float, float]], try_rate: Callable[[int, float, int], Trial], *, repeats: int, trials: int
+) -> list[list[Bisection]]:
+    """Search for several at once, in turns.
+
+    Args:
+        guesses: for each a rate that should hold and one that should not.
+        try_rate: of the index of a configuration, a rate and the repeat.
+
+    Returns:
+        For each its bisections, one a repeat.
+    """
+    found: list[list[Bisection]] = [[] for _ in guesses]
+    for repeat in range(repeats):
+        for bisections, (low, high) in zip(found, guesses, strict=True):
+            bisections.append(Bisection(low, high))
+        for step in range(trials):
+            for turn in range(len(found)):
+                i = (turn + step + repeat) % len(found)  # none is always the first
+                found[i][-1].learn(try_rate(i, found[i][-1].next_rate, repeat))
+    return found
+
+
+def summarize_search(bisections: Sequence[Bisection], first: Sequence[Bisection]) -> dict[str, Any]:
+    """A configuration's result, and its ratio to the first one, repeat by repeat."""
+    rates = [bisection.rate for bisection in bisections]
+    best = sorted(bisections, key=lambda bisection: bisection.rate)[(len(bisections) - 1) // 2].best
+    ratios = [mine.rate / other.rate for mine, other in zip(bisections, first, strict=True) if other.rate]
+    ends = {"median": statistics.median, "low": min, "high": max}
+    return {
+        "rate_per_second": round(statistics.median(rates), 4),
+        "low": round(min(rates), 4),
+        "high": round(max(bisection.high for bisection in bisections), 4),
+        "p50_ms": best.p50_ms if best else None,
+        "p99_ms": best.p99_ms if best else None,
+        "repeats": [round(rate, 4) for rate in rates],
+        "doubtful_trials": sum(bool(trial.doubts) for bisection in bisections for trial in bisection.trials),
+        "ratio_to_first": {name: round(end(ratios), 4) for name, end in ends.items()} if ratios else None,  # type: ignore[operator]
+        "trials": [
+            {"repeat": i, "rate": round(trial.rate, 4), "held": trial.held, "p99_ms": trial.p99_ms}
+            for i, bisection in enumerate(bisections)
+            for trial in bisection.trials
+        ],
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """How to search.
-
-    Attributes:
-        slo: promises.
-        pictures: folder of what is sent.
-        weights: of pictures, as `--weights` has them.
-        repeats: bisections of every configuration.
-        trials: of a bisection; each halves what is left.
-        requests: of a trial, at least: p99 of a hundred is the second largest.
-        min_seconds, max_seconds: of a trial; where `requests` would take longer there are fewer.
-        probe_seconds, probe_users: of the closed loop that finds where to search.
-        min_agreement: share of pixels that must have the class of the idle server's mask, and its of the library's.
-        library_sample: pictures that the library segments too, to compare; 0 for none.
-    """
+    """How to search: the options of `mpm loadtest search`."""
 
     slo: Slo
     pictures: Path
@@ -222,13 +294,6 @@ class SearchSettings:
     probe_users: int = 8
     min_agreement: float = 0.99
     library_sample: int = 8
-
-    def __post_init__(self) -> None:
-        check_integer("library_sample", self.library_sample, minimum=0)
-        for name in ("repeats", "trials", "requests", "probe_users"):
-            check_integer(name, getattr(self, name), minimum=1)
-        for name in ("min_seconds", "max_seconds", "probe_seconds"):
-            check_number(name, getattr(self, name), minimum=1.0)
 
     def trial_seconds(self, rate: float) -> float:
         return min(self.max_seconds, max(self.min_seconds, self.requests / rate))
@@ -246,35 +311,19 @@ def search(
     Raises:
         RunError: a server does not start, does not answer, or gives other masks than the library.
     """
-    weights = {pattern: float(weight) for pattern, weight in parse_pairs("weights", settings.weights).items()}
-    mix = load_mix(settings.pictures, weights=weights)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="search-")))
-        masks = _library_masks(configurations, checkpoint, settings, list(mix.weights), folder)
+        masks = _library_masks(configurations, checkpoint, settings, folder)
         servers = [
             stack.enter_context(Served(configuration, checkpoint, folder / str(i)))
             for i, configuration in enumerate(configurations)
         ]
         for server in servers:
             server.wait_ready()
-        probes = [_probe(server, settings, own) for server, own in zip(servers, masks, strict=True)]
-        for server, probe in zip(servers, probes, strict=True):
-            rate, library = probe["answered_per_second"], library_of(probe)
-            right = f"; masks are the library's in at least {alike(library['least'])}" if library else ""
-            say(f"{server.configuration.name}: {rate:.2f}/s with {settings.probe_users} waiting users{right}")
-
-        def try_rate(i: int, rate: float, repeat: int) -> Trial:
-            trial = _try(servers[i], settings, rate, repeat, masks[i])
-            p99 = "never" if trial.p99_ms is None else f"{trial.p99_ms:.0f} ms"
-            for doubt in trial.doubts:
-                say(f"  but perhaps because of the client: {doubt}")
-            verdict = "held" if trial.held else "broke"
-            say(f"repeat {repeat}, {servers[i].configuration.name}: {rate:.2f}/s {verdict}, p99 {p99}")
-            return trial
-
+        probes = [_probe(server, settings, own, say) for server, own in zip(servers, masks, strict=True)]
         found = bisect_interleaved(
             [(_GUESS[0] * rate, _GUESS[1] * rate) for rate in (probe["answered_per_second"] for probe in probes)],
-            try_rate,
+            lambda i, rate, repeat: _try(servers[i], settings, rate, repeat, masks[i], say),
             repeats=settings.repeats,
             trials=settings.trials,
         )
@@ -284,7 +333,6 @@ def search(
         "versions": installed_versions(),
         "slo": str(settings.slo),
         "coverage": 1 - 2.0 ** (1 - settings.repeats),
-        "pictures": [{"name": name, "weight": weight} for name, weight in mix.weights.items()],
         "results": [
             {
                 "configuration": asdict(configuration),
@@ -321,9 +369,8 @@ def run_locust(server: Served, settings: SearchSettings, masks: Path | None, **o
             **({"library-masks": masks} if masks else {}),
             **{name.replace("_", "-"): value for name, value in options.items()},
         }
-        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", "--give-up"]
-        if "rate" not in options:
-            command.remove("--give-up")
+        early = ["--give-up"] if "rate" in options else []
+        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *early]
         process = subprocess.Popen(
             [*command, "--loglevel", "WARNING", *flags(asked)],
             env=environment(),
@@ -346,56 +393,57 @@ def run_locust(server: Served, settings: SearchSettings, masks: Path | None, **o
 
 
 def _library_masks(
-    configurations: Sequence[Configuration],
-    checkpoint: Path,
-    settings: SearchSettings,
-    names: Sequence[str],
-    folder: Path,
+    configurations: Sequence[Configuration], checkpoint: Path, settings: SearchSettings, folder: Path
 ) -> list[Path | None]:
     """A folder of masks for each configuration; made before any server runs, which would make both slow."""
-    if not settings.library_sample:
-        return [None for _ in configurations]
-    pictures = draw_sample(settings.pictures, names, settings.library_sample, seed=0)
+    pictures = list(weigh_pictures(settings.pictures, parse_weights(settings.weights)))
+    pictures = draw_sample(pictures, settings.library_sample, seed=0)
     made: dict[str, Path] = {}
     found: list[Path | None] = []
-    for configuration in configurations:
+    for configuration in configurations if pictures else ():
         inference = configuration.serving.get("inference", {})
         library = Library(
             checkpoint=checkpoint, schedule=configuration.schedule, align=configuration.align, inference=inference
         )
-        key = repr((library.schedule, library.align, inference))
-        if key not in made:
-            made[key] = folder / f"masks-{len(made)}"
-            made[key].mkdir()
+        if repr(library) not in made:
+            out = made[repr(library)] = folder / f"masks-{len(made)}"
+            out.mkdir()
             for name, png in library.masks(pictures).items():
-                (made[key] / f"{name}.png").write_bytes(png)
-        found.append(made[key])
-    return found
+                (out / f"{name}.png").write_bytes(png)
+        found.append(made[repr(library)])
+    return found or [None for _ in configurations]
 
 
-def _probe(server: Served, settings: SearchSettings, masks: Path | None) -> dict[str, Any]:
+def _probe(server: Served, settings: SearchSettings, masks: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """What clients reach that wait for their answers, whose masks are compared with the library's."""
-    users, seconds = settings.probe_users, round(settings.probe_seconds)
+    users, seconds, name = settings.probe_users, round(settings.probe_seconds), server.configuration.name
     metrics = ",".join(server.metrics)
     summary = run_locust(server, settings, masks, users=users, spawn_rate=users, run_time=seconds, metrics=metrics)
     if not summary["answered_per_second"]:
-        raise RunError(f"{server.configuration.name}: answered nothing: {summary['outcomes']}")
+        raise RunError(f"{name}: answered nothing: {summary['outcomes']}")
     server.wait_idle()
+    library = library_of(summary)
+    right = f"; masks are the library's in at least {alike(library['least'])}" if library else ""
+    say(f"{name}: {summary['answered_per_second']:.2f}/s with {users} waiting users{right}")
     return summary
 
 
-def _try(server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Path | None) -> Trial:
-    seconds = max(1, round(settings.trial_seconds(rate)))
+def _try(
+    server: Served, settings: SearchSettings, rate: float, repeat: int, masks: Path | None, say: Callable[[str], None]
+) -> Trial:
+    options = {"rate": rate, "run_time": max(1, round(settings.trial_seconds(rate))), "users": _MAX_INFLIGHT}
     for _ in range(2):
-        summary = run_locust(
-            server, settings, masks, rate=rate, users=_MAX_INFLIGHT, run_time=seconds, seed=1 + repeat, metrics="none"
-        )
+        summary = run_locust(server, settings, masks, **options, seed=1 + repeat, metrics="none")
         server.wait_idle()
         # A client that is late only adds to the latency, so what held did hold. What broke may not break again.
         if summary["valid"] or summary["held"]:
             break
     held = summary["held"]
     latency, doubts = summary["latency_ms" if held else "at_least_ms"], () if held else tuple(summary["doubts"])
+    for doubt in doubts:
+        say(f"  but perhaps because of the client: {doubt}")
+    p99 = "never" if latency["p99"] is None else f"{latency['p99']:.0f} ms"
+    say(f"repeat {repeat}, {server.configuration.name}: {rate:.2f}/s {'held' if held else 'broke'}, p99 {p99}")
     return Trial(rate, held, latency["p50"], latency["p99"], doubts)
 
 
@@ -413,6 +461,21 @@ def print_table(report: Mapping[str, Any]) -> None:
         )
 
 
+def _seconds(_: object, parameter: click.Parameter, text: str) -> float:
+    seconds = parse_seconds(str(parameter.name).replace("_", "-"), text)
+    if seconds < 1:
+        raise click.BadParameter(f"expected at least 1s, got {text}")
+    return seconds
+
+
+def _number(name: str, default: int, help: str, least: int = 1) -> Callable[..., Any]:
+    return click.option(name, default=default, type=click.IntRange(least), show_default=True, help=help)
+
+
+def _time(name: str, default: str, help: str) -> Callable[..., Any]:
+    return click.option(name, default=default, show_default=True, callback=_seconds, help=help)
+
+
 @click.command()
 @click.option("--slo", required=True, help="Promises, such as p99=800ms,errors=0.1%.")
 @click.option(
@@ -426,18 +489,14 @@ def print_table(report: Mapping[str, Any]) -> None:
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("model_store/demo/checkpoint.pth"))
 @click.option("--pictures", type=click.Path(path_type=Path), default=PAINTED, show_default=True, help="Folder.")
 @click.option("--weights", default="", metavar="PATTERN=NUMBER,...", help="How often files are sent (1).")
-@click.option("--repeats", default=3, show_default=True, help="Bisections of each configuration.")
-@click.option("--trials", default=5, show_default=True, help="Trials of a bisection.")
-@click.option("--requests", default=100, show_default=True, help="Requests of a trial at least.")
-@click.option(
-    "--probe-users", default=8, show_default=True, help="Users of the closed loop that finds where to search."
-)
-@click.option(
-    "--library-sample", default=8, show_default=True, help="Pictures that the library segments too; 0: none."
-)
-@click.option("--min-seconds", default="10s", show_default=True, help="Of a trial.")
-@click.option("--max-seconds", default="60s", show_default=True, help="Of a trial.")
-@click.option("--probe-seconds", default="8s", show_default=True, help="Of the closed loop.")
+@_number("--repeats", 3, "Bisections of each configuration.")
+@_number("--trials", 5, "Trials of a bisection; each halves what is left.")
+@_number("--requests", 100, "Requests of a trial at least: p99 of a hundred is the second largest.")
+@_number("--probe-users", 8, "Users of the closed loop that finds where to search.")
+@_number("--library-sample", 8, "Pictures that the library segments too; 0: none.", least=0)
+@_time("--min-seconds", "10s", "Of a trial.")
+@_time("--max-seconds", "60s", "Of a trial; where --requests would take longer there are fewer.")
+@_time("--probe-seconds", "8s", "Of the closed loop.")
 @click.option("--min-agreement", default="99%", show_default=True, help="Share of the pixels of every mask.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/loadtest/search.json"), show_default=True)
 def command(
@@ -447,15 +506,12 @@ def command(
     if configurations and compare:
         raise ValueError("compare: expected without --configuration")
     chosen = [Configuration.parse(text) for text in configurations or PRESETS[compare or "merging"]]
-    for name in ("min_seconds", "max_seconds", "probe_seconds"):
-        options[name] = parse_seconds(name.replace("_", "-"), options[name])
     options["min_agreement"] = parse_share("min-agreement", options["min_agreement"])
     settings = SearchSettings(slo=Slo.parse(slo), **options)
     if settings.pictures == PAINTED:
-        ensure_pictures(PAINTED)
+        ensure_pictures()
     report = search(chosen, checkpoint, settings, say=lambda line: print(line, flush=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    out.with_suffix(".html").write_text(render_search(report), encoding="utf-8")
     print_table(report)
-    print(f"\n{out.with_suffix('.html')}")
+    print(f"\n{out}")

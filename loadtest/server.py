@@ -3,22 +3,19 @@
 import socket
 import time
 import urllib.parse
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from contextlib import suppress
+from typing import Generic, NamedTuple, TypeVar
 
 import gevent
 import psutil
 
 from handlers.client import Metrics, read_metrics
 
-_MIB = 2**20
 Reading = TypeVar("Reading")
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsSample:
+class MetricsSample(NamedTuple):
     """All servers' metrics at one time.
 
     Attributes:
@@ -39,63 +36,47 @@ def sample_metrics(urls: Sequence[str]) -> MetricsSample:
         OSError: one gives no answer.
         ValueError: a page is not one of metrics.
     """
-    at = time.time()
-    pages = {}
+    at, pages = time.time(), {}
     for url in urls:
         parts = urllib.parse.urlsplit(url)
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_STREAM)
-        for host in sorted({str(address[0]) for *_, address in found}):
-            address = f"{host}:{parts.port or 80}"
+        port = parts.port or 80
+        found = socket.getaddrinfo(parts.hostname, port, socket.AF_INET, socket.SOCK_STREAM)
+        for address in sorted({f"{socket_address[0]}:{port}" for *_, socket_address in found}):
             pages[address] = read_metrics(urllib.parse.urlunsplit(parts._replace(netloc=address)))
     images = {address: page.total("mpm_images_total") for address, page in pages.items()}
     return MetricsSample(at, Metrics.sum(pages.values()), images)
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySample:
+class MemorySample(NamedTuple):
     """Resident memory of a process and all its descendants; pages that they share count once for each.
 
     Attributes:
         at: seconds since the epoch.
-        mib: by the names of the processes.
+        mib: of all of them.
     """
 
     at: float
-    mib: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.mib.values())
+    mib: float
 
 
 def sample_memory(pid: int) -> MemorySample:
-    """Read the memory of a process and its descendants.
-
-    Raises:
-        ProcessLookupError: there is no such process.
-    """
-    at, mib = time.time(), defaultdict[str, float](float)
+    """Read the memory of a process and its descendants; a ProcessLookupError if there is no such process."""
+    at, mib = time.time(), 0.0
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         raise ProcessLookupError(f"process {pid} is not there") from None
     for process in processes:
-        try:
-            mib[process.name()] += process.memory_info().rss / _MIB
-        except psutil.Error:  # ended since
-            continue
-    return MemorySample(at, dict(mib))
+        with suppress(psutil.Error):  # ended since
+            mib += process.memory_info().rss / 2**20
+    return MemorySample(at, mib)
 
 
 def find_server(port: int) -> int | None:
     """The process that listens on a port of this machine, as far as this user may see; None if there is none."""
-    listening = (
-        found.pid
-        for found in psutil.net_connections("tcp")
-        if found.status == psutil.CONN_LISTEN and found.laddr.port == port  # type: ignore[union-attr]
-    )
-    return next((pid for pid in listening if pid), None)
+    found = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    return next((each.pid for each in found if each.laddr.port == port and each.pid), None)  # type: ignore[union-attr]
 
 
 class Sampler(Generic[Reading]):

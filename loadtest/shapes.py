@@ -46,4 +46,4 @@ class Spike(RunShape):
     """Calm, a fifth of the time at `--peak` times the load, and the rest to recover in."""
 
 
-SHAPES: dict[str, type[RunShape]] = {shape.__name__.lower(): shape for shape in (Steady, Steps, Spike, Soak)}
+SHAPES = (Steady, Steps, Spike, Soak)

@@ -8,8 +8,6 @@ from itertools import takewhile
 
 from .checks import parse_pairs, parse_seconds, parse_share
 
-_QUANTILE = re.compile(r"p(\d{1,2}(?:\.\d+)?)")
-
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -25,6 +23,15 @@ class Bound:
     quantile: float | None
     limit: float
 
+    @classmethod
+    def parse(cls, name: str, limit: str) -> "Bound":
+        if name == "errors":
+            return cls(name, None, parse_share("slo: errors", limit))
+        matched = re.fullmatch(r"p(\d{1,2}(?:\.\d+)?)", name)
+        if not matched and name != "max":
+            raise ValueError(f"slo: expected pNN=TIME, max=TIME or errors=SHARE, got {name}={limit}")
+        return cls(name, float(matched[1]) / 100 if matched else 1.0, parse_seconds(f"slo: {name}", limit))
+
     def allowed(self, num_requests: int) -> int:
         """How many of so many requests may exceed it."""
         if self.quantile is None:
@@ -37,7 +44,7 @@ class Bound:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}={100 * self.limit:g}%" if self.quantile is None else f"{self.name}={self.limit * 1000:g}ms"
+            f"{self.name}={100 * self.limit:g}%" if self.quantile is None else f"{self.name}={1000 * self.limit:g}ms"
         )
 
 
@@ -54,22 +61,13 @@ class Slo:
         Raises:
             ValueError: one is unknown, given twice or without a sensible limit, or there is none.
         """
-        bounds = tuple(_parse_bound(name, limit) for name, limit in parse_pairs("slo", text).items())
+        bounds = tuple(Bound.parse(name, limit) for name, limit in parse_pairs("slo", text).items())
         if not bounds:
             raise ValueError(f"slo: expected promises such as p99=800ms,errors=0.1%, got {text!r}")
         return cls(bounds)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.bounds))
-
-
-def _parse_bound(name: str, limit: str) -> Bound:
-    matched = _QUANTILE.fullmatch(name)
-    if name == "errors":
-        return Bound(name, None, parse_share("slo: errors", limit))
-    if not matched and name != "max":
-        raise ValueError(f"slo: expected pNN=TIME, max=TIME or errors=SHARE, got {name}={limit}")
-    return Bound(name, float(matched[1]) / 100 if matched else 1.0, parse_seconds(f"slo: {name}", limit))
 
 
 def rank(share: float, number: int) -> int:
@@ -98,14 +96,11 @@ def judge(slo: Slo, latencies: Sequence[float]) -> list[Verdict]:
         latencies: seconds of all requests that should have got a mask, in any order; infinity for those that did not,
             so that a server can't become fast by refusing.
     """
-    ascending = sorted(latencies)
-    verdicts = []
+    ascending, verdicts = sorted(latencies), []
     for bound in slo.bounds:
         broken = sum(map(bound.broken_by, ascending))
-        if bound.quantile is None:
-            value = broken / len(ascending) if ascending else math.nan
-        else:
-            value = quantile(ascending, bound.quantile)
+        share = broken / len(ascending) if ascending else math.nan
+        value = share if bound.quantile is None else quantile(ascending, bound.quantile)
         verdicts.append(Verdict(bound, value, bool(ascending) and broken <= bound.allowed(len(ascending))))
     return verdicts
 
@@ -119,18 +114,14 @@ class ErrorBudget:
     """
 
     def __init__(self, slo: Slo | None, num_requests: int) -> None:
-        self._bounds = slo.bounds if slo else ()
-        self._left = [bound.allowed(num_requests) for bound in self._bounds]
+        self._left = {bound: bound.allowed(num_requests) for bound in (slo.bounds if slo else ())}
 
     def count(self, seconds: float) -> None:
         """A request is over after so many seconds; infinity if it failed."""
-        for i, bound in enumerate(self._bounds):
-            self._left[i] -= bound.broken_by(seconds)
+        for bound in self._left:
+            self._left[bound] -= bound.broken_by(seconds)
 
     def is_spent(self, ages: Iterable[float]) -> bool:
         """Whether a promise is broken, given the ages in seconds of the requests in flight, oldest first."""
         waiting = list(ages)
-        return any(
-            sum(1 for _ in takewhile(bound.broken_by, waiting)) > left
-            for bound, left in zip(self._bounds, self._left, strict=True)
-        )
+        return any(len(list(takewhile(bound.broken_by, waiting))) > left for bound, left in self._left.items())

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .masks import OK
 from .options import LoadSettings
 from .run import UNSENT, Pulse, Record
@@ -67,13 +69,15 @@ def summarize(settings: LoadSettings, result: RunResult) -> dict[str, Any]:
     nothing about the server. `latency_ms` is that of answers; `at_least_ms` counts failures too, with the time after
     which they failed.
     """
-    served = ServerView(result)
+    served, records = ServerView(result), result.records
     memory = [sample for sample in result.memory if sample.at >= result.began_at]
-    checks = list(_checks(settings, result, served, memory))
-    doubts = list(_doubts(settings, result))
-    elapsed = max([result.seconds, *(record.at + record.seconds for record in result.records)])
-    bins = Bins(elapsed, len(result.records))
-    first, last = ({name: round(mib, 1) for name, mib in memory[i].mib.items()} if memory else None for i in (0, -1))
+    checks, doubts = list(_checks(settings, result, served, memory)), list(_doubts(settings, result))
+    elapsed = max([result.seconds, *(record.at + record.seconds for record in records)])
+    bins = Bins(elapsed, len(records))
+    asked = [record for record in records if record.kind != "bad"]
+    answered = [record for record in asked if record.outcome == OK]
+    agreements = [record.agreement for record in records if record.agreement is not None]
+    mib = [round(sample.mib, 1) for sample in memory]
     return {
         "began_at": datetime.fromtimestamp(result.began_at, UTC).isoformat(timespec="seconds"),
         "device": served.info().get("device", "unknown"),
@@ -86,24 +90,36 @@ def summarize(settings: LoadSettings, result: RunResult) -> dict[str, Any]:
         "valid": not doubts,
         "doubts": doubts,
         "checks": checks,
-        **_request_figures(result, elapsed),
+        "requests": len(records),
+        "outcomes": dict(Counter(record.outcome for record in records).most_common()),
+        "offered_per_second": len(records) / result.seconds,
+        "answered_per_second": len(answered) / elapsed,
+        "elapsed_seconds": elapsed,
+        "latency_ms": latencies_ms(_seconds(answered)),
+        "at_least_ms": latencies_ms(_seconds(asked)),
+        "kinds": _by(records, lambda record: record.kind),
+        "pictures": _by(answered, lambda record: record.name),
+        "agreement": {"compared": len(agreements), "least": min(agreements, default=None)},
+        "lateness_ms": latencies_ms(_lateness(records)),
         "library": {
             "compared": len(result.library),
             "least": min(result.library.values(), default=None),
             "pictures": dict(sorted(result.library.items())),
         },
-        "replicas": _replicas(result.records, served),
+        "replicas": served.replicas(),
         "server": served.figures(),
         "memory_growth": served.memory_growth(),
-        "memory": memory
-        and {"first_mib": first, "last_mib": last, "growth": memory_growth([m.total for m in memory])},
+        "memory": {"first_mib": mib[0], "last_mib": mib[-1], "growth": memory_growth(mib)} if mib else None,
         "metrics_missed": result.num_missed,
         "series": {
-            **_requests_over_time(bins, result.records),
+            **_requests_over_time(bins, records),
             "client": _client_over_time(bins, result.pulses),
             "server": served.series(bins.width),
-            "memory": _memory_over_time(_every(memory, bins.width), result.began_at),
-            "quantiles_ms": latency_curve(_good_seconds(result.records)),
+            "memory": {
+                "at": [round(sample.at - result.began_at, 3) for sample in _every(memory, bins.width)],
+                "mib": [round(sample.mib, 1) for sample in _every(memory, bins.width)],
+            },
+            "quantiles_ms": latency_curve(_seconds(answered)),
         },
     }
 
@@ -147,18 +163,10 @@ def latency_curve(ascending: Sequence[float]) -> list[list[float]]:
 
 def _shown(settings: LoadSettings) -> dict[str, Any]:
     """Settings as JSON can hold them."""
-    shown = asdict(settings) | {
-        "trace": len(settings.trace),
-        "pictures": str(settings.pictures),
-        "slo": str(settings.slo),
-    }
-    for phase in shown["phases"]:
-        phase["seconds"] = _finite(phase["seconds"])
-    return shown | {name: _finite(shown[name]) for name in ("seconds", "connection_seconds")}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    shown = asdict(settings) | {"pictures": str(settings.pictures), "slo": str(settings.slo)}
+    for place in (shown, *shown["phases"]):
+        place |= {name: None for name, value in place.items() if value == math.inf}
+    return shown
 
 
 def _check(name: str, value: float | None, limit: float, unit: str, kept: bool) -> dict[str, Any]:
@@ -172,17 +180,17 @@ def _checks(
     asked = [record for record in result.records if record.kind != "bad"]
     for verdict in judge(settings.slo, [record.seconds if record.outcome == OK else math.inf for record in asked]):
         unit = "share" if verdict.bound.quantile is None else "seconds"
-        yield _check(verdict.bound.name, _finite(verdict.value), verdict.bound.limit, unit, verdict.kept)
+        value = verdict.value if math.isfinite(verdict.value) else None
+        yield _check(verdict.bound.name, value, verdict.bound.limit, unit, verdict.kept)
     wrong = sum(record.outcome.startswith("wrong") or _never_refused(record) for record in result.records)
     yield _check("wrong answers", wrong, 0, "count", wrong == 0)
     if settings.max_growth is not None:
         grown = {"memory growth": served.memory_growth()}
         if memory:
-            grown["memory growth, total"] = memory_growth([sample.total for sample in memory])
+            grown["memory growth, total"] = memory_growth([sample.mib for sample in memory])
         for name, growth in grown.items():  # what is not known to be kept is not kept
-            yield _check(
-                name, growth, settings.max_growth, "share", growth is not None and growth <= settings.max_growth
-            )
+            kept = growth is not None and growth <= settings.max_growth
+            yield _check(name, growth, settings.max_growth, "share", kept)
     if result.gave_up:
         yield _check("gave up early", 1, 0, "count", False)
 
@@ -192,61 +200,23 @@ def _never_refused(record: Record) -> bool:
     return record.kind == "bad" and record.outcome.startswith(("connection", "timeout"))
 
 
-def _request_figures(result: RunResult, elapsed: float) -> dict[str, Any]:
-    records = result.records
-    asked = [record for record in records if record.kind != "bad"]
-    answered = [record for record in asked if record.outcome == OK]
-    agreements = [record.agreement for record in records if record.agreement is not None]
-    return {
-        "requests": len(records),
-        "outcomes": dict(Counter(record.outcome for record in records).most_common()),
-        "offered_per_second": len(records) / result.seconds,
-        "answered_per_second": len(answered) / elapsed,
-        "elapsed_seconds": elapsed,
-        "latency_ms": latencies_ms(_good_seconds(records)),
-        "at_least_ms": latencies_ms(sorted(record.seconds for record in asked)),
-        "kinds": _by(records, lambda record: record.kind),
-        "pictures": _by(answered, lambda record: record.name),
-        "agreement": {"compared": len(agreements), "least": min(agreements, default=None)},
-        "lateness_ms": latencies_ms(_lateness(records)),
-    }
-
-
-def _replicas(records: Sequence[Record], served: "ServerView") -> list[dict[str, Any]]:
-    """How requests spread: by what a proxy names, or by the metrics of several servers."""
-    counts: Mapping[str, float] = Counter(record.replica for record in records if record.replica)
-    counts = counts or served.images_by_replica()
-    total = sum(counts.values())
-    if not total or len(counts) < 2:
-        return []
-    return [{"name": name, "requests": counts[name], "share": counts[name] / total} for name in sorted(counts)]
-
-
 def _by(records: Iterable[Record], key: Callable[[Record], str]) -> list[dict[str, Any]]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     rows = []
     for name, found in sorted(groups.items()):
-        good = sorted(record.seconds for record in found if record.outcome == OK)
+        good = _seconds(record for record in found if record.outcome == OK)
         tokens = [(r.tokens_in, r.tokens_out) for r in found if r.tokens_in and r.tokens_out]
-        before, after = (statistics.fmean(counts) for counts in zip(*tokens, strict=True)) if tokens else (None, None)
-        rows.append(
-            {
-                "name": name,
-                "requests": len(found),
-                "failed": len(found) - len(good),
-                "latency_ms": latencies_ms(good),
-                "tokens_in": before,
-                "tokens_out": after,
-            }
-        )
+        before, after = np.mean(tokens, axis=0).tolist() if tokens else (None, None)
+        counts = {"requests": len(found), "failed": len(found) - len(good), "latency_ms": latencies_ms(good)}
+        rows.append({"name": name, **counts, "tokens_in": before, "tokens_out": after})
     return rows
 
 
-def _good_seconds(records: Iterable[Record]) -> list[float]:
-    """Latencies of answers to pictures, in ascending order."""
-    return sorted(record.seconds for record in records if record.outcome == OK and record.kind != "bad")
+def _seconds(records: Iterable[Record]) -> list[float]:
+    """Latencies in ascending order."""
+    return sorted(record.seconds for record in records)
 
 
 def _lateness(records: Iterable[Record]) -> list[float]:
@@ -268,8 +238,7 @@ def _doubts(settings: LoadSettings, result: RunResult) -> Iterator[str]:
             yield f"client worker {worker} noticed answers up to {1000 * lag:.0f} ms late, second by second"
     if (lost := result.workers - result.workers_finished) > 0:
         yield f"{lost} of {result.workers} workers were lost"
-    ended_early = result.gave_up or result.seconds < settings.seconds
-    due = 0 if ended_early else settings.num_due()
+    due = 0 if result.gave_up or result.seconds < settings.seconds else settings.num_due()
     if (missing := due - len(result.records)) > 0:
         yield f"of {missing} of {due} requests nothing is known"
     if any(record.outcome.startswith("client:") for record in result.records):
@@ -277,46 +246,41 @@ def _doubts(settings: LoadSettings, result: RunResult) -> Iterator[str]:
 
 
 class Bins:
-    """Intervals of a run, all of one width but the last.
-
-    Args:
-        elapsed: seconds of the run.
-        num_requests: of it; so many that a bin says something share one.
-    """
+    """Intervals of a run, all of one width but the last; so many requests that a bin says something share one."""
 
     def __init__(self, elapsed: float, num_requests: int) -> None:
         least = max(elapsed / _MAX_BINS, _REQUESTS_OF_A_BIN * elapsed / max(1, num_requests))
         wanted = min(least, elapsed / _MIN_BINS)
         self.width = next((width for width in _BIN_SECONDS if width >= wanted), _BIN_SECONDS[-1])
         self.number = max(1, math.ceil(elapsed / self.width - 0.5))  # a short rest at the end is no bin of its own
-        starts = [i * self.width for i in range(self.number)]
-        self.widths = [*(float(self.width) for _ in starts[1:]), elapsed - starts[-1]]
-        self.middles = [round(start + wide / 2, 3) for start, wide in zip(starts, self.widths, strict=True)]
+        edges = np.array([*np.arange(self.number) * self.width, elapsed])
+        self.widths, self.middles = np.diff(edges), ((edges[:-1] + edges[1:]) / 2).round(3).tolist()
 
     def index(self, at: float) -> int:
         return max(0, min(self.number - 1, int(at / self.width)))
 
-    def rates(self, counts: Iterable[int]) -> list[float]:
-        """Counts of the bins per second."""
-        return [count / wide for count, wide in zip(counts, self.widths, strict=True)]
+    def rates(self, times: Iterable[float]) -> list[float]:
+        """How many a second there are of something, from when each was."""
+        counts = np.bincount([self.index(at) for at in times] or [0], minlength=self.number)
+        return (counts / self.widths).tolist()
 
 
 def _requests_over_time(bins: Bins, records: Sequence[Record]) -> dict[str, Any]:
     """Rates and quantiles by bins, and some requests one by one."""
-    due: list[list[Record]] = [[] for _ in range(bins.number)]
-    done: list[Counter[str]] = [Counter() for _ in range(bins.number)]
+    ended: dict[str, list[float]] = defaultdict(list)
+    seconds: list[list[float]] = [[] for _ in range(bins.number)]
     for record in records:
-        due[bins.index(record.at)].append(record)
-        done[bins.index(record.at + record.seconds)][record.outcome] += 1
-    failures = sorted({outcome for counted in done for outcome in counted} - {OK})
+        ended[record.outcome].append(record.at + record.seconds)
+        if record.outcome == OK and record.kind != "bad":
+            seconds[bins.index(record.at)].append(record.seconds)
     pictured = [record for record in records if record.kind != "bad"]
-    quantiles = [latencies_ms(_good_seconds(found)) for found in due]
+    quantiles = [latencies_ms(sorted(found)) for found in seconds]
     return {
         "bin_seconds": bins.width,
         "at": bins.middles,
-        "offered": bins.rates(map(len, due)),
-        "answered": bins.rates(counted[OK] for counted in done),
-        "failed": {outcome: bins.rates(counted[outcome] for counted in done) for outcome in failures},
+        "offered": bins.rates(record.at for record in records),
+        "answered": bins.rates(ended.pop(OK, [])),
+        "failed": {outcome: bins.rates(times) for outcome, times in sorted(ended.items())},
         "latency_ms": {name: [found[name] for found in quantiles] for name in ("p50", "p90", "p99", "max")},
         "requests": [
             [round(record.at, 3), round(1000 * record.seconds, 1), record.outcome == OK]
@@ -336,21 +300,8 @@ def _client_over_time(bins: Bins, pulses: Sequence[Pulse]) -> dict[str, list[flo
         "lag_ms": [1000 * max(pulse.lag for pulse in beats) for _, beats in ordered],
         "cpu": [max(pulse.cpu for pulse in beats) for _, beats in ordered],
         "inflight": [
-            sum(
-                statistics.fmean(p.inflight for p in beats if p.worker == worker)
-                for worker in {p.worker for p in beats}
-            )
-            for _, beats in ordered
+            sum(p.inflight for p in beats) / len(beats) * len({p.worker for p in beats}) for _, beats in ordered
         ],
-    }
-
-
-def _memory_over_time(samples: Sequence[MemorySample], began_at: float) -> dict[str, Any]:
-    """MiB by names of processes."""
-    names = sorted({name for sample in samples for name in sample.mib})
-    return {
-        "at": [round(sample.at - began_at, 3) for sample in samples],
-        "mib": {name: [round(sample.mib.get(name, 0.0), 2) for sample in samples] for name in names},
     }
 
 
@@ -362,8 +313,7 @@ def memory_growth(readings: Sequence[float]) -> float | None:
     quarter = len(readings) // 4
     if quarter < 2 or not all(readings):
         return None
-    early = statistics.median(readings[quarter : 2 * quarter])
-    return statistics.median(readings[-quarter:]) / early - 1
+    return statistics.median(readings[-quarter:]) / statistics.median(readings[quarter : 2 * quarter]) - 1
 
 
 AnySample = TypeVar("AnySample", MetricsSample, MemorySample)
@@ -391,6 +341,13 @@ class _Interval:
     def rate(self, name: str, **labels: str) -> float:
         return self.grown(name, **labels) / (self.after.at - self.before.at)
 
+    def mean(self, histogram: str, **labels: str) -> float | None:
+        return _share(self.grown(f"{histogram}_sum", **labels), self.grown(f"{histogram}_count", **labels))
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
 
 class ServerView:
     """The servers' metrics between the beginning and the end of a run."""
@@ -416,27 +373,25 @@ class ServerView:
         run = _Interval(self.samples[0], self.samples[-1])
         stages = {stage: self._stage_figures(run, stage) for stage in self._stages}
         padding = run.grown("mpm_padding_tokens_total")
-        computed = sum(stage["tokens_in"] for stage in stages.values())
-        numbers = {step: run.grown(f"mpm_{step}_seconds_count") for step in _STEPS}
+        means = {step: run.mean(f"mpm_{step}_seconds") for step in _STEPS}
         return {
             "images": run.grown("mpm_images_total"),
             "requests": run.grown("mpm_request_seconds_count"),
             "stages": stages,
-            "padding_share": padding / (padding + computed) if padding + computed else None,
-            "mean_ms": {
-                step: 1000 * run.grown(f"mpm_{step}_seconds_sum") / number
-                for step, number in numbers.items()
-                if number
-            },
+            "padding_share": _share(padding, padding + sum(stage["tokens_in"] for stage in stages.values())),
+            "mean_ms": {step: 1000 * mean for step, mean in means.items() if mean is not None},
             "busy_share": run.rate("mpm_stage_seconds_sum"),
         }
 
-    def images_by_replica(self) -> dict[str, float]:
-        """Pictures that each server segmented, by its address."""
+    def replicas(self) -> list[dict[str, Any]]:
+        """How requests spread over several servers: the pictures that each segmented, by its address."""
         if len(self.samples) < 2:
-            return {}
+            return []
         first, last = self.samples[0].images, self.samples[-1].images
-        return {address: images - first.get(address, 0.0) for address, images in sorted(last.items())}
+        counts = {address: images - first.get(address, 0.0) for address, images in sorted(last.items())}
+        total = sum(counts.values())
+        rows = [{"name": name, "requests": n, "share": n / total} for name, n in counts.items() if total]
+        return rows if len(rows) > 1 else []
 
     def memory_growth(self) -> float | None:
         """Of the process that computes."""
@@ -465,20 +420,19 @@ class ServerView:
             total += into
             yield f"tokens_into_{stage}", into
             if i < len(self._stages) - 1:
-                yield f"merged_{stage}", 1 - out / into if into else None
+                yield f"merged_{stage}", _share(into - out, into)
         padding = rate("mpm_padding_tokens_total")
-        yield "padding", padding / (padding + total) if padding + total else None
+        yield "padding", _share(padding, padding + total)
 
     def _stage_figures(self, run: _Interval, stage: str) -> dict[str, Any]:
         lane = {"stage": stage, **self._lane}
         before, after = (run.grown("mpm_tokens_total", point=point, **lane) for point in ("in", "out"))
-        groups = run.grown("mpm_group_windows_count", **lane)
         return {
             "tokens_in": before,
             "tokens_out": after,
-            "merged_share": 1 - after / before if before else None,
+            "merged_share": _share(before - after, before),
             "seconds": run.grown("mpm_stage_seconds_sum", **lane),
-            "mean_group": run.grown("mpm_group_windows_sum", **lane) / groups if groups else None,
+            "mean_group": run.mean("mpm_group_windows", **lane),
         }
 
     def _label(self, name: str) -> str:

@@ -14,7 +14,7 @@ _OWN = {"torchserve": ("max_delay_ms",), "triton": ("model_version",)}
 
 @click.command()
 @click.option("--target", type=click.Choice(["torchserve", "triton"]), required=True, help="The server.")
-@click.option("--checkpoint", type=PATH, default=DEMO, help="checkpoint.pth with variant.yml beside it (the demo's).")
+@click.option("--checkpoint", type=PATH, default=DEMO, help="A checkpoint or its folder (the demo's).")
 @click.option("--out", type=PATH, required=True, help="The model store or repository; made if missing.")
 @model_options
 @click.option("--batch-size", type=int, help="Requests in flight at most (TorchServe 128, Triton 32).")
@@ -54,7 +54,9 @@ def build(
     limits = {"max_inflight" if target == "triton" else "batch_size": batch_size, "version": own["model_version"]}
     limits |= {"max_delay_ms": own["max_delay_ms"]}
     common |= {field: value for field, value in limits.items() if value is not None}
-    print(f"built {(build_model if target == 'triton' else build_archive)(checkpoint, **common)}")
+    told: list[str] = []
+    built = (build_model if target == "triton" else build_archive)(checkpoint, **common, tell=told.append)
+    print(f"built {built}", *told, f"  next:    mpm serve {out}", sep="\n")
     if alone:
         remove_others(out, name)
 

@@ -6,18 +6,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from handlers.config import CONFIG_KEY, ServingConfig
-from handlers.launch.processes import MODEL_NAME
-from mpm_ops import load_segmenter
-from mpm_ops.classes import load_classes
-from mpm_ops.models import read_weights
+
+from .checkpoints import check_model, copy_model, say_nothing
 
 # TorchServe takes the one class that this file defines; the code lives in the installed package.
 _HANDLER = '''"""Serves the Segmenter in this archive."""
@@ -41,16 +38,18 @@ def build_archive(
     serving: Mapping[str, Any],
     batch_size: int = 128,
     max_delay_ms: int = 5,
+    tell: Callable[[str], None] = say_nothing,
 ) -> Path:
     """Write `NAME.mar` into a model store; of the checkpoint it holds the weights alone.
 
     Args:
-        checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
+        checkpoint: of one of MODELS, or its folder, with `classes.csv`, where there is one, beside it.
         name: under which the model is served.
         out: the model store; made if missing.
         serving: fields of `handlers.config.ServingConfig`.
         batch_size: requests in flight at most; they join while others compute.
         max_delay_ms: how long it waits for them.
+        tell: is told what the model is, in a few lines.
 
     Returns:
         Path of the archive.
@@ -58,31 +57,25 @@ def build_archive(
     Raises:
         FileNotFoundError, ValueError: the checkpoint or the configuration can't be served; nothing is written.
     """
-    if not MODEL_NAME.fullmatch(name):
-        raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
     if batch_size < 1 or max_delay_ms < 1:
         raise ValueError(f"batch_size and max_delay_ms: expected at least 1, got {batch_size} and {max_delay_ms}")
-    config = ServingConfig.from_mapping(serving)
-    model = load_segmenter(checkpoint, **config.merging, inference=config.inference)
-    folder = checkpoint.parent
-    load_classes(folder, model.config.n_cls)
-
+    checkpoint, config, model = check_model(name, checkpoint, serving)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:  # /tmp may be memory
         scratch = Path(scratch_name)
+        files = scratch / "files"
+        tell(copy_model(checkpoint, model, files))
         (scratch / "handler.py").write_text(_HANDLER)
         (scratch / "model-config.yaml").write_text(
             yaml.safe_dump(_model_config(serving, config, batch_size, max_delay_ms))
         )
-        torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
-        extra = [scratch / "checkpoint.pth", folder / "variant.yml", folder / "classes.csv"]
         _run_archiver(
             scratch,
             f"--model-name={name}",
             "--version=1.0",
             f"--handler={scratch / 'handler.py'}",
             f"--config-file={scratch / 'model-config.yaml'}",
-            "--extra-files=" + ",".join(str(path) for path in extra if path.is_file()),
+            "--extra-files=" + ",".join(str(path) for path in sorted(files.iterdir())),
             f"--export-path={scratch}",
         )
         return Path(shutil.move(scratch / f"{name}.mar", out / f"{name}.mar"))

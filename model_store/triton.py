@@ -2,20 +2,16 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from handlers.api.formats import FORMATS, MASKS
-from handlers.config import ServingConfig
 from handlers.engine.loading import warm_up_picture
-from handlers.launch.processes import MODEL_NAME
-from mpm_ops import load_segmenter
-from mpm_ops.classes import load_classes
-from mpm_ops.models import read_weights
+
+from .checkpoints import check_model, copy_model, say_nothing
 
 _MODEL = '''"""Serves the Segmenter in this folder; the code lives in the installed package."""
 
@@ -62,19 +58,21 @@ def build_model(
     version: int = 1,
     max_inflight: int = 32,
     max_queue_size: int = 64,
+    tell: Callable[[str], None] = say_nothing,
 ) -> Path:
     """Write a version of a model into a model repository: OUT/NAME/VERSION, with config.pbtxt and warm-up data.
 
     Of the checkpoint it holds the weights alone.
 
     Args:
-        checkpoint: `checkpoint.pth` with `variant.yml`, and `classes.csv` where there is one, beside it.
+        checkpoint: of one of MODELS, or its folder, with `classes.csv`, where there is one, beside it.
         name: under which the model is served.
         out: the model repository; made if missing.
         serving: fields of `handlers.config.ServingConfig`.
         version: other versions stay beside it; the same one is replaced.
         max_inflight: pictures in the engine at most; more wait in Triton's queue.
         max_queue_size: requests of a priority that may wait there; more are refused.
+        tell: is told what the model is, in a few lines.
 
     Returns:
         The version's folder.
@@ -82,23 +80,14 @@ def build_model(
     Raises:
         FileNotFoundError, ValueError: the checkpoint or the configuration can't be served; nothing is written.
     """
-    if not MODEL_NAME.fullmatch(name):
-        raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
     for field, value in (("version", version), ("batch_size", max_inflight), ("max_queue_size", max_queue_size)):
         if value < 1:
             raise ValueError(f"{field}: expected at least 1, got {value}")
-    config = ServingConfig.from_mapping(serving)
-    model = load_segmenter(checkpoint, **config.merging, inference=config.inference)
-    load_classes(checkpoint.parent, model.config.n_cls)
-
+    checkpoint, _, model = check_model(name, checkpoint, serving)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch_name:
         scratch = Path(scratch_name) / str(version)
-        scratch.mkdir()
-        torch.save({"model": read_weights(checkpoint)}, scratch / "checkpoint.pth")
-        for file in ("variant.yml", "classes.csv"):
-            if (checkpoint.parent / file).is_file():
-                shutil.copy(checkpoint.parent / file, scratch / file)
+        tell(copy_model(checkpoint, model, scratch))
         (scratch / "serving.yaml").write_text(yaml.safe_dump(dict(serving)))
         (scratch / "model.py").write_text(_MODEL)
 

@@ -45,8 +45,10 @@ def load_classes(folder: Path, n_cls: int) -> Classes:
 
 def _read_classes(path: Path, n_cls: int) -> Classes:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel starts it with a byte order mark
+            header = file.readline()
+            file.seek(0)
+            rows = list(csv.DictReader(file, delimiter=";" if ";" in header else ","))  # and has ; in half of Europe
         entries = sorted((int(r["index"]), r["name"], [int(r[c]) for c in ("red", "green", "blue")]) for r in rows)
         colors = np.array([color for _, _, color in entries], dtype=np.int64).reshape(-1, 3)
     except (KeyError, TypeError, ValueError):

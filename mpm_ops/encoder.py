@@ -26,8 +26,11 @@ class Encoder(nn.Module):
         n_layers: int,
         distilled: bool,
         drop_path_rate: float = 0.0,
+        norm_eps: float = LAYER_NORM_EPS,
+        resize_mode: str = "bilinear",
     ) -> None:
         super().__init__()
+        self.resize_mode = resize_mode
         self.patch_size = patch_size
         self.num_special = 2 if distilled else 1
         self.stored_grid = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -38,8 +41,8 @@ class Encoder(nn.Module):
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + self.num_special, d_model))
-        self.blocks = make_blocks(d_model, n_heads, n_layers, drop_path_rate)
-        self.norm = nn.LayerNorm(d_model, eps=LAYER_NORM_EPS)
+        self.blocks = make_blocks(d_model, n_heads, n_layers, drop_path_rate, norm_eps)
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
 
     def embed(self, windows: Tensor) -> PackedTokens:
         """[B, 3, H, W] normalised windows -> special tokens and Gh x Gw patches of each, with positions.
@@ -74,13 +77,15 @@ class Encoder(nn.Module):
             return self.pos_embed
         special, patches = self.pos_embed.split([self.num_special, self.pos_embed.shape[1] - self.num_special], 1)
         stored = patches.unflatten(1, self.stored_grid).permute(0, 3, 1, 2)
-        resized = F.interpolate(stored, size=grid, mode="bilinear", align_corners=False)
+        resized = F.interpolate(stored, size=grid, mode=self.resize_mode, align_corners=False)
         return torch.cat([special, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def make_blocks(d_model: int, n_heads: int, n_layers: int, drop_path_rate: float = 0.0) -> nn.Sequential:
+def make_blocks(
+    d_model: int, n_heads: int, n_layers: int, drop_path_rate: float = 0.0, norm_eps: float = LAYER_NORM_EPS
+) -> nn.Sequential:
     """Segmenter's transformer blocks: pre-norm, exact GELU, 4x MLP, biases everywhere."""
-    rates = torch.linspace(0, drop_path_rate, n_layers).tolist()
+    rates = torch.linspace(0, drop_path_rate, n_layers, device="cpu").tolist()
     return nn.Sequential(
         *(
             Block(
@@ -88,7 +93,7 @@ def make_blocks(d_model: int, n_heads: int, n_layers: int, drop_path_rate: float
                 n_heads,
                 qkv_bias=True,
                 drop_path=rate,
-                norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+                norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             )
             for rate in rates
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import run_parts
 from .decoders import DecoderLinear, MaskTransformer, decodes_together
-from .encoder import HEAD_DIM, Encoder
+from .encoder import HEAD_DIM, LAYER_NORM_EPS, Encoder
 from .labels import label_map
 from .merge_gpu import image_starts, packed_rows
 from .merging import Merger, Mpm, Tower
@@ -26,7 +26,11 @@ DECODERS = ("mask_transformer", "linear")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterConfig:
-    """The shape of a Segmenter, as `variant.yml` gives it under `net_kwargs`."""
+    """The shape of a Segmenter, as `variant.yml` gives it under `net_kwargs`.
+
+    The last two are not upstream's: `norm_eps` of the encoder's norms, and how `positions` are resized, bilinear or
+    bicubic.
+    """
 
     image_size: tuple[int, int]
     patch_size: int
@@ -38,6 +42,8 @@ class SegmenterConfig:
     decoder_layers: int = 2
     distilled: bool = False
     drop_path_rate: float = 0.0
+    norm_eps: float = LAYER_NORM_EPS
+    positions: str = "bilinear"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls", "decoder_layers"):
@@ -46,6 +52,10 @@ class SegmenterConfig:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if not isinstance(self.drop_path_rate, int | float) or not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {self.drop_path_rate!r}")
+        if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps: expected a number in (0, 1), got {self.norm_eps!r}")
+        if self.positions not in ("bilinear", "bicubic"):
+            raise ValueError(f"positions: expected bilinear or bicubic, got {self.positions!r}")
         if len(self.image_size) != 2 or any(
             side < self.patch_size or side % self.patch_size for side in self.image_size
         ):
@@ -89,6 +99,8 @@ class Segmenter(nn.Module):
             n_layers=config.n_layers,
             distilled=config.distilled,
             drop_path_rate=config.drop_path_rate,
+            norm_eps=config.norm_eps,
+            resize_mode=config.positions,
         )
         self.decoder: DecoderLinear | MaskTransformer
         if config.decoder == "linear":

@@ -25,7 +25,6 @@ from torch import Tensor
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.bench.gpu_networks import PAPER, build
 from mpm_ops.classes import Classes, default_colors, load_classes
-from mpm_ops.merging import Merger
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime import Runtime
 from mpm_ops.stages import Decoded, Stage, WindowBatch
@@ -81,7 +80,7 @@ class FreeNetwork(Runtime):
         return None
 
     @classmethod
-    def build(cls, model: Segmenter, precision: str, *, mergers: Sequence[Merger], graph_bytes: int) -> "FreeNetwork":
+    def build(cls, model: Segmenter, precision: str, **options: Any) -> "FreeNetwork":
         return cls(model, 1)
 
     def run(self, stage: Stage, given: Tensor | WindowBatch) -> WindowBatch | Decoded:

@@ -9,13 +9,15 @@ from itertools import count
 from handlers.client import Transport, connect
 
 
-def run_clients(url: str, pictures: Sequence[bytes], num_clients: int, seconds: float) -> tuple[list[float], float]:
+def run_clients(
+    url: str, pictures: Sequence[bytes], num_clients: int, seconds: float, merger: str
+) -> tuple[list[float], float]:
     """Ask a served model for masks, each client over its own connection; see `closed_loop`."""
 
     @contextmanager
     def client() -> Iterator[Callable[[int], bytes]]:
         with connect(url) as connection:
-            yield lambda i: ask(connection, pictures[i % len(pictures)])
+            yield lambda i: ask(connection, pictures[i % len(pictures)], merger)
 
     try:
         return closed_loop(client, num_clients, seconds)
@@ -23,13 +25,13 @@ def run_clients(url: str, pictures: Sequence[bytes], num_clients: int, seconds: 
         raise RuntimeError(f"{url}: {error}") from error
 
 
-def ask(client: Transport, picture: bytes) -> bytes:
-    """The mask of a picture.
+def ask(client: Transport, picture: bytes, merger: str) -> bytes:
+    """The mask of a picture, with a merger that the server allows.
 
     Raises:
         RuntimeError: it was refused.
     """
-    answer = client.ask(picture, timeout_seconds=300)
+    answer = client.ask(picture, headers={"X-MPM-Merger": merger}, timeout_seconds=300)
     if answer.status != 200:
         raise RuntimeError(f"status {answer.status}: {answer.error}")
     return answer.body

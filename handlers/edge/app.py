@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -43,6 +43,7 @@ _OWN = {
 }
 _ONCE = ("Host", "Content-Type", "Content-Encoding", "Expect", "X-Request-Id", triton.LENGTH_HEADER)
 _EXPOSED = f"X-MPM-Request-Id, X-MPM-Tokens, X-Request-Id, Server-Timing, Retry-After, {triton.LENGTH_HEADER}"
+METRICS_TYPE = {"Content-Type": "text/plain; version=0.0.4"}
 _WHOLE_BYTES = 2**20  # up to here bodies go out in one piece
 _PIECE_BYTES = 2**18
 _FORM_BYTES = 2**16  # around a picture in a form or in JSON
@@ -57,7 +58,7 @@ class Edge:
         limits: of clients.
         origins: whose pages may call from a browser; "*" for all.
         restarts: file in which the launcher counts processes that it started again.
-        models: file in which it keeps the URL of each model's metrics.
+        models: tells the URL of each model's metrics, by name.
         page: for people, if there is to be one.
     """
 
@@ -69,7 +70,7 @@ class Edge:
         limits: Limits,
         origins: Sequence[str] = (),
         restarts: Path | None = None,
-        models: Path | None = None,
+        models: Callable[[], Mapping[str, str]] = dict,
         page: Page | None = None,
     ) -> None:
         self.stopping = False
@@ -124,7 +125,7 @@ class Edge:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return web.Response(status=204)
         if path == "/metrics" and request.method in ("GET", "HEAD"):
-            return web.Response(body=render(self._restarts), headers={"Content-Type": "text/plain; version=0.0.4"})
+            return web.Response(body=render(self._restarts), headers=METRICS_TYPE)
         if request.method in ("GET", "HEAD") and (told := await self._service.answer(path)):
             return told
         found = _PREDICT.fullmatch(path) or _KSERVE.fullmatch(path)
@@ -154,12 +155,9 @@ class Edge:
         async with upstream:
             reply = await _read(upstream)
             if upstream.status != 200 and self._is_triton:
-                fields = {
-                    "code": upstream.status,
-                    "error": error_of(reply, "the server gave no reason"),
-                    "request_id": added["X-Request-Id"],
-                }
-                return web.json_response(fields, status=upstream.status)
+                status, told = triton.status_of(upstream.status, error_of(reply, "the server gave no reason"))
+                fields = {"code": status, "error": told, "request_id": added["X-Request-Id"]}
+                return web.json_response(fields, status=status)
             if upstream.status != 200:
                 return web.Response(body=reply, status=upstream.status, headers=_headers_of(upstream))
             headers = {} if self._is_triton else _headers_of(upstream)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,13 +26,18 @@ class Service:
 
     Args:
         session: that asks the models.
-        models: file in which the launcher keeps the URL of each model's metrics.
+        models: tells the URL of each model's metrics, by name.
         is_triton: the server behind is Triton, else TorchServe.
         page: for people, if there is to be one.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, models: Path | None, *, is_triton: bool, page: Page | None
+        self,
+        session: aiohttp.ClientSession,
+        models: Callable[[], Mapping[str, str]],
+        *,
+        is_triton: bool,
+        page: Page | None,
     ) -> None:
         self._session, self._models, self._is_triton, self._page = session, models, is_triton, page
         self._looking = asyncio.Lock()
@@ -71,7 +76,7 @@ class Service:
 
     async def _ask_models(self, path: str) -> dict[str, str | None]:
         """What each model's own port answers; None where it doesn't."""
-        urls: dict[str, str] = json.loads(self._models.read_text()) if self._models else {}
+        urls = self._models()
         texts = await asyncio.gather(*(self._ask(url.removesuffix("/metrics") + path) for url in urls.values()))
         return dict(zip(urls, texts, strict=True))
 

@@ -16,6 +16,7 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON", "application/x-npy": "MASK"}
 
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[0-9]+)?/infer")
+_NO_ROOM = ("shared memory pool size", "single response, got 0")
 _NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
 
 
@@ -73,3 +74,10 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
     padding = -(10 + len(described) + 1) % 64
     head = f"{described}{' ' * padding}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
+
+
+def status_of(status: int, error: str) -> tuple[int, str]:
+    """Status and text of an error; what found no room in shared memory is told apart from what is broken."""
+    if status == 500 and any(part in error for part in _NO_ROOM):
+        return 503, "the server has no room in /dev/shm for this picture or its answer; ask again, or give it more"
+    return status, error

@@ -15,6 +15,7 @@ from .clock import DeviceClock
 from .request import Group, Window
 
 Times = tuple[float, float | None]  # seconds of a group on the device, and of its merge where that runs on its own
+Launch = Callable[[Group], Callable[[], Times]]  # see `Computer.launch`
 
 
 class Computer:

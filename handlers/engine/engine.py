@@ -102,6 +102,8 @@ class Engine:
             config.precision,
             mergers=list(mergers.values()),
             graph_bytes=config.graph_bytes(model.encoder.pos_embed.device.type),
+            threads=config.torch_threads,
+            streams=config.streams,
         )
         device = self._device_of_model = model.encoder.pos_embed.device
         stages = self._stages = {name: merger.stages for name, merger in mergers.items()}
@@ -112,7 +114,8 @@ class Engine:
         self._tokens_of_window = self._grid**2 + self._special
         scheduler = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
-            max_group_windows=1 if config.deterministic else config.max_group_windows,
+            # streams compute window by window: more in a group would only wait for each other
+            max_group_windows=1 if config.deterministic or self._runtime.streams else config.max_group_windows,
             max_group_delay=config.max_group_delay_ms / 1000,
             bulk_patience=config.bulk_patience_seconds,
             bucket=self._runtime.bucket,
@@ -143,6 +146,7 @@ class Engine:
             scheduler,
             Computer(model, self._runtime, stages).launch,
             self.metrics,
+            streams=[Computer(model, stream, stages).launch for stream in self._runtime.streams],
             num_special=self._special,
             lookahead=lookahead,
             on_group=observer,
@@ -169,7 +173,8 @@ class Engine:
         Raises:
             ServingError: one was not answered; the engine would answer nobody.
         """
-        self._runtime.warm_up({stage for name in self._offered for stage in self._stages[name]})
+        self._runtime.warm_up([*self._offered.values()])
+        self._loop.streams = self._loop.streams[: len(self._runtime.streams)]  # it may have given them up
         metrics, agreement = self.metrics, self._agreement
         self.metrics = self._loop.metrics = Metrics("warm-up", grid=self._grid, info={})
         self._agreement = None

@@ -1,4 +1,4 @@
-"""The release rule of groups: which of the waiting windows run next, together. Pure functions."""
+"""The release rule of groups: which of the waiting windows run next, together, and on what. Pure functions."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,3 +36,12 @@ def choose_group(
         chosen.append(i)
         room -= padded[i]
     return sorted(chosen)
+
+
+def worth_streams(num_waiting: int, num_streams: int) -> bool:
+    """Whether windows are computed side by side, one a stream, rather than one after the other on all cores.
+
+    All cores together answer one window soonest, but each core that joins adds less. So streams pay where most of them
+    have something to do; a window that waits alone has all cores.
+    """
+    return 2 * num_waiting > num_streams > 1

@@ -1,5 +1,7 @@
 """From a model's folder to an engine, the same way behind every server."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ from handlers.api.formats.views import encode_picture
 from handlers.config import ServingConfig
 from mpm_ops import load_segmenter
 from mpm_ops.classes import load_classes
+from mpm_ops.cpus import usable_cores
 
-from .cpus import cpu_quota, default_threads
 from .engine import Engine
 
 
@@ -26,7 +28,8 @@ def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
     Raises:
         OSError, ValueError: a file is missing or does not fit.
     """
-    torch.set_num_threads(config.torch_threads or default_threads(torch.get_num_threads(), cpu_quota()))
+    config = replace(config, torch_threads=config.torch_threads or _default_threads())
+    torch.set_num_threads(config.torch_threads)
     device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -34,6 +37,16 @@ def load_engine(path: Path, config: ServingConfig, **options: Any) -> Engine:
     model = load_segmenter(checkpoint, **config.merging, inference=config.inference, device=device)
     classes = load_classes(checkpoint.parent, model.config.n_cls)
     return Engine(model, classes, config, **options)
+
+
+def _default_threads() -> int:
+    """Usable cores, or fewer where MPM_CORES says so: a pod's request for cores without a limit is no quota."""
+    text = os.environ.get("MPM_CORES")
+    if text is None:
+        return usable_cores()
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise ValueError(f"MPM_CORES: expected a number of cores >= 1, got {text!r}; correct it or unset it")
+    return min(usable_cores(), int(text))
 
 
 def find_device(name: str) -> torch.device:

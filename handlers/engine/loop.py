@@ -6,13 +6,15 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
 import torch
 
 from handlers.observe.metrics import Metrics
 
-from .computing import Times
+from .computing import Launch, Times
+from .grouping import worth_streams
 from .request import Group, Picture, Window, internal_error
 from .scheduler import Scheduler
 
@@ -24,13 +26,15 @@ class Loop:
 
     A GPU runs on while the host waits for nothing, so there the next group is launched behind the one that runs,
     if it would not gain from waiting: a lane is full, or its oldest window has waited long enough. Elsewhere what a
-    group computed is in the scheduler before the next is chosen.
+    group computed is in the scheduler before the next is chosen, unless groups run side by side on streams, which
+    share the device: as long as enough windows wait for that, see `worth_streams`.
 
     Args:
         device: that computes.
         scheduler: what waits.
-        launch: see `Computer.launch`.
+        launch: see `Computer.launch`; on the whole device.
         metrics: of the engine; may be replaced at any time.
+        streams: the same on a part of the device each; may be replaced while nothing is computed.
         num_special: special tokens of a window.
         lookahead: groups launched behind the one that runs; None for one on a GPU and none elsewhere.
         on_group: called after each group with the group and its seconds, before its pictures go on.
@@ -42,9 +46,10 @@ class Loop:
         self,
         device: torch.device,
         scheduler: Scheduler,
-        launch: Callable[[Group], Callable[[], Times]],
+        launch: Launch,
         metrics: Metrics,
         *,
+        streams: Sequence[Launch] = (),
         num_special: int = 1,
         lookahead: int | None = None,
         on_group: Callable[[Group, float], None] = lambda group, seconds: None,
@@ -52,6 +57,7 @@ class Loop:
         on_lost: Callable[[str], None],
     ) -> None:
         self.metrics = metrics
+        self.streams = streams
         self.lookahead = int(device.type == "cuda") if lookahead is None else lookahead
         self.busy_since: float | None = None  # since when the oldest group has been on the device; None when idle
         self._scheduler = scheduler
@@ -61,12 +67,16 @@ class Loop:
         self._on_group = on_group
         self._on_computed = on_computed
         self._on_lost = on_lost
-        self._inbox: queue.SimpleQueue[Sequence[Window] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[Window] | Group | None] = queue.SimpleQueue()
         self._running: deque[Group] = deque()  # on the device, oldest first
+        self._spread = False  # what runs is on streams
+        self._through: deque[Group] = deque()  # of those on streams
         self._again: deque[Group] = deque()  # failed groups, in smaller ones
         self._numbers = itertools.count(1)
         self._draining = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
+        # torch's own threads would compute beside the other streams
+        self._threads = ThreadPoolExecutor(len(streams) or 1, "stream", torch.set_num_threads, (1,))
 
     def start(self) -> None:
         self._thread.start()
@@ -80,6 +90,7 @@ class Loop:
         """Compute what was added, then end."""
         self._inbox.put(None)
         self._thread.join()
+        self._threads.shutdown()
 
     @property
     def died(self) -> bool:
@@ -93,27 +104,30 @@ class Loop:
             self._step()
 
     def _step(self) -> None:
-        """Schedule a group, run it, and route the windows of the oldest group on the device once it is through."""
+        """Schedule a group, run it, and route the windows of one that is through."""
         for window in self._scheduler.remove_ended():
             self.metrics.waiting(window.lane, -1, -window.length)
 
         # schedule
+        group = None
+        if not self._running:
+            self._spread = not self._again and worth_streams(len(self._scheduler), len(self.streams))
         if self._again:  # when nothing else holds memory
             group = None if self._running else self._again.popleft()
-        else:
+        elif self._has_room():
             now = monotonic()
-            group = self._scheduler.next_group(now, idle=not self._running)
+            group = self._scheduler.next_group(now, idle=self._spread or not self._running)
             if group is not None:
                 self.metrics.released(group, now)
 
         # run
         if group is not None:
             self._launch(group)
-        if not self._running or (group is not None and len(self._running) <= self.lookahead):
-            return
-        group = self._running.popleft()
-        times = self._wait(group)
-        if times is None:
+            if self._has_room():
+                return
+        group = self._ended()
+        times = None if group is None else self._wait(group)
+        if group is None or times is None:
             return
 
         # route
@@ -128,29 +142,61 @@ class Loop:
             self._finish(group)
 
     def _receive(self) -> bool:
-        """Move what came into the scheduler, waiting if there is nothing else to do; False when all is done."""
+        """Take what came in, waiting if there is nothing else to do; False when all is done."""
         if not self._running:
             self.busy_since = None
-        while not self._inbox.empty() or not (self._has_work() or self._draining):
-            windows = self._inbox.get()
-            if windows is None:
+        while not self._inbox.empty() or not (self._can_go_on() or (self._draining and not self._running)):
+            came = self._inbox.get()
+            if came is None:
                 self._draining = True
+            elif isinstance(came, Group):
+                self._through.append(came)
             else:
-                self._scheduler.add(windows, monotonic())
-        return self._has_work()
+                self._scheduler.add(came, monotonic())
+        return self._can_go_on()
 
-    def _has_work(self) -> bool:
-        return bool(self._running or self._again or len(self._scheduler))
+    def _can_go_on(self) -> bool:
+        """A group can be launched, or routed."""
+        ended = self._through if self._spread else self._running
+        waits = not self._running if self._again else len(self._scheduler) and self._has_room()
+        return bool(ended or waits)
+
+    def _has_room(self) -> bool:
+        """Another group may run beside those that do, or behind."""
+        return len(self._running) < len(self.streams) if self._spread else len(self._running) <= self.lookahead
 
     def _launch(self, group: Group) -> None:
         group.alone = not self._running
+        group.began = monotonic()
+        group.stream = self._free_stream() if self._spread else None
+        group.share = 1 / len(self.streams) if self._spread else 1.0
         if group.alone:
-            self.busy_since = monotonic()
+            self.busy_since = group.began
         try:
-            group.finish = self._launch_group(group)
+            group.finish = self._launch_group(group) if group.stream is None else self._launch_on(group.stream, group)
             self._running.append(group)
         except Exception as error:
             self._retry(group, error)
+
+    def _launch_on(self, stream: int, group: Group) -> Callable[[], Times]:
+        for other in self._running:
+            other.alone = False
+        done = self._threads.submit(lambda: self.streams[stream](group)())
+        done.add_done_callback(lambda _: self._inbox.put(group))
+        return done.result
+
+    def _free_stream(self) -> int:
+        return min({*range(len(self.streams))} - {group.stream for group in self._running})
+
+    def _ended(self) -> Group | None:
+        """The group to be waited for next: on streams one that is through, elsewhere the oldest."""
+        if not self._spread:
+            return self._running.popleft() if self._running else None
+        if not self._through:
+            return None
+        group = self._through.popleft()
+        self._running.remove(group)
+        return group
 
     def _wait(self, group: Group) -> Times | None:
         """Wait for a group; its times, or None if it failed."""
@@ -162,7 +208,8 @@ class Loop:
             return None
         finally:
             group.finish = None
-            self.busy_since = monotonic()  # for the next one, which ran behind it
+            # one behind it ran from now on, one beside it runs as long as it does
+            self.busy_since = self._running[0].began if self._spread and self._running else monotonic()
 
     def _retry(self, group: Group, error: Exception) -> None:
         """Have a group that failed run alone, or else its halves, so that only the windows at fault fail.
@@ -183,20 +230,30 @@ class Loop:
             self._again.extendleft(Group(group.lane, some, group.reason) for some in (windows[half:], windows[:half]))
 
     def _record(self, group: Group, seconds: float, merge_seconds: float | None) -> None:
-        """Account for a group; pictures that share one take its whole time each."""
+        """Account for a group; pictures that share one take its whole time each, and what runs side by side once."""
         self._on_group(group, seconds)
         stop, stage = monotonic(), group.lane.stage
         pictures = group.by_picture()
         described = (next(self._numbers), len(group.windows), len(pictures))
         for picture, windows in pictures.items():
-            picture.seconds["compute"] += seconds - (merge_seconds or 0.0)
-            picture.seconds["merge"] += merge_seconds or 0.0
+            part = 1.0
+            if group.stream is not None and seconds:
+                end = group.began + seconds
+                part = max(0.0, end - max(group.began, picture.computed_until)) / seconds
+                picture.computed_until = max(end, picture.computed_until)
+            picture.seconds["compute"] += part * (seconds - (merge_seconds or 0.0))
+            picture.seconds["merge"] += part * (merge_seconds or 0.0)
             span = picture.request.span
             span.stage(group.lane, described, [window.lengths for window in windows], stop, seconds, merge_seconds)
         tokens_in = [window.lengths[stage] for window in group.windows]
         tokens_out = sum(window.lengths[-1] for window in group.windows)
         self.metrics.computed(
-            group.lane, tokens_in, tokens_out, seconds, merge_seconds, padding_tokens=group.padding_tokens
+            group.lane,
+            tokens_in,
+            tokens_out,
+            seconds * group.share,
+            None if merge_seconds is None else merge_seconds * group.share,
+            padding_tokens=group.padding_tokens,
         )
 
     def _finish(self, group: Group) -> None:

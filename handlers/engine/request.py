@@ -179,6 +179,7 @@ class Picture:
         num_left: windows that are not computed.
         ready_at: when its windows were ready for the first stage.
         seconds: that each step took so far.
+        computed_until: end of its latest group on a stream.
         labels, confidence: [H, W] class ids, and their probability if a format needs it.
         reply: once it is encoded.
     """
@@ -202,6 +203,7 @@ class Picture:
     num_left: int = 0
     ready_at: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "merge": 0.0})
+    computed_until: float = 0.0
     labels: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.uint8))
     confidence: np.ndarray | None = None
     reply: Any = None
@@ -263,7 +265,10 @@ class Group:
         lane: of its windows.
         windows: oldest first.
         reason: why it is computed now: "full", "delay" or "idle".
-        alone: nothing was on the device before it that might have taken its memory.
+        alone: nothing was on the device before or beside it that might have taken its memory.
+        began: when it was launched.
+        stream: that it runs on; None for the whole device.
+        share: of the device, that it runs on.
         finish: waits for it once it is launched, see `Computer.launch`.
         padding_tokens: computed for padding alone in its last launch.
     """
@@ -272,6 +277,9 @@ class Group:
     windows: tuple[Window, ...]
     reason: str
     alone: bool = True
+    began: float = 0.0
+    stream: int | None = None
+    share: float = 1.0
     finish: Callable[[], tuple[float, float | None]] | None = None
     padding_tokens: int = 0
 

@@ -32,6 +32,14 @@ _HURRY_SECONDS = 1.0  # for what is in flight when a person stops everything
 _MAX_RESTARTS = 5  # within
 _RESTARTS_SECONDS = 600.0  # else whoever supervises this process should know
 _LONGEST_TEMP = 70  # a Unix socket's path takes 107 bytes, and TorchServe's workers append theirs
+_ENVIRONMENT = {  # that servers get unless it is set
+    "OMP_WAIT_POLICY": "passive",  # see mpm_ops/_openmp.py
+    # Large buffers go back to the system when they are freed: pictures of all sizes would tear holes into the heaps of
+    # as many threads, and half of the memory would be free and of no use to anybody.
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**24),
+}
 _START_SECONDS = 600.0  # a large model compiles when it is first used; whoever supervises may be less patient
 
 
@@ -130,7 +138,7 @@ class Server(Supervised):
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
-                env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},  # see mpm_ops/_openmp.py
+                env={**_ENVIRONMENT, **os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

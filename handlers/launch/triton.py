@@ -46,7 +46,7 @@ class Triton(Server):
         model_repository: folder with models, all of which are loaded.
         host, port: where HTTP listens.
         grpc_port: where gRPC listens, on the same host.
-        metrics_port: where Triton's own metrics listen, on the host if it is given, else on loopback.
+        metrics_port: where Triton's own metrics listen, on the models' `metrics_host`; some port on loopback if 0.
         admin_secret_file: gets the secret of this start; None for nowhere.
         exit_seconds: what is in flight at the end has so long, and so long does an idle connection hold the end; the
             longest deadline of the models if None.
@@ -90,13 +90,13 @@ class Triton(Server):
         super().__init__("Triton", host, port, log, front)
         self.grpc_port = grpc_port or free_port()
         check_port(host, self.grpc_port)
-        self._metrics_host = host if metrics_port else "127.0.0.1"
+        configs = {name: read_repository(model_repository / name) for name in self.models}
+        self._metrics_host = next(iter(configs.values())).metrics_host if metrics_port else "127.0.0.1"
         self.metrics_port = metrics_port or free_port()
         check_port(self._metrics_host, self.metrics_port)
         self.admin_secret = secrets.token_urlsafe()  # what the header `x-admin` has to hold
         if admin_secret_file is not None:
             _write_secret(admin_secret_file, self.admin_secret)
-        configs = {name: read_repository(model_repository / name) for name in self.models}
         longest = math.ceil(max(config.deadline_seconds for config in configs.values()))
         self.max_body_bytes = max(config.max_body_bytes for config in configs.values())
         self.answer_seconds = longest + ANSWER_MARGIN_SECONDS

@@ -75,7 +75,11 @@ class Metrics:
         }
         lane = ("stage", "schedule")
         self._stage_seconds = self._make(
-            Histogram, "mpm_stage_seconds", "One group in one stage, its merge included", *lane, buckets=_STEP_SECONDS
+            Histogram,
+            "mpm_stage_seconds",
+            "One group in one stage, its merge included; on a stream its part of the device's time",
+            *lane,
+            buckets=_STEP_SECONDS,
         )
         self._merge_seconds = self._make(
             Histogram, "mpm_merge_seconds", "The merge that ends a stage, of one group", *lane, buckets=_MERGE_SECONDS
@@ -229,8 +233,8 @@ class Metrics:
             lane: the stage.
             tokens_in: image tokens of each window into it.
             tokens_out: image tokens of all windows out of it.
-            seconds: that it took, its merge included.
-            merge_seconds: that its merge took; None where none was timed.
+            seconds: of the whole device that it took, its merge included: half of those on one of two streams.
+            merge_seconds: the same of its merge; None where none was timed.
             padding_tokens: that the runtime added to fill its buckets or buffers.
         """
         metrics = self._lane(lane)

@@ -9,6 +9,7 @@ stay in Triton's queue, where its limits, timeouts and priorities hold.
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -40,6 +41,9 @@ MAX_INFLIGHT_KEY = "max_inflight"  # a parameter in config.pbtxt
 
 _FORMAT_OF = {FORMATS[name].output: name for name in MASKS}
 _POLL_SECONDS = 0.05
+_SHM = Path("/dev/shm")
+_SHM_MARGIN_BYTES = 4 * 2**20
+_sending = threading.Lock()  # one answer at a time lies in shared memory, until Triton has copied it
 
 
 class TritonPythonModel:
@@ -152,15 +156,22 @@ class _Channel:
             return not self._sent and bool(self._request.is_cancelled())
 
     def send(self, answer: "Future[Any]") -> None:
-        """Send what the request is answered with; what can't be sent becomes an error."""
+        """Send what the request is answered with.
+
+        Triton takes no second answer where the first failed, for want of shared memory. So the end is sent apart: with
+        no answer before it, it makes Triton answer an error of its own.
+        """
         with self._lock:
             self._sent = True
-            for response in (_response(answer), _refusal("the answer could not be sent", "INTERNAL")):
-                try:
-                    self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                    break
-                except Exception:  # no room in shared memory, for one
-                    logger.exception("request %s: the answer could not be sent", self.request_id)
+            with _sending:
+                for what in (
+                    {"response": _response(answer)},
+                    {"flags": pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL},
+                ):
+                    try:
+                        self._sender.send(**what)
+                    except Exception as error:
+                        logger.error("request %s: the answer could not be sent: %s", self.request_id, error)
             del self._request, self._sender
 
 
@@ -242,7 +253,25 @@ def _tensors(replies: Sequence[Reply], outputs: Sequence[str]) -> list[Any]:
         arrays = isinstance(bodies[0], np.ndarray)
         values = _stack(bodies) if arrays else np.array([[body] for body in bodies], dtype=np.object_)
         tensors.append(pb_utils.Tensor(output, values))
+    _check_room(sum(_num_bytes(tensor.as_numpy()) for tensor in tensors))
     return tensors
+
+
+def _num_bytes(values: np.ndarray) -> int:
+    return sum(map(len, values.ravel())) if values.dtype == object else values.nbytes
+
+
+def _check_room(size: int) -> None:
+    """Refuse an answer of more bytes than this model's region of shared memory and what it may grow by."""
+    free = os.statvfs(_SHM)
+    region = _SHM / Path("/proc/self/cmdline").read_text().split("\0")[2]  # as Triton calls this process
+    room = free.f_bavail * free.f_frsize + (region.stat().st_size if region.is_file() else 0) - _SHM_MARGIN_BYTES
+    if size > room:
+        raise ServingError(
+            ErrorKind.OVERLOADED,
+            f"reply: expected at most the {room} bytes that {_SHM} has for it, got {size}; ask for MASK_PNG, or for a "
+            "smaller picture, or give the server more",
+        )
 
 
 def _body(reply: Reply, output: str) -> Any:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpm_ops.evaluate import stage_flops
+from mpm_ops.evaluate.arithmetic import Arithmetic
 from mpm_ops.labels import label_maps
-from mpm_ops.merging import Mpm, ToMe, Tower
+from mpm_ops.merging import ToMe
 from mpm_ops.runtime import Runtime
 from mpm_ops.runtime.eager import DTYPES, TorchRuntime
 from mpm_ops.runtime.graphs import PATIENCE, GraphRuntime
@@ -168,8 +168,9 @@ def time_network(
     }
     times = in_turn(labelled, timer, repeats=scale.repeats)
     peak = gemm_tflops(scale, precision, device)
-    config = config_of(scale, name)
-    found = {way: _summary(times[way], config, scale.patches, lengths.get(way), peak, schedule) for way in ways}
+    model = build(scale, name, device, schedule)
+    arithmetic = Arithmetic(model)
+    found = {way: _summary(times[way], model, arithmetic, lengths.get(way), peak) for way in ways}
     for way, row in found.items():
         run = _once(ways[way], injected[way])
         for key, work in (("images_per_second", run), ("images_per_second_with_labels", labelled[way])):
@@ -485,11 +486,10 @@ def network_ms(laps: Mapping[str, float]) -> float:
 
 def _summary(
     laps: dict[str, float],
-    config: SegmenterConfig,
-    patches: int,
+    model: Segmenter,
+    arithmetic: Arithmetic,
     lengths: Sequence[tuple[int, ...]] | None,
     peak: float,
-    schedule: tuple[int, ...],
 ) -> dict[str, Any]:
     network = network_ms(laps)
     row: dict[str, Any] = {
@@ -498,24 +498,13 @@ def _summary(
         "median_ms": laps,
     }
     if lengths:
-        tflops = flops(config, patches, lengths, schedule) / network / 1e9
+        stages = model.mpm(model.schedule[: len(lengths) - 1]).stages
+        special = model.encoder.num_special
+        windows = ([length - special for length in of_window] for of_window in zip(*lengths, strict=True))
+        tflops = sum(arithmetic.window(stages, window) for window in windows) / network / 1e9
         row |= {"mean_lengths": [round(sum(n) / len(n), 1) for n in lengths]}
         row |= {"tflops": float(f"{tflops:.4g}"), "of_gemm": round(tflops / peak, 3)}
     return row
-
-
-def flops(
-    config: SegmenterConfig, num_patches: int, lengths: Sequence[Sequence[int]], schedule: Sequence[int] = (2, 5)
-) -> float:
-    """Operations of embedding, blocks and decoder at these lengths of each stage; two for a multiplication and a sum.
-
-    Args:
-        lengths: per stage, tokens of every window, special ones included.
-    """
-    tower = Tower(num_blocks=config.n_layers, width=config.d_model, num_special=1)
-    stages = Mpm(tower=tower, schedule=tuple(schedule[: len(lengths) - 1])).stages
-    embedding = len(lengths[0]) * 6.0 * num_patches * config.d_model * config.patch_size**2
-    return embedding + sum(stage_flops(config, s, of_windows) for s, of_windows in zip(stages, lengths, strict=True))
 
 
 @torch.inference_mode()

@@ -12,11 +12,23 @@ from typing import Any
 from .algm import ALGM_THRESHOLDS, Algm
 from .base import Merger, Tower
 from .mpm import Mpm, NoMerging
+from .region import Region
 from .tome import TOME_REDUCTIONS, ToMe
 
-MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm}
+MERGERS: Mapping[str, type[Merger]] = {"none": NoMerging, "mpm": Mpm, "tome": ToMe, "algm": Algm, "region": Region}
 
-__all__ = ["ALGM_THRESHOLDS", "MERGERS", "TOME_REDUCTIONS", "Algm", "Merger", "Mpm", "NoMerging", "ToMe", "Tower"]
+__all__ = [
+    "ALGM_THRESHOLDS",
+    "MERGERS",
+    "TOME_REDUCTIONS",
+    "Algm",
+    "Merger",
+    "Mpm",
+    "NoMerging",
+    "Region",
+    "ToMe",
+    "Tower",
+]
 
 
 def make_merger(text: str, tower: Tower) -> Merger:

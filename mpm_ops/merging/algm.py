@@ -53,6 +53,9 @@ class Algm(Merger):
     def cuts(self) -> tuple[int, ...]:
         return tuple(2 * block + 1 for block in _BLOCKS)
 
+    def lengths_after(self, number: int) -> range:
+        return range(number // 4, number + 1)
+
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         assert self.threshold is not None
         if batch.merge_maps is None:

@@ -54,6 +54,10 @@ class Merger(ABC):
         Windows merge independently of their mates. Special tokens stay in front and are never merged.
         """
 
+    def lengths_after(self, number: int) -> range:
+        """How many image tokens may be left of so many after one merge."""
+        return range(number - number // 2, number + 1)
+
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The encoder, cut where it merges."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpm_ops.merge import keep_steps
+from mpm_ops.merge import keep_steps, num_kept
 from mpm_ops.stages import WindowBatch
 
 from .base import Merger, flag, parameter
@@ -46,6 +46,9 @@ class Mpm(Merger):
     @property
     def attention_counts(self) -> bool:
         return self.proportional
+
+    def lengths_after(self, number: int) -> range:
+        return range(number - num_kept(number // 2, self.keep), number + 1)
 
     def __str__(self) -> str:
         return super().__str__() if self.schedule else NoMerging.name

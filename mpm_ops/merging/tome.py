@@ -47,6 +47,10 @@ class ToMe(Merger):
     def cuts(self) -> tuple[int, ...]:
         return tuple(range(1, 2 * self.tower.num_blocks, 2))
 
+    def lengths_after(self, number: int) -> range:
+        left = number - min(self.r, number // 2)
+        return range(left, left + 1)
+
     def launch(self, batch: WindowBatch) -> Callable[[], WindowBatch]:
         special = self.tower.num_special
 

@@ -1,8 +1,8 @@
 """Kinds of checkpoints, by name: which files each recognises, and how they become a network.
 
-To add one: write its file here, with `recognises(path)` and `build(path, inference)`, and name it in MODELS. What it
-builds is a `Segmenter` or computes as one does: `embed`, `run_parts`, `score`, a `tower` for mergers, and logits of
-every patch, of which `label_map` makes labels.
+To add one: write its file here, with `recognises`, `build` and `copy`, and name it in MODELS. What it builds is a
+`Segmenter` or computes as one does: `embed`, `run_parts`, `score`, a `tower` for mergers, and logits of every patch,
+of which `label_map` makes labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,23 @@ from mpm_ops.merging import make_merger
 from mpm_ops.runtime import make_runtime
 from mpm_ops.segmenter import Segmenter
 
-from . import segmenter
-from .segmenter import CheckpointError, read_variant, read_weights, trained_on
+from . import mmsegmentation, segmenter
+from .files import Checkpoint, CheckpointError, check_finite, find_checkpoint, read_checkpoint
+from .segmenter import read_variant, trained_on
 
-__all__ = ["MODELS", "CheckpointError", "ModelKind", "load_segmenter", "read_variant", "read_weights", "trained_on"]
+__all__ = [
+    "MODELS",
+    "Checkpoint",
+    "CheckpointError",
+    "ModelKind",
+    "check_finite",
+    "copy_checkpoint",
+    "find_checkpoint",
+    "load_segmenter",
+    "read_checkpoint",
+    "read_variant",
+    "trained_on",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +40,24 @@ class ModelKind:
     """An entry of MODELS.
 
     Attributes:
-        recognises: whether a file is of this kind, without reading all of it.
+        anchor: the name of a weight that each of them has; the same with something in front is read as this one.
+        recognises: whether a checkpoint is of this kind.
         build: a network in float32 and evaluation mode from it, with fields of `InferenceConfig` to override.
+        copy: write what `build` needs into a folder, as checkpoint.pth and what stands beside it.
     """
 
-    recognises: Callable[[Path], bool]
-    build: Callable[[Path, Mapping[str, Any]], Segmenter]
+    anchor: str
+    recognises: Callable[[Checkpoint], bool]
+    build: Callable[[Checkpoint, Mapping[str, Any]], Segmenter]
+    copy: Callable[[Checkpoint, Path], None]
 
 
-MODELS: Mapping[str, ModelKind] = {"segmenter": ModelKind(segmenter.recognises, segmenter.build)}
+MODELS: Mapping[str, ModelKind] = {
+    "mmsegmentation": ModelKind(
+        mmsegmentation.ANCHOR, mmsegmentation.recognises, mmsegmentation.build, mmsegmentation.copy
+    ),
+    "segmenter": ModelKind(segmenter.ANCHOR, segmenter.recognises, segmenter.build, segmenter.copy),
+}
 
 
 def load_segmenter(
@@ -54,7 +76,7 @@ def load_segmenter(
     Nothing is downloaded and no code in the files is run.
 
     Args:
-        path: `checkpoint.pth`; an official Segmenter's `variant.yml` is read from the same folder.
+        path: the checkpoint, or its folder; an official Segmenter's `variant.yml` is read from the same folder.
         schedule: encoder blocks before which tokens merge, 0-based; () for no merging, (2, 5) as in the paper.
         align: see `merge_tokens`.
         merger: another way to merge, such as "tome:r=46" or "algm", instead of a schedule; see `make_merger`.
@@ -74,11 +96,8 @@ def load_segmenter(
 
     Source: rstrudel/segmenter@20d1bfad, `segm/model/factory.py`.
     """
-    path = Path(path)
-    kind = next((kind for kind in MODELS.values() if kind.recognises(path)), None)
-    if kind is None:
-        raise CheckpointError(f"{path}: expected a file of one of {', '.join(MODELS)}, such as checkpoint.pth")
-    model = kind.build(path, inference or {})
+    kind, checkpoint = _read(Path(path))
+    model = kind.build(checkpoint, inference or {})
     if merger is None:
         model.merger = model.mpm(schedule, align)
     elif schedule or align != 1:
@@ -91,3 +110,31 @@ def load_segmenter(
     if (runtime, precision) != ("torch", "fp32"):  # what it builds by itself, when it is first asked for it
         model.runtime = make_runtime(model, runtime, precision)
     return model
+
+
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Write all that `load_segmenter` needs of a checkpoint, and nothing else that is in it, into a folder.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `load_segmenter`.
+    """
+    kind, checkpoint = _read(path)
+    kind.copy(checkpoint, folder)
+
+
+def _read(path: Path) -> tuple[ModelKind, Checkpoint]:
+    checkpoint = read_checkpoint(path, [kind.anchor for kind in MODELS.values()])
+    kind = next((kind for kind in MODELS.values() if kind.recognises(checkpoint)), None)
+    if kind is None:
+        raise CheckpointError(f"{checkpoint.path}: expected a checkpoint of Segmenter, {_guess(checkpoint)}")
+    return kind, checkpoint
+
+
+def _guess(checkpoint: Checkpoint) -> str:
+    """What weights of no known kind are."""
+    names = checkpoint.weights
+    if "blocks.0.attn.qkv.weight" in names and "patch_embed.proj.weight" in names:
+        return "got a ViT of timm without a decoder: train one on it, or use patch_timm for its features"
+    if any(name.startswith(("backbone.", "decode_head.")) for name in names):
+        return "got another network of mmsegmentation: a plain ViT with Segmenter's head is expected there"
+    return f"got weights called {', '.join(list(names)[:3])}"

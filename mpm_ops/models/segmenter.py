@@ -1,6 +1,6 @@
 """Official Segmenter checkpoints: `checkpoint.pth` with `variant.yml` beside it."""
 
-import zipfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from mpm_ops.encoder import LAYER_NORM_EPS
 from mpm_ops.segmenter import Segmenter, SegmenterConfig
 from mpm_ops.windows import InferenceConfig
+
+from .files import Checkpoint, CheckpointError, load_strictly
+
+ANCHOR = "encoder.pos_embed"
 
 # ImageNet classifiers that official checkpoints carry along and segmentation never uses.
 _UNUSED_PREFIXES = ("encoder.head.", "encoder.head_dist.")
@@ -20,21 +25,36 @@ _MAX_RATIOS = {"ade20k": 4, "pascal_context": 8, "cityscapes": 2}
 _DEFAULT_MAX_RATIO = 4
 
 
-class CheckpointError(ValueError):
-    """A checkpoint or its variant.yml can't be used; the message says what is wrong with which part."""
+def recognises(checkpoint: Checkpoint) -> bool:
+    """Whether weights are called as Segmenter's, or have variant.yml beside them: what they lack is then said."""
+    return ANCHOR in checkpoint.weights or (checkpoint.path.parent / "variant.yml").is_file()
 
 
-def recognises(path: Path) -> bool:
-    """Whether a file has variant.yml beside it, or is called a checkpoint: the error then says what it lacks."""
-    return (path.parent / "variant.yml").is_file() or path.suffix == ".pth"
-
-
-def build(path: Path, inference: Mapping[str, Any]) -> Segmenter:
+def build(checkpoint: Checkpoint, inference: Mapping[str, Any]) -> Segmenter:
     """A float32 Segmenter in evaluation mode that does not merge; see `load_segmenter`."""
-    variant = read_variant(path.parent / "variant.yml")
+    variant = read_variant(checkpoint.path.parent / "variant.yml")
+    return build_variant(variant, checkpoint.weights, inference, path=checkpoint.path, described_by="variant.yml")
+
+
+def build_variant(
+    variant: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    inference: Mapping[str, Any],
+    *,
+    path: Path,
+    described_by: str,
+) -> Segmenter:
+    """The same of what variant.yml holds, and weights with the official names."""
     model = Segmenter(_segmenter_config(variant), _inference_config(variant, inference))
-    _load_strictly(model, read_weights(path), path)
+    used = {key: value for key, value in weights.items() if not key.startswith(_UNUSED_PREFIXES)}
+    load_strictly(model, used, path, described_by)
     return model.eval()
+
+
+def copy(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the weights alone, and what describes them."""
+    torch.save({"model": dict(checkpoint.weights)}, folder / "checkpoint.pth")
+    shutil.copy(checkpoint.path.parent / "variant.yml", folder)
 
 
 def read_variant(path: Path) -> dict[str, Any]:
@@ -89,6 +109,8 @@ def _segmenter_config(variant: Mapping[str, Any]) -> SegmenterConfig:
             decoder_layers=decoder.get("n_layers", 2),
             distilled=bool(net.get("distilled", False)),
             drop_path_rate=net.get("drop_path_rate", 0.0),
+            norm_eps=net.get("norm_eps", LAYER_NORM_EPS),
+            positions=net.get("positions", "bilinear"),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"variant.yml: net_kwargs: {error}") from None
@@ -114,46 +136,3 @@ def _inference_config(variant: Mapping[str, Any], overrides: Mapping[str, Any]) 
     if unknown:
         raise ValueError(f"inference: unknown fields {', '.join(sorted(unknown))}")
     return InferenceConfig(**(values | dict(overrides)))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, by name, as stored.
-
-    They lie in the file, mapped, until they are touched, so that what training leaves beside them (an optimizer's
-    state is as large, or twice) never comes into memory. Files of torch before 1.6 can't be mapped: read whole.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is no checkpoint.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a weights-only torch checkpoint: {reason}") from None
-    weights = data.get("model", data) if isinstance(data, dict) else data
-    if not isinstance(weights, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
-    ):
-        raise CheckpointError(f"{path}: expected a state_dict, or one under 'model', got {type(data).__name__}")
-    return weights
-
-
-def _load_strictly(model: Segmenter, weights: Mapping[str, Tensor], path: Path) -> None:
-    used = {key: value for key, value in weights.items() if not key.startswith(_UNUSED_PREFIXES)}
-    expected = model.state_dict()
-    problems = [
-        *(f"missing {key} {list(expected[key].shape)}" for key in expected if key not in used),
-        *(f"unexpected {key} {list(used[key].shape)}" for key in used if key not in expected),
-        *(
-            f"{key}: expected shape {list(expected[key].shape)}, got {list(used[key].shape)}"
-            for key in expected
-            if key in used and used[key].shape != expected[key].shape
-        ),
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{path}: does not fit the network of variant.yml: {shown}")
-    model.load_state_dict(used)

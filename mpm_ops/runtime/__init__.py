@@ -41,6 +41,8 @@ def make_runtime(
     *,
     mergers: Sequence["Merger"] = (),
     graph_bytes: int = 0,
+    threads: int = 0,
+    streams: int | str = 1,
 ) -> Runtime:
     """Build a runtime for a model's weights as they are now.
 
@@ -52,6 +54,8 @@ def make_runtime(
         precision: "auto", or one of PRECISIONS.
         mergers: that will be run, beside the model's own.
         graph_bytes: what captured graphs may take on a GPU, see `GraphRuntime`; 0 captures none.
+        threads: of OpenVINO; 0 for `usable_cores`. Torch has threads of its own.
+        streams: into which OpenVINO divides them, see `Runtime.streams`; "auto" for one a core, 1 for none.
 
     Raises:
         ValueError: a name is unknown, or what it names can't run here.
@@ -62,7 +66,14 @@ def make_runtime(
     kind = _first_that_runs(model) if name == "auto" else RUNTIMES[name]()
     if obstacle := kind.obstacle(model):
         raise ValueError(f"runtime: {kind.name} {obstacle}")
-    return kind.build(model, precision, mergers=(model.merger, *mergers), graph_bytes=graph_bytes)
+    return kind.build(
+        model,
+        precision,
+        mergers=(model.merger, *mergers),
+        graph_bytes=graph_bytes,
+        threads=threads,
+        streams=streams,
+    )
 
 
 def _first_that_runs(model: "Segmenter") -> type[Runtime]:

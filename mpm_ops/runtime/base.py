@@ -1,7 +1,7 @@
 """What every runtime is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -22,11 +22,14 @@ class Runtime(ABC):
         name: its key in RUNTIMES.
         precision: one of PRECISIONS. Similarity is computed in float32 all the same.
         padding_tokens: computed for padding alone, in all launches so far.
+        streams: this runtime on an equal part of the device's cores each. They run beside each other, each in one
+            thread at a time, and give the bytes that this one gives; empty where there are none.
     """
 
     name: ClassVar[str]
     precision: str
     padding_tokens: int = 0
+    streams: "Sequence[Runtime]" = ()
 
     @classmethod
     @abstractmethod
@@ -35,11 +38,20 @@ class Runtime(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, model: "Segmenter", precision: str, *, mergers: Sequence["Merger"], graph_bytes: int) -> "Runtime":
-        """See `make_runtime`; precision may be "auto".
+    def build(
+        cls,
+        model: "Segmenter",
+        precision: str,
+        *,
+        mergers: Sequence["Merger"],
+        graph_bytes: int = 0,
+        threads: int = 0,
+        streams: int | str = 1,
+    ) -> "Runtime":
+        """See `make_runtime`; precision and streams may be "auto".
 
         Raises:
-            ValueError: the precision, or graphs, can't run here.
+            ValueError: the precision, graphs or streams can't run here.
         """
 
     @abstractmethod
@@ -55,8 +67,8 @@ class Runtime(ABC):
         """The length that a window of this length, special tokens included, is computed as."""
         return length
 
-    def warm_up(self, stages: Iterable[Stage]) -> None:  # noqa: B027
-        """Prepare what stages need for windows of the checkpoint's size, where it would be prepared when first met."""
+    def warm_up(self, mergers: "Sequence[Merger]") -> None:  # noqa: B027
+        """Prepare what mergers need for windows of the checkpoint's size, where that would be done when first met."""
 
     def launch(
         self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None

@@ -50,8 +50,17 @@ class TorchRuntime(Runtime):
 
     @classmethod
     def build(
-        cls, model: "Segmenter", precision: str, *, mergers: Sequence["Merger"], graph_bytes: int
+        cls,
+        model: "Segmenter",
+        precision: str,
+        *,
+        mergers: Sequence["Merger"],
+        graph_bytes: int = 0,
+        threads: int = 0,
+        streams: int | str = 1,
     ) -> "TorchRuntime":
+        if streams not in ("auto", 1):
+            raise ValueError(f"streams: expected auto or 1 with runtime torch, which has none, got {streams}")
         on_cpu = model.encoder.pos_embed.device.type == "cpu"
         if precision == "auto":
             if on_cpu:  # emulated elsewhere, and far slower

@@ -8,9 +8,11 @@ length alone. Mergers that cut elsewhere share nothing, because in bf16 every cu
 the same bytes whatever others are served beside it.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from time import monotonic
@@ -24,6 +26,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from mpm_ops.attention import check_blocks, use_attention
+from mpm_ops.cpus import usable_cores
 from mpm_ops.decoders import DecoderLinear
 from mpm_ops.packed import PackedTokens
 from mpm_ops.stages import Decoded, Stage, WindowBatch
@@ -44,21 +47,40 @@ _WARM_UP_SECONDS = 10.0
 
 
 class OpenVINORuntime(Runtime):
-    """Compiled pieces of a Segmenter. Not thread-safe: one device thread runs it.
+    """Compiled pieces of a Segmenter. Not thread-safe: one thread runs it, and one each of its streams.
+
+    Every piece is compiled once for all threads, and where there are streams a second time for all of these together,
+    which share its weights.
 
     Args:
         model: whose weights are compiled; later changes to them have no effect.
         precision: "fp32" or "bf16".
         mergers: that will be run. Pieces for others, and for windows of another size than the checkpoint's, are
             compiled when they are first met.
+        threads: of all streams together; 0 for the usable cores.
+        streams: into which they are divided; "auto" for one thread each, 1 for none.
+
+    Raises:
+        ValueError: there are more streams than threads.
     """
 
     name = "openvino"
 
-    def __init__(self, model: "Segmenter", precision: str, mergers: Sequence["Merger"]) -> None:
+    def __init__(
+        self,
+        model: "Segmenter",
+        precision: str,
+        mergers: Sequence["Merger"],
+        *,
+        threads: int = 0,
+        streams: int | str = 1,
+    ) -> None:
         check_blocks(model)
         self.precision = precision
-        self._threads = torch.get_num_threads()
+        self._threads = threads or usable_cores()
+        self._num_streams = self._threads if isinstance(streams, str) else streams
+        if self._num_streams > self._threads:
+            raise ValueError(f"streams: expected auto or at most {self._threads}, one a thread, got {streams}")
         self._model = with_same_weights(model)
         use_attention(self._model, "plain")
         self._first = lru_cache(_MOST_SHAPES)(self._compile_first)
@@ -70,6 +92,13 @@ class OpenVINORuntime(Runtime):
                 self._later(stage.parts, stage.wants_keys, stage.attention_counts)
             else:
                 self._first(stage.parts, stage.wants_keys, tuple(self._padded(windows).shape[2:]))
+        self._place = 0  # of its pieces among those for all threads and for each stream
+        self.streams = [self._on_stream(i) for i in range(self._num_streams)] if self._num_streams > 1 else []
+
+    def _on_stream(self, index: int) -> "OpenVINORuntime":
+        stream = copy.copy(self)
+        stream._place = 1 + index
+        return stream
 
     @classmethod
     def obstacle(cls, model: "Segmenter") -> str | None:
@@ -78,28 +107,54 @@ class OpenVINORuntime(Runtime):
 
     @classmethod
     def build(
-        cls, model: "Segmenter", precision: str, *, mergers: Sequence["Merger"], graph_bytes: int
+        cls,
+        model: "Segmenter",
+        precision: str,
+        *,
+        mergers: Sequence["Merger"],
+        graph_bytes: int = 0,
+        threads: int = 0,
+        streams: int | str = 1,
     ) -> "OpenVINORuntime":
         if graph_bytes:
             raise ValueError("graph_bytes: graphs are captured on a GPU, expected 0 here (graph_mib)")
-        return cls(model, resolve_precision(precision), mergers)
+        return cls(model, resolve_precision(precision), mergers, threads=threads, streams=streams)
 
     def bucket(self, length: int) -> int:
         return -(-length // _BUCKET) * _BUCKET
 
-    def warm_up(self, stages: Iterable[Stage]) -> None:
-        """Build the primitives of the buckets that windows of the checkpoint's size reach if no merge more than halves
-        them, the likely ones first; those that a slow machine can't build in time are built when they are met."""
+    def warm_up(self, mergers: Sequence["Merger"]) -> None:
+        """Build the primitives of the buckets that windows of the checkpoint's size can reach, the likely ones first,
+        for all threads and for every stream at once; those that a slow machine can't build in time are built when they
+        are met. Streams that give other bytes than all threads together are given up."""
+        begun = monotonic()
         grid = self._model.inference.window_size // self._model.config.patch_size
-        begun, num_built = monotonic(), 0
-        for stage, length in _likely_first(stages, grid**2, self.bucket, self._model.encoder.num_special):
-            if monotonic() - begun > _WARM_UP_SECONDS:
-                _log.info("warm-up: stopped after %.0f s", _WARM_UP_SECONDS)
+        visits = _likely_first(mergers, grid**2, self.bucket, self._model.encoder.num_special)
+        everywhere = [self, *self.streams]
+        with ThreadPoolExecutor(len(everywhere)) as threads:
+            found = [*threads.map(lambda place: place._visit(visits, begun + _WARM_UP_SECONDS), everywhere)]
+        done = min(map(len, found))
+        _log.info("warm-up: %d of %d shapes of stages in %.1f s", done, len(visits), monotonic() - begun)
+        if any(others[:done] != found[0][:done] for others in found[1:]):
+            _log.warning("streams: not used, for this processor rounds otherwise with fewer threads")
+            self.streams = []
+
+    def _visit(self, visits: Iterable[tuple[Stage, int]], until: float) -> list[int]:
+        """Run stages on windows of these lengths until it is late; hashes of what they give."""
+        random = torch.Generator().manual_seed(0)
+        side = self._model.inference.window_size
+        window = torch.randn(1, 3, side, side, generator=random)
+        tokens = torch.randn(self._length(window), self._model.config.d_model, generator=random)
+        found = []
+        for stage, length in visits:
+            if monotonic() > until:
                 break
-            piece = self._later(stage.parts, stage.wants_keys, stage.attention_counts)
-            piece(torch.zeros(length, self._model.config.d_model), torch.ones(length))
-            num_built += 1
-        _log.info("warm-up: %d shapes of stages in %.1f s", num_built, monotonic() - begun)
+            batch = WindowBatch(PackedTokens(tokens[:length], (length,)))
+            done = self.run(stage, batch if stage.index else window)
+            found.append(
+                hash((done.tokens.values if isinstance(done, WindowBatch) else done.logits).numpy().tobytes())
+            )
+        return found
 
     def launch(
         self, stage: Stage, given: Tensor | WindowBatch, *, before_merge: Callable[[], None] = lambda: None
@@ -114,11 +169,11 @@ class OpenVINORuntime(Runtime):
             size = self._model.config.patch_size
             grid = (windows.shape[2] // size, windows.shape[3] // size)
             lengths = (self._length(windows),) * len(windows)
-            piece = self._first(stage.parts, stage.wants_keys, tuple(windows.shape[2:]))
+            piece = self._first(stage.parts, stage.wants_keys, tuple(windows.shape[2:]))[self._place]
             inputs: Iterable[tuple[Tensor, ...]] = zip(windows.split(1), strict=True)
         else:
             lengths, maps = given.tokens.lengths, given.merge_maps
-            piece = self._later(stage.parts, stage.wants_keys, stage.attention_counts)
+            piece = self._later(stage.parts, stage.wants_keys, stage.attention_counts)[self._place]
             inputs = (
                 self._filled(window, merge_map, stage)
                 for window, merge_map in zip(given.tokens.split(), maps or (None,) * len(lengths), strict=True)
@@ -150,20 +205,26 @@ class OpenVINORuntime(Runtime):
         size = self._model.config.patch_size
         return F.pad(windows.float(), (0, -windows.shape[3] % size, 0, -windows.shape[2] % size))
 
-    def _compile_first(self, parts: range, wants_keys: bool, size: tuple[int, int]) -> "Piece":
+    def _compile_first(self, parts: range, wants_keys: bool, size: tuple[int, int]) -> "list[Piece]":
         module = _FirstPiece(self._model, parts, wants_keys, attention_counts=False)
         module.fix_positions(size)
         return self._compile(module, [torch.zeros(1, 3, *size)], [[1, 3, *size]])
 
-    def _compile_later(self, parts: range, wants_keys: bool, attention_counts: bool) -> "Piece":
+    def _compile_later(self, parts: range, wants_keys: bool, attention_counts: bool) -> "list[Piece]":
         width = self._model.config.d_model
         module = _LaterPiece(self._model, parts, wants_keys, attention_counts)
         inputs = [torch.zeros(_TRACED_LENGTH, width), torch.ones(_TRACED_LENGTH)]
         return self._compile(module, inputs, [[-1, width], [-1]])
 
-    def _compile(self, module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[list[int]]) -> "Piece":
+    def _compile(self, module: nn.Module, inputs: Sequence[Tensor], shapes: Sequence[list[int]]) -> "list[Piece]":
+        """The piece for all threads, and those for each stream."""
         graph = convert_graph(module, inputs, [*map(ov.PartialShape, shapes)])
-        return Piece(compile_graph(graph, self.precision, self._threads))
+        pieces = [Piece(compile_graph(graph, self.precision, self._threads))]
+        if self._num_streams > 1:
+            several = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": self._num_streams}
+            compiled = compile_graph(graph, self.precision, self._threads, **several)
+            pieces += [Piece(compiled) for _ in range(self._num_streams)]
+        return pieces
 
     def _length(self, windows: Tensor) -> int:
         """Tokens of each window."""
@@ -234,16 +295,18 @@ class _FirstPiece(_Piece):
 
 
 def _likely_first(
-    stages: Iterable[Stage], num_patches: int, bucket: Callable[[int], int], num_special: int
+    mergers: Iterable["Merger"], num_patches: int, bucket: Callable[[int], int], num_special: int
 ) -> list[tuple[Stage, int]]:
-    """Stages behind merges and the buckets they meet, those around three quarters of the length before first."""
-    found = []
-    for stage in stages:
-        if stage.index:
-            longest = num_patches + num_special
-            buckets = {bucket(n) for n in range(num_patches // 2**stage.index + num_special, longest + 1)}
-            found += [(abs(n / longest - 0.75**stage.index), stage.index, n, stage) for n in buckets]
-    return [(stage, n) for _, _, n, stage in sorted(found, key=lambda entry: entry[:3])]
+    """Stages, and lengths in all buckets that they may meet, those in the middle of each range first."""
+    found: dict[tuple[Stage, int], float] = {}
+    for merger in mergers:
+        shortest = longest = num_patches
+        for stage in merger.stages:
+            lengths = {bucket(n): n for n in range(shortest + num_special, longest + num_special + 1)}.values()
+            for n in lengths:
+                found[stage, n] = abs(2 * n - shortest - longest) / num_patches
+            shortest, longest = merger.lengths_after(shortest)[0], merger.lengths_after(longest)[-1]
+    return sorted(found, key=lambda visit: found[visit])
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """The files for one host: read as the client reads them, and held against the images and the files they mount."""
 
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import yaml
 from debian_tools import MissingToolError, find_tool
 from dockerfile import METRICS_PORT, TARGETS, TRITON_METRICS_PORT, command_of, last
 
+from handlers.cli import main, serve
+from handlers.edge.limits import Limits
 from loadtest.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "compose"
-FILES = ("compose.yml", "cuda.yml", "model.yml")
+FILES = ("compose.yml", "cuda.yml", "gpus.yml", "model.yml")
+GPUS = ["compose.yml", "gpus.yml", "model.yml"]
+ALL = ["compose.yml", "cuda.yml", "model.yml"]
 OURS = r"mpm-segmenter-(loadtest|\$\{SERVER:-torchserve\}):\$\{TAG:-latest\}(-cuda|\$\{VARIANT_SUFFIX:-\})?"
 
 
@@ -40,7 +46,9 @@ def client() -> list[str]:
 
 
 @pytest.mark.parametrize("server", TARGETS)
-@pytest.mark.parametrize("files", [["compose.yml"], ["compose.yml", "cuda.yml"], ["compose.yml", "model.yml"], FILES])
+@pytest.mark.parametrize(
+    "files", [["compose.yml"], ["compose.yml", "cuda.yml"], ["compose.yml", "model.yml"], GPUS, ALL]
+)
 def test_the_client_takes_them(client: list[str], files: list[str], server: str) -> None:
     chosen = [argument for file in files for argument in ("-f", str(FOLDER / file))]
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "SERVER": server, "CHECKPOINT": "/somewhere"}
@@ -49,7 +57,7 @@ def test_the_client_takes_them(client: list[str], files: list[str], server: str)
     made = yaml.safe_load(done.stdout)["services"]["server"]
     assert made["build"]["target"] == server
     assert made["image"].startswith(f"mpm-segmenter-{server}:")
-    assert made["image"].endswith("-cuda") == ("cuda.yml" in files)
+    assert made["image"].endswith("-cuda") == bool({"cuda.yml", "gpus.yml"} & set(files))
 
 
 def test_a_checkpoint_has_to_be_named(client: list[str]) -> None:
@@ -75,7 +83,7 @@ def test_what_is_mounted_exists(file: str, name: str, service: dict[str, Any]) -
 @pytest.mark.parametrize(("file", "name", "service"), SERVICES, ids=IDS)
 def test_images_have_a_version(file: str, name: str, service: dict[str, Any]) -> None:
     image = service.get("image", "")
-    if name in ("server", "model", "loadtest"):
+    if name in ("server", "server-2", "edge", "model", "loadtest"):
         assert not image or re.fullmatch(OURS, image)
     else:
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)
@@ -83,7 +91,9 @@ def test_images_have_a_version(file: str, name: str, service: dict[str, Any]) ->
 
 def test_our_containers_have_no_rights() -> None:
     services = read("compose.yml")["services"]
-    for service in (services["server"], services["loadtest"], read("model.yml")["services"]["model"]):
+    ours = [services[name] for name in ("server", "edge", "loadtest")]
+    ours += [read("model.yml")["services"]["model"], read("gpus.yml")["services"]["server-2"]]
+    for service in ours:
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
@@ -99,13 +109,74 @@ def test_the_servers_ports_are_the_images() -> None:
     published = {port.split(":")[2] for port in read("compose.yml")["services"]["server"]["ports"]}
     exposed = {port for target in TARGETS for port in last(target, "EXPOSE").split()}
     assert published == exposed - {METRICS_PORT, TRITON_METRICS_PORT}
-    ours, tritons = read("prometheus.yml")["scrape_configs"]
+    ours, tritons, edges = read("prometheus.yml")["scrape_configs"]
     assert ours["static_configs"] == [{"targets": [f"server:{METRICS_PORT}"]}]
     assert ours["job_name"].endswith("mpm")  # the rules look for it
     command = command_of("triton")
     assert command[command.index("--triton-metrics-port") + 1] == TRITON_METRICS_PORT
     assert tritons["static_configs"] == [{"targets": [f"server:{TRITON_METRICS_PORT}"]}]
-    assert not tritons["job_name"].endswith("mpm"), "TorchServe has no such port, and nobody should be told so"
+    edge = dict(word.partition("=")[::2] for word in services()["edge"]["command"])
+    assert edges["static_configs"] == [{"targets": [f"edge:{edge['--metrics-port']}"]}]
+    for others in (tritons, edges):
+        assert not others["job_name"].endswith("mpm"), "not everybody has such a port, and nobody should be told so"
+
+
+@pytest.mark.parametrize("server", TARGETS)
+def test_the_edge_finds_the_server_and_ends_before_it(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the server's own port, whichever it is; compose stops what depends on another first."""
+    edge = services()["edge"]
+    assert set(edge["depends_on"]) == {"server"}
+    upstream: list[str] = []
+
+    def serve(coroutine: Coroutine[Any, Any, None]) -> None:
+        upstream.append(str(inspect.getcoroutinelocals(coroutine)["upstream"]))
+        coroutine.close()
+
+    monkeypatch.setattr("handlers.launch.processes.listen", lambda *_: None)
+    monkeypatch.setattr("asyncio.run", serve)
+    assert main([word.replace("${SERVER:-torchserve}", server) for word in edge["command"][1:]]) == 0
+    port = command_of(server)[command_of(server).index("--port") + 1]
+    assert upstream[0].rstrip("/") == f"http://server:{port}"
+    assert [port.rsplit(":", 1)[1] for port in edge["ports"]] == ["8088"]
+    assert "--port=8088" in edge["command"]
+    assert int(edge["stop_grace_period"].removesuffix("s")) > Limits().answer_seconds
+
+
+def test_the_proxy_finds_a_server_for_each_gpu() -> None:
+    made = read("gpus.yml")["services"]
+    servers = [made["server"], made["server-2"]]
+    devices = [each["deploy"]["resources"]["reservations"]["devices"] for each in servers]
+    assert [one["device_ids"] for (one,) in devices] == [["0"], ["1"]]
+    proxied = (FOLDER.parent / "haproxy.cfg").read_text()
+    aliases = [alias for each in servers for alias in each["networks"]["default"]["aliases"]]
+    options = dict(word.partition("=")[::2] for word in made["server"]["command"])
+    wanted = re.findall(
+        r'server replica-\d "\$\{REPLICA_\d-([\w-]+):(\d+)\}" port "\$\{REPLICA_\d_READY-(\d+)\}"', proxied
+    )
+    assert wanted == [(alias, options["--port"], options["--ready-port"]) for alias in aliases]
+    assert made["proxy"]["depends_on"].keys() == {"server", "server-2"}
+    assert made["proxy"]["ports"][0].endswith(re.findall(r"LISTEN-(:\d+)", proxied)[0])
+    grace = int(made["server-2"]["stop_grace_period"].removesuffix("s"))
+    assert grace == int(services()["server"]["stop_grace_period"].removesuffix("s")) + int(
+        options["--lame-duck-seconds"]
+    )
+    for field in ("restart", "read_only", "shm_size", "tmpfs"):
+        assert services()["server"][field] == made["server-2"][field]
+    (ours, *_) = read("prometheus.yml")["scrape_configs"]
+    assert ours["dns_sd_configs"] == [{"names": ["server-2"], "type": "A", "port": int(METRICS_PORT)}]
+
+
+@pytest.mark.parametrize("server", TARGETS)
+def test_mpm_takes_the_command_of_each_gpu(server: str) -> None:
+    command = read("gpus.yml")["services"]["server"]["command"]
+    words = [word.replace("${SERVER:-torchserve}", server) for word in command]
+    with serve.make_context("serve", words[2:]) as context:
+        assert context.params["server"] == server
+
+
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = read("compose.yml")["services"]
+    return found
 
 
 def test_the_server_may_take_its_time_to_end() -> None:

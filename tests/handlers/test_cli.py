@@ -25,6 +25,7 @@ pytest_plugins = ("tiny_server",)
 
 COMMANDS = {
     "bench", "build", "check-manifests", "evaluate", "health", "loadtest", "monitor", "samples", "segment", "serve",
+    "simulate",
 }  # fmt: skip
 OPTIONS = ("--schedule", "0,1", "--runtime", "torch", "--precision", "fp32")
 
@@ -191,7 +192,7 @@ def test_serve_builds_a_checkpoint_with_its_options(
     (build, samples) = ran
     assert build[0] == "build"
     assert set(build[1:]) == {
-        "--target=triton", "--checkpoint=checkpoint.pth", "--schedule=off", "--metrics-port=8090",
+        "--target=triton", "--checkpoint=.", "--schedule=off", "--metrics-port=8090",
         "--out=build/model_repository", "--alone",
     }  # fmt: skip
     assert samples == ["samples", "--out=build/samples"]

@@ -23,6 +23,7 @@ OVERLAYS = sorted(
 COMPONENTS = sorted({path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml")} - {"production"})
 NAMES = "model=roads, grafana=https://grafana.example.com"
 _REPLACED = {"hpa": "keda"}  # what goes where the other comes
+_OF_TRITON = {"grpcroute"}  # what TorchServe has nothing for
 
 
 def kubectl(*arguments: str, config: str = os.devnull, stdin: str = "") -> "subprocess.CompletedProcess[str]":
@@ -58,8 +59,9 @@ def render(overlay: str) -> str:
 
 
 @functools.cache
-def render_with(component: str, server: str = "torchserve") -> str:
+def render_with(component: str, server: str = "") -> str:
     """The YAML of the H100 overlay with one more component, or with it in the place of what it replaces."""
+    server = server or ("triton" if component in _OF_TRITON else "torchserve")
     text = (K8S / "components" / "production" / "kustomization.yaml").read_text()
     used = [line.removeprefix("  - ../") for line in text.splitlines() if line.startswith("  - ../")]
     used = [name for name in used if name != _REPLACED.get(component)]

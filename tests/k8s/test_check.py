@@ -16,7 +16,7 @@ from rendering import ROOT, manifests, render, render_with
 
 from handlers.cli import main
 from k8s.check import CHECKS, digests, is_single_series, problems
-from k8s.manifests import Manifests, matches, quantity
+from k8s.manifests import Manifests, matches, pod_of, quantity, server_of
 
 GONE = object()
 SERVER = ("spec", "template", "spec", "containers", 0)
@@ -27,6 +27,7 @@ BOUND = ("spec", "matchResources", "namespaceSelector")
 RULE = ("spec", "rules", 0)
 MODIFIER = (*RULE, "filters", 0, "requestHeaderModifier")
 TRIGGER = ("spec", "triggers", 0, "metadata")
+BATCH = ("batch", "pictures", "masks")
 Path = tuple[str | int, ...]
 
 
@@ -253,6 +254,8 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
         (DEPLOYMENT, (*SERVER, "resources", "limits", "memory"), "8Gi"),
         r"expected a limit of 8\.88 GiB or more .*Java 2\.5 GiB\), got 8 GiB",
     ),
+    ("jobs", ("Job/batch", ("spec", "completions"), 9), r"expected .* --shard=\$\(JOB_COMPLETION_INDEX\)/9, got"),
+    ("jobs", ("Job/batch", ("spec", "completionMode"), "NonIndexed"), "expected completionMode Indexed"),
     (
         "placeholders",
         ("HTTPRoute/segmenter", ("spec", "parentRefs", 0, "name"), "YOUR-GATEWAY"),
@@ -261,9 +264,79 @@ BROKEN: list[tuple[str, tuple[str, Path, Any], str]] = [
 ]
 
 
+# The same of a component: its name, and what server it is in front of
+GRPC_RULE = ("spec", "rules", 0, "matches", 0, "method")
+HTTP_HOST = ["segmenter.example.com"]
+BROKEN_COMPONENTS: list[tuple[str, str, str, tuple[str, Path, Any], str]] = [
+    (
+        "edge",
+        "torchserve",
+        "edges",
+        (DEPLOYMENT, (*POD, "initContainers", 3, "args", 2), "--host=::"),
+        "pass by the edge",
+    ),
+    (
+        "edge",
+        "torchserve",
+        "edges",
+        (DEPLOYMENT, (*POD, "initContainers", 3, "ports"), [{"name": "http", "containerPort": 8080}]),
+        "expected no http beside an edge",
+    ),
+    ("edge", "triton", "edges", (DEPLOYMENT, (*SERVER, "args", 4), "--server=torchserve"), "expected --server=triton"),
+    ("edge", "triton", "edges", (DEPLOYMENT, (*SERVER, "args", 3), "--answer-seconds=59"), r"deadline_seconds \(60\)"),
+    ("edge", "triton", "edges", (DEPLOYMENT, (*SERVER, "args", 3), "--max-body-bytes=1024"), "which the model takes"),
+    ("edge", "triton", "endings", (DEPLOYMENT, (*SERVER, "lifecycle"), GONE), "expected to sleep 10 s"),
+    (
+        "edge",
+        "triton",
+        "endings",
+        (DEPLOYMENT, (*SERVER, "args", 3), "--answer-seconds=66"),
+        r"expected 91 \(preStop 15, lame duck 0, --answer-seconds 66, 10 to end\), got 90",
+    ),
+    ("edge", "triton", "ports", (DEPLOYMENT, (*SERVER, "ports", 1, "containerPort"), 9091), "expected http, grpc"),
+    ("grpcroute", "triton", "ports", ("Service/segmenter", ("spec", "ports", 1, "port"), 9000), "it has no port 8001"),
+    ("grpcroute", "torchserve", "ports", (DEPLOYMENT, ("metadata", "labels", "a"), "b"), "it has no port 8001"),
+    (
+        "grpcroute",
+        "triton",
+        "routes",
+        ("GRPCRoute/segmenter", ("spec", "hostnames"), HTTP_HOST),
+        "HTTPRoute/segmenter's",
+    ),
+    ("grpcroute", "triton", "routes", ("GRPCRoute/segmenter", (*GRPC_RULE, "method"), "ModelConfig"), "ModelInfer"),
+    (
+        "grpcroute",
+        "triton",
+        "routes",
+        ("GRPCRoute/segmenter", ("spec", "rules", 0, "matches", 1, "method"), {"method": "RepositoryModelLoad"}),
+        "expected methods by name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("component", "server", "check", "edit", "told"), BROKEN_COMPONENTS)
+def test_a_check_finds_what_is_broken_in_a_component(
+    component: str, server: str, check: str, edit: tuple[str, Path, Any], told: str
+) -> None:
+    found = problems(change(render_with(component, server), [edit]))
+    assert any(re.search(told, line) for line in found if line.startswith(f"{check}: ")), found
+
+
+def test_an_edge_that_would_end_after_its_server() -> None:
+    (deployment,) = Manifests.parse(render_with("edge")).servers
+    pod = pod_of(deployment)
+    both = [*pod["containers"], server_of(deployment)]
+    edits: list[tuple[str, Path, Any]] = [(DEPLOYMENT, (*POD, "containers"), both)]
+    edits += [(DEPLOYMENT, (*POD, "initContainers"), pod["initContainers"][:-1])]
+    (found,) = problems(change(render_with("edge"), edits))
+    assert "server: expected an init container with restartPolicy Always, to end after the edge" in found
+
+
 @pytest.fixture(scope="module")
 def whole() -> str:
-    return render("overlays/h100-sxm/canary")
+    """The overlay with a canary, and a batch beside it."""
+    batch = [d for d in Manifests.parse(render_with("batch")).documents if d["metadata"]["name"] in BATCH]
+    return "\n---\n".join([render("overlays/h100-sxm/canary"), *map(json.dumps, batch)])
 
 
 def test_whole_manifests_have_no_problem(whole: str) -> None:
@@ -279,7 +352,8 @@ def test_a_check_finds_what_is_broken(whole: str, check: str, edit: tuple[str, P
 
 
 def test_every_check_has_been_seen_to_fail() -> None:
-    assert {broken[0] for broken in BROKEN} == {check.__name__ for check in CHECKS}
+    broken = {broken[0] for broken in BROKEN} | {broken[2] for broken in BROKEN_COMPONENTS}
+    assert broken == {check.__name__ for check in CHECKS}
 
 
 @pytest.mark.parametrize(
@@ -341,9 +415,9 @@ def test_threads_that_nobody_limits() -> None:
     text = render("overlays/dev-cpu/torchserve")
     found = problems(change(text, [(DEPLOYMENT, (*SERVER, "env"), GONE)]))
     assert found == [
-        f"models: {DEPLOYMENT}: torch_threads: expected a number, or OMP_NUM_THREADS from requests.cpu, got neither"
+        f"models: {DEPLOYMENT}: torch_threads: expected a number, or MPM_CORES from requests.cpu, got neither"
     ]
-    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "OMP_NUM_THREADS", "value": "64"})
+    edit = (DEPLOYMENT, (*SERVER, "env", 0), {"name": "MPM_CORES", "value": "64"})
     assert any("torch_threads" in line for line in problems(change(text, [edit])))
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,26 @@ from kubernetes_validate import utils
 from prometheus_client import CollectorRegistry
 from rendering import COMPONENTS, K8S, OVERLAYS, ROOT, manifests, render, render_overlay, render_with
 
+from handlers.cli import main
 from handlers.observe.metrics import Metrics
 from k8s.check import problems
 from k8s.generate import PROMETHEUS_RULE, prometheus_rule
-from k8s.manifests import Manifest, Manifests, pod_of, server_of
+from k8s.manifests import Manifest, Manifests, pod_of, running_of, server_of
 from k8s.monitoring.boards import BOARDS
 from k8s.monitoring.grafana import RUNBOOK_UID
 
 KUBERNETES = ("1.32", "1.37")  # the oldest that we take care of, and the newest whose schemas are at hand
 CUSTOM = (
     "BackendTrafficPolicy",
+    "GRPCRoute",
     "Gateway",
     "HTTPRoute",
+    "InferenceService",
     "PodMonitor",
     "PrometheusRule",
     "ScaledObject",
     "SecurityPolicy",
+    "ServingRuntime",
 )
 CRDS = Path(os.environ.get("MPM_CRDS", ROOT.parent / "shared" / "facts" / "crds"))
 
@@ -108,6 +113,7 @@ def test_components_have_no_problem(component: str) -> None:
         ("h100-sxm", "nvidia.com/gpu", "8", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-80GB-HBM3-SHARED"], 6, 2048),
         ("h100-pcie", "nvidia.com/gpu", "6", ["NVIDIA-H100-PCIe", "NVIDIA-H100-PCIe-SHARED"], 6, 2048),
         ("h100-nvl", "nvidia.com/gpu", "8", ["NVIDIA-H100-NVL", "NVIDIA-H100-NVL-SHARED"], 6, 2048),
+        ("h100-sxm-shared", "nvidia.com/gpu", "5", ["NVIDIA-H100-80GB-HBM3-SHARED"], 4, 1024),
         ("h100-mig-1g.10gb", "nvidia.com/mig-1g.10gb", "2", ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H100-PCIe"], 2, 512),
     ],
 )
@@ -127,6 +133,57 @@ def test_overlays_differ_as_they_should(
     assert config is not None
     assert (config.codec_threads, config.max_inflight_mib) == (codec_threads, inflight_mib)
     assert deployment["metadata"]["labels"]["app.kubernetes.io/component"] == server
+
+
+def test_requests_of_cores_rest_on_what_was_measured() -> None:
+    """The README's tables, from the figures of engines side by side."""
+    measured = json.loads((ROOT / "mpm_ops" / "bench" / "h200.json").read_text())["sections"]
+    (section,) = [each for each in measured if each["kind"] == "engines" and each["size"] == "Ti"]
+    rates = {
+        run["processes"]: run["pictures_per_second"]
+        for run in section["engines"]
+        if run["network"] == "real" and run["source"] == "jpeg"
+    }
+    text = (K8S / "README.md").read_text()
+
+    def row(title: str) -> list[str]:
+        (line,) = [line for line in text.splitlines() if re.match(rf"\| {title} \|", line)]
+        return [cell.strip() for cell in line.split("|")[2:-1]]
+
+    assert row("engines") == [str(number) for number in rates]
+    assert row("pictures per second") == [f"{rate:,.0f}" for rate in rates.values()]
+    assert row("of each") == [f"{rate / number:.0f}" for number, rate in rates.items()]
+    core_ms = 1000 * section["cpus"] / rates[4]
+    assert f"{core_ms:.1f} ms" in text
+    cores = [float(cell.removesuffix(" cores")) for cell in row(r"engine: rate . 6\.6 ms")]
+    fed = [float(cell) for cell in row("pictures per second that it feeds")]
+    assert fed[0] == pytest.approx(rates[1], abs=1)
+    assert fed[2] == pytest.approx(rates[4] / 4, abs=1)
+    assert cores == [pytest.approx(rate * core_ms / 1000, abs=0.06) for rate in fed]
+    asked = [int(cell.strip("*")) for cell in row(r"\*\*request\*\*")]
+    assert all(request >= engine + 0.5 for request, engine in zip(asked, cores, strict=True))
+    for overlay, request in zip(("h100-sxm", "h100-pcie", "h100-sxm-shared", "h100-mig-1g.10gb"), asked, strict=True):
+        (deployment,) = manifests(f"overlays/{overlay}/triton").servers
+        assert server_of(deployment)["resources"]["requests"]["cpu"] == str(request)
+
+
+def test_a_shared_gpu_is_what_the_plugin_makes_of_it() -> None:
+    (config,) = yaml.safe_load_all((K8S / "overlays/h100-sxm-shared/device-plugin.yaml").read_text())
+    kubernetes_validate.validate(config, KUBERNETES[0], strict=True)
+    text = (K8S / "README.md").read_text()
+    assert f'"config": {{"name": "{config["metadata"]["name"]}"}}' in text
+    (name,) = config["data"]
+    assert f"nvidia.com/device-plugin.config={name}" in text
+    (sharing,) = yaml.safe_load(config["data"][name])["sharing"].items()
+    (deployment,) = manifests("overlays/h100-sxm-shared/triton").servers
+    terms = pod_of(deployment)["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    labels = {e["key"]: e["values"] for e in terms["nodeSelectorTerms"][0]["matchExpressions"]}
+    assert (sharing[0], labels["nvidia.com/gpu.sharing-strategy"]) == ("timeSlicing", ["time-slicing"])
+    assert sharing[1]["failRequestsGreaterThanOne"]
+    assert sharing[1]["resources"] == [{"name": "nvidia.com/gpu", "replicas": 4}]
+    config_of_pods = manifests("overlays/h100-sxm-shared/triton").serving(deployment)
+    assert config_of_pods is not None
+    assert 4 * int(config_of_pods.graph_mib) < 80 * 2**10 / 4, "a GPU's memory, of which networks need the rest"
 
 
 def test_a_changed_setting_rolls_the_pods() -> None:
@@ -156,6 +213,38 @@ def test_a_shadow_gets_copies_and_answers_nobody() -> None:
     encoding, mirror = rule["filters"]
     assert encoding["requestHeaderModifier"] == {"remove": ["Content-Encoding"]}
     assert mirror["requestMirror"]["backendRef"]["name"] == "segmenter-canary"
+
+
+@pytest.mark.parametrize("server", ["torchserve", "triton"])
+def test_clients_reach_the_edge_and_not_its_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a canary too, and with other names, after which it has to come; the command takes its arguments."""
+    lines = [f"resources: [../h100-sxm/{server}, ../../base/canary/{server}]", "namespace: vision"]
+    lines += ["configMapGenerator:", "- {name: names, literals: [namespace=vision, model=roads, grafana=https://a]}"]
+    lines += ["components: [../h100-sxm/node, ../../components/names, ../../components/edge]"]
+    found = Manifests.parse(render_overlay("\n".join(lines)))
+    assert problems(found) == []
+    for deployment in found.servers:
+        pod = pod_of(deployment)
+        (edge,) = pod["containers"]
+        assert pod["initContainers"][-1]["name"] == "server"
+        assert pod["initContainers"][-1]["restartPolicy"] == "Always"
+        assert edge["image"] == pod["initContainers"][-1]["image"] == f"mpm-segmenter-{server}"
+        named = {port["name"]: c["name"] for c in running_of(pod) for port in c["ports"]}
+        assert named["http"] == "edge"
+        assert "grpc" not in named
+    services = [port["name"] for service in found.of("Service") for port in service["spec"]["ports"]]
+    assert services == ["http", "http"]
+    (monitor,) = found.of("PodMonitor")
+    assert "edge-metrics" in {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    listened: list[tuple[str, int]] = []
+
+    def serve(coroutine: Coroutine[Any, Any, None]) -> None:
+        coroutine.close()
+
+    monkeypatch.setattr("handlers.launch.processes.listen", lambda *address: listened.append(address))
+    monkeypatch.setattr("asyncio.run", serve)
+    assert main([*edge["command"][1:], *edge["args"]]) == 0
+    assert listened == [("0.0.0.0", port["containerPort"]) for port in edge["ports"]]
 
 
 @pytest.mark.parametrize("server", ["torchserve", "triton"])

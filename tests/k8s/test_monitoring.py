@@ -42,6 +42,7 @@ pytest_plugins = ("tiny_server",)
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "k8s" / "monitoring"
 PANELS = [(board, panel) for board in BOARDS for panel in board.panels]
+RULES_TESTS = ("rules_test.yml", "rules_days_test.yml")
 RECORDED, ALERTS = (group["rules"] for group in yaml.safe_load(RULES.read_text())["groups"])
 FOREIGN = {"mpm_ops"}  # what looks like a metric's name and is none
 OF_THE_EDGE = {
@@ -379,7 +380,7 @@ def test_rules_are_sound(promtool: Path) -> None:
 
 def test_rules_fire_when_they_should(promtool: Path) -> None:
     done = subprocess.run(
-        [str(promtool), "test", "rules", "rules_test.yml"], cwd=MONITORING, capture_output=True, text=True
+        [str(promtool), "test", "rules", *RULES_TESTS], cwd=MONITORING, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -387,7 +388,8 @@ def test_rules_fire_when_they_should(promtool: Path) -> None:
 def test_every_alert_has_a_firing_case_a_silent_case_and_a_runbook_entry() -> None:
     cases = [
         case
-        for test in yaml.safe_load((MONITORING / "rules_test.yml").read_text())["tests"]
+        for file in RULES_TESTS
+        for test in yaml.safe_load((MONITORING / file).read_text())["tests"]
         for case in test["alert_rule_test"]
     ]
     names = {alert["alert"] for alert in ALERTS}

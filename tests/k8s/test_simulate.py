@@ -12,9 +12,10 @@ import pytest
 import yaml
 from rendering import K8S, manifests, render, render_overlay
 
+from handlers.cli import main
 from k8s.check import problems
 from k8s.manifests import Manifests
-from k8s.simulate import Scaler, main, simulate
+from k8s.simulate import Scaler, simulate
 
 HOUR = 3600
 
@@ -99,7 +100,7 @@ def run(
 ) -> int:
     (folder / "day.csv").write_text(day)
     monkeypatch.setattr("sys.stdin", io.StringIO(render("overlays/h100-sxm/torchserve")))
-    return main(["--day", str(folder / "day.csv"), *options])
+    return main(["simulate", "--day", str(folder / "day.csv"), *options])
 
 
 def test_the_cheapest_that_refuses_nobody_is_written(
@@ -133,22 +134,28 @@ def test_the_cheapest_that_refuses_nobody_is_written(
 
 
 @pytest.mark.parametrize(
-    ("day", "options", "told"),
+    ("day", "options", "status", "told"),
     [
-        ("00:00,1\n00:00,2", ["--rate", "1"], "line 2: expected HH:MM,PICTURES_PER_SECOND, later than before"),
-        ("noon,1", ["--rate", "1"], "line 1: expected HH:MM"),
-        ("00:00,1", ["--rate", "1"], "expected two lines or more, got 1"),
-        ("00:00,1\n00:10,1", ["--rate", "fast"], "fast"),
-        ("00:00,90\n00:10,90", ["--rate", "1"], "none refuses 0.001 or less"),
+        ("00:00,1\n00:00,2", ["--rate", "1"], 2, "line 2: expected HH:MM,PICTURES_PER_SECOND, later than before"),
+        ("noon,1", ["--rate", "1"], 2, "line 1: expected HH:MM"),
+        ("00:00,1", ["--rate", "1"], 2, "expected two lines or more, got 1"),
+        (
+            "00:00,1\n00:10,1",
+            ["--rate", "fast"],
+            2,
+            "rate: expected pictures per second, or a file of `capacity --out`, got 'fast'",
+        ),
+        ("00:00,90\n00:10,90", ["--rate", "1"], 1, "none refuses 0.001 or less"),
     ],
 )
 def test_what_cannot_be_simulated(
     day: str,
     options: list[str],
+    status: int,
     told: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, tmp_path, *options, day=day) == 1
+    assert run(monkeypatch, tmp_path, *options, day=day) == status
     assert told in capsys.readouterr().err

@@ -41,7 +41,6 @@ class FakeServer:
         self.serial = False  # one at a time
         self.status = 200
         self.refusals = 0  # requests from now on that find no room, and are to come again at once
-        self.name = ""  # what a proxy in front would call it
         self.num_connections = 0
         self.seen: list[str] = []
         self._one = threading.Lock()
@@ -53,7 +52,8 @@ class FakeServer:
         self._inflight = Gauge("mpm_inflight_requests", "", registry=self._registry)
         Gauge("process_resident_memory_bytes", "", registry=self._registry).set(5e8)
         names = {"variant": "fake", "schedule": "2,5", "align": "1", "runtime": "none", "device": "cpu"}
-        Gauge("mpm_model_info", "", list(names), registry=self._registry).labels(**names).set(1)
+        self._info = Gauge("mpm_model_info", "", list(names), registry=self._registry)
+        self._info.labels(**names).set(1)
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -97,7 +97,7 @@ class FakeServer:
             self._inflight.dec()
         labels = self.mask((frame.mean(axis=2) // 52).astype(np.uint8), number)
         self._count()
-        headers = {"X-MPM-Tokens": "in=1000, out=600"} | ({"X-Served-By": self.name} if self.name else {})
+        headers = {"X-MPM-Tokens": "in=1000, out=600"}
         if accept == "application/json":
             ids, areas = np.unique(labels, return_counts=True)
             classes = [{"id": int(i), "area": int(area)} for i, area in zip(ids, areas, strict=True)]
@@ -108,6 +108,10 @@ class FakeServer:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return 200, headers, buffer.getvalue()
+
+    def also_serve(self, variant: str) -> None:
+        """Have the metrics name another model, as those of two servers would."""
+        self._info.labels(variant, "2,5", "1", "none", "cpu").set(1)
 
     def metrics(self) -> bytes:
         return generate_latest(self._registry)

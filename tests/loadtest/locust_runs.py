@@ -21,13 +21,16 @@ class Ended:
 
     Attributes:
         summary: of its report; empty if it wrote none.
-        trace: what it sent, by its own account.
     """
 
     status: int
     output: str
     summary: dict[str, Any]
-    trace: list[dict[str, Any]]
+
+    @property
+    def due(self) -> list[float]:
+        """When requests for masks were due, in seconds of the run."""
+        return [at for at, _, _ in self.summary["series"]["requests"]]
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -53,15 +56,13 @@ class Run:
             "request_timeout": "10s",
             "max_lateness": "1m",
             "report": self.folder / "report.html",
-            "save_trace": self.folder / "trace.jsonl",
         }
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in (asked | options).items()]
         return [*COMMAND, "--headless", "--only-summary", "--loglevel=WARNING", *flags, *map(str, more)]
 
     def __call__(self, *more: object, **options: object) -> Ended:
-        report, trace = self.folder / "report.json", self.folder / "trace.jsonl"
-        for file in (report, trace):
-            file.unlink(missing_ok=True)
+        report = self.folder / "report.json"
+        report.unlink(missing_ok=True)
         ended = subprocess.run(
             self.command(*more, **options),
             env=environment(),
@@ -71,6 +72,5 @@ class Run:
             timeout=120,
         )
         summary = json.loads(report.read_text()) if report.exists() else {}
-        sent = [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
         assert "Traceback" not in ended.stdout, ended.stdout
-        return Ended(ended.returncode, ended.stdout, summary, sent)
+        return Ended(ended.returncode, ended.stdout, summary)

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_server import FakeServer
 from locust_runs import Ended, Run
 from PIL import Image
 
 from handlers.launch.torchserve import TorchServe
 from loadtest.__main__ import main
-from loadtest.masks import Library, decode_mask, read_masks
+from loadtest.masks import Library, read_mask, read_masks, served
 from loadtest.page import render
 from loadtest.pictures import read_frame
 from mpm_ops import load_segmenter
@@ -60,29 +61,6 @@ class TestIdleServers:
         assert "expected masks of pictures that are sent, got one of 'gone.png'" in ended.output
 
 
-def test_the_schedule_comes_from_the_metrics(run_locust: Run) -> None:
-    for metrics, message in (
-        ("none", "schedule: expected --schedule, or metrics (mpm_model_info) with one schedule, got none"),
-        ("http://127.0.0.1:1/metrics", "schedule: expected --schedule, or metrics that name it: "),
-    ):
-        ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", metrics=metrics)
-        assert (ended.status, message in ended.output) == (2, True), ended.output
-    ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", metrics=f"{run_locust.fake.url}/metrics")
-    assert "loadtest masks: variant.yml: expected" in ended.output  # it is known, so the checkpoint is looked for
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"library_sample": 0}, "library-sample: expected an integer >= 1, got 0"),
-        ({"library_masks": "somewhere"}, "library-masks: expected without --checkpoint"),
-    ],
-)
-def test_options(run_locust: Run, more: dict[str, object], message: str) -> None:
-    ended = run_locust(rate=20, run_time=1, checkpoint="a.pth", **more)
-    assert (ended.status, message in ended.output) == (2, True), ended.output
-
-
 def test_pictures_are_upright_and_opaque(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # stored lying on its side
@@ -103,7 +81,13 @@ class TestCommand:
         masks = read_masks(tmp_path)
         assert list(masks) == ["0.png", "1.png", "2.png"]
         for name, png in masks.items():
-            np.testing.assert_array_equal(decode_mask(png)[0], model.segment(read_frame(pictures / name)))
+            np.testing.assert_array_equal(read_mask(png)[0], model.segment(read_frame(pictures / name)))
+
+    def test_it_merges_as_the_server_says(self, fake: FakeServer) -> None:
+        assert [served(name, f"{fake.url}/metrics") for name in ("schedule", "align")] == ["2,5", "1"]
+        fake.also_serve("other")
+        with pytest.raises(ValueError, match=r"variant: expected --variant, or metrics .* got \['fake', 'other'\]"):
+            served("variant", f"{fake.url}/metrics")
 
     def test_what_is_wrong_is_named(
         self, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -142,14 +126,20 @@ class TestRealServer:
             "rate": 4,
             "run_time": 2,
             "min_agreement": "95%",
-            "checkpoint": checkpoint,
         }
-        return lambda **more: run_locust(**options | more)
+
+        def run(checkpoint: Path = checkpoint, schedule: str = SERVED) -> Ended:
+            masks, pictures = tmp_path / "library", map(str, sorted(folder.iterdir()))
+            named = ["--checkpoint", str(checkpoint), "--schedule", schedule, "--out", str(masks)]
+            assert main(["masks", *named, *pictures]) == 0
+            return run_locust(**options, library_masks=masks)
+
+        return run
 
     def test_the_checkpoint_that_is_served(self, run: Callable[..., Ended]) -> None:
-        ended = run(library_sample=2)
+        ended = run()
         assert ended.status == 0, ended.output
-        assert ended.summary["library"]["compared"] == 2
+        assert ended.summary["library"]["compared"] == 3
         assert ended.summary["library"]["least"] > 0.99
         assert "as the library" in render(ended.summary)
 

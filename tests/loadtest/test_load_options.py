@@ -47,6 +47,7 @@ def test_shares_add_up() -> None:
         ("--host=ftp://example.org", "host: expected http://HOST:PORT, got 'ftp://example.org'"),
         ("--accept=gif=1", "accept: expected shares of png and json"),
         ("--raw=60% --bad=50%", "raw, bad: expected at most 1 in sum, got 1.1"),
+        ("--weights=*=-1", "weights: *: expected a number >= 0, got -1"),
         ("--weights=0=heavy", "weights: 0: expected a number, got 'heavy'"),
         ("--metrics=127.0.0.1:8090", "metrics: expected http://HOST:PORT/metrics, got '127.0.0.1:8090'"),
         ("--seed=-1", "seed: expected an integer >= 0, got -1"),
@@ -59,8 +60,3 @@ def test_what_is_wrong_is_named(flag: str, message: str) -> None:
     with pytest.raises(ValueError) as told:  # noqa: PT011
         read(*flags, host=host.removeprefix("--host=") or None)
     assert message in str(told.value)
-
-
-def test_a_trace_that_is_not_there() -> None:
-    with pytest.raises(OSError, match=r"missing\.jsonl"):
-        read("--trace=missing.jsonl")

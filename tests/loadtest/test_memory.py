@@ -36,10 +36,8 @@ def family() -> Iterator[int]:
 
 def test_of_a_process_and_its_children(family: int) -> None:
     found = sample_memory(family)
-    assert found.total == sum(found.mib.values())
-    assert 64 + 5 < found.total < 64 + 60
-    assert len(found.mib) == 1  # both are Python
-    assert sample_memory(os.getpid()).total > found.total  # whose child it is
+    assert 64 + 5 < found.mib < 64 + 60
+    assert sample_memory(os.getpid()).mib > found.mib  # whose child it is
 
 
 def test_a_process_that_ended() -> None:
@@ -61,7 +59,7 @@ def test_a_run_watches(run_locust: Run, pid: str) -> None:
     assert ended.status == 0, ended.output
     assert "not watched" not in ended.output
     memory = ended.summary["memory"]
-    assert memory["last_mib"].keys() == ended.summary["series"]["memory"]["mib"].keys()
+    assert memory["last_mib"] > 10
     assert "Memory of all processes" in render(ended.summary)
     unwatched = ended.summary | {"memory": None, "series": ended.summary["series"] | {"memory": None}}
     assert "Memory of all processes" not in render(unwatched)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loadtest.arrivals import Arrival
 from loadtest.pictures import draw_sample, ensure_pictures, load_mix
 
 pytest_plugins = ("load_fixtures",)
@@ -33,14 +32,6 @@ def test_a_request_sends_the_same_whoever_sends_it(pictures: Path) -> None:
     assert [mixes[0].choose(i) for i in range(50)] == [mixes[1].choose(i) for i in range(50)]
 
 
-def test_an_arrival_may_name_its_picture(pictures: Path) -> None:
-    mix = load_mix(pictures)
-    item = mix.choose(0, Arrival(0, "1.png", "json"))
-    assert (item.name, item.kind, item.size) == ("1.png", "json", (64, 48))
-    with pytest.raises(KeyError):
-        mix.choose(0, Arrival(0, "missing.png"))
-
-
 def test_a_raw_frame_holds_the_pixels(pictures: Path) -> None:
     mix = load_mix(pictures, shares={"raw": 1.0})
     frame = np.load(io.BytesIO(mix.items["raw", "0.png"].body))
@@ -56,8 +47,6 @@ def test_a_turned_photo_is_as_large_as_it_is_seen(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"weights: \*: expected a number >= 0, got -1"):
-        load_mix(pictures, weights={"*": -1})
     with pytest.raises(ValueError, match="expected pictures"):
         load_mix(pictures, weights={"*": 0})
     with pytest.raises(ValueError, match=r"pictures: expected a folder, got .*missing"):
@@ -79,9 +68,9 @@ def test_painted_pictures_are_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_the_same_for_the_same_seed() -> None:
-    names = [f"{i}.jpg" for i in range(9)]
-    assert draw_sample(Path("a"), names, 9, seed=0) == [Path("a") / name for name in names]
-    drawn = draw_sample(Path("a"), names, 3, seed=0)
+    files = [Path(f"a/{i}.jpg") for i in range(9)]
+    assert draw_sample(files, 9, seed=0) == files
+    drawn = draw_sample(files, 3, seed=0)
     assert len(set(drawn)) == 3
-    assert drawn == draw_sample(Path("a"), names[::-1], 3, seed=0)
-    assert any(drawn != draw_sample(Path("a"), names, 3, seed=seed) for seed in range(1, 9))
+    assert drawn == draw_sample(files[::-1], 3, seed=0)
+    assert any(drawn != draw_sample(files, 3, seed=seed) for seed in range(1, 9))

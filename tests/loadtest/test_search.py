@@ -1,8 +1,6 @@
 """The search finds what it should, known in advance."""
 
-import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from loadtest.masks import Library, read_masks
-from loadtest.page import render_search
-from loadtest.search import Configuration, SearchSettings, _library_masks
+from loadtest.search import (
+    Bisection,
+    Configuration,
+    SearchSettings,
+    Trial,
+    _library_masks,
+    bisect_interleaved,
+    summarize_search,
+)
 from loadtest.slo import Slo
-from loadtest.trials import Bisection, Trial, bisect_interleaved, summarize_search
 
 
 def trial(rate: float, held: bool) -> Trial:
@@ -59,27 +63,6 @@ def test_noisy_limits_and_their_range() -> None:
     assert second["ratio_to_first"]["median"] == pytest.approx(1.5, rel=0.1)
 
 
-def test_the_page_shows_every_configuration() -> None:
-    def try_rate(i: int, rate: float, repeat: int) -> Trial:
-        return trial(rate, rate <= (4.0, 6.0)[i])
-
-    slow, fast = bisect_interleaved([(2.0, 5.0), (3.0, 7.5)], try_rate, repeats=3, trials=4)
-    results = [
-        {"name": name, **summarize_search(found, slow), "closed_loop_per_second": 5.0}
-        for name, found in (("slow <one>", slow), ("fast", fast))
-    ]
-    report = {"device": "cpu", "versions": {"python": "3"}, "slo": "p99=1s", "coverage": 0.75, "results": results}
-    page = render_search(report)
-    assert page.count('class="bar"') == 2
-    assert "slow &lt;one&gt;" in page
-    assert f"{results[1]['rate_per_second']:.2f}/s" in page
-    (chart,) = json.loads(re.findall(r"const charts = (.*);", page)[0])
-    lines = {(line["name"], line["style"]): line for line in chart["lines"] if line["color"] == 1}
-    assert set(lines) == {("fast", "discs"), ("", "rings")}
-    assert sum(len(line["x"]) for line in lines.values()) == 12
-    assert chart["bounds"] == [["p99=1000ms", 1000]]
-
-
 def test_configurations() -> None:
     parsed = Configuration.parse("protocol=triton schedule=off align=8 replicas=2 runtime=torch max_group_windows=16")
     assert asdict(parsed) == {
@@ -107,10 +90,12 @@ def test_configurations_that_compute_the_same_share_the_library_s_masks(
         return {"a.jpg": str(len(made)).encode()}
 
     monkeypatch.setattr(Library, "masks", masks)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
     texts = ["schedule=off", "protocol=triton schedule=off runtime=torch", "align=8", 'inference={"im_size":256}']
     settings = SearchSettings(slo=Slo.parse("p99=1s"), pictures=tmp_path)
     configurations = [Configuration.parse(text) for text in texts]
-    found = _library_masks(configurations, Path("a.pth"), settings, ["b.jpg", "a.jpg"], tmp_path)
+    found = _library_masks(configurations, Path("a.pth"), settings, tmp_path)
     assert [read_masks(folder)["a.jpg"] for folder in found if folder] == [b"1", b"1", b"2", b"3"]
     assert [(library.schedule, library.align, library.inference) for library in made] == [
         ("off", 1, {}),
@@ -118,7 +103,7 @@ def test_configurations_that_compute_the_same_share_the_library_s_masks(
         ("2,5", 1, {"im_size": 256}),
     ]
     unwatched = replace(settings, library_sample=0)
-    assert _library_masks(configurations, Path("a.pth"), unwatched, ["a.jpg"], tmp_path) == [None] * 4
+    assert _library_masks(configurations, Path("a.pth"), unwatched, tmp_path) == [None] * 4
 
 
 def test_a_trial_is_long_enough_for_its_quantile(tmp_path: object) -> None:

@@ -73,7 +73,14 @@ class TestArchive:
         self, build: Callable[..., int], checkpoint: Path, out: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert build(schedule="1,2") == 0
-        assert capsys.readouterr().out == f"built {out / 'street.mar'}\n"
+        assert capsys.readouterr().out.splitlines() == [
+            f"built {out / 'street.mar'}",
+            "  network: 4 blocks, 64 wide, 0.2 million weights, patches of 16, linear",
+            "  classes: 3, sky, road, tree",
+            "  windows: 32 x 32, every 32 pixels of a picture with a short side of 32",
+            "  merging: mpm:1,2",
+            f"  next:    mpm serve {out}",
+        ]
         assert [path.name for path in out.iterdir()] == ["street.mar"]
         with zipfile.ZipFile(out / "street.mar") as archive:
             for name in ("variant.yml", "classes.csv"):
@@ -104,6 +111,15 @@ class TestArchive:
         assert build(schedule="1") == 0
         with zipfile.ZipFile(out / "street.mar") as archive:
             assert "classes.csv" not in archive.namelist()
+
+    def test_says_why_classes_have_no_names(
+        self, build: Callable[..., int], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (checkpoint.parent / "classes.csv").unlink()
+        (checkpoint.parent / "variant.yml").write_text(f"{VARIANT}dataset_kwargs: {{dataset: my_roads}}\n")
+        assert build(schedule="1") == 0
+        told = "  classes: 3, only numbered, because nothing is known of dataset 'my_roads': put classes.csv"
+        assert told in capsys.readouterr().out
 
     def test_building_again_replaces_it(self, build: Callable[..., int], out: Path) -> None:
         for schedule, expected in (("1", [1]), ("2", [2])):
@@ -144,7 +160,7 @@ class TestModelRepository:
         self, build: Callable[..., int], checkpoint: Path, out: Path, model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert build(target="triton", schedule="1,2", align=2) == 0
-        assert capsys.readouterr().out == f"built {model / '1'}\n"
+        assert capsys.readouterr().out.startswith(f"built {model / '1'}\n  network: 4 blocks")
         assert [path.name for path in out.iterdir()] == ["street"]
         assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt", "warmup"]
         for name in ("variant.yml", "classes.csv"):
@@ -240,6 +256,13 @@ class TestRefusals:
     def test_broken_file(self, refused: Callable[..., str], checkpoint: Path, name: str, content: bytes) -> None:
         (checkpoint.parent / name).write_bytes(content)
         assert name in refused()
+
+    def test_weights_that_are_no_numbers(self, refused: Callable[..., str], checkpoint: Path) -> None:
+        data = torch.load(checkpoint, weights_only=True)
+        data["model"]["encoder.norm.bias"][3] = torch.nan
+        torch.save(data, checkpoint)
+        told = "checkpoint.pth: encoder.norm.bias: expected finite numbers, got NaN or infinity in 1 of 64"
+        assert told in refused()
 
     def test_checkpoint_of_another_network(self, refused: Callable[..., str], checkpoint: Path) -> None:
         (checkpoint.parent / "variant.yml").write_text(VARIANT.replace("n_layers: 4", "n_layers: 5"))

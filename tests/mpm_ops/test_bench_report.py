@@ -66,4 +66,4 @@ def test_a_report_says_what_it_depends_on(tmp_path: Path, tiny_model: Callable[.
 def test_errors_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench", "model", "--checkpoint", "no.pth", "--images", "nowhere"])
     assert bench.main() == 1
-    assert capsys.readouterr().err == "variant.yml: expected variant.yml beside the checkpoint, found none\n"
+    assert capsys.readouterr().err == "no.pth: no such checkpoint, nor a folder with one\n"

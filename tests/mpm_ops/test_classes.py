@@ -21,6 +21,15 @@ def test_reads_names_and_colours_in_order_of_their_index(tmp_path: Path) -> None
     assert len(classes) == 2
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_reads_what_excel_writes(separator: str, tmp_path: Path) -> None:
+    text = HEADER + "0,Straße,128,64,128\n1,ciel,70,130,255\n"
+    (tmp_path / "classes.csv").write_bytes(text.replace(",", separator).replace("\n", "\r\n").encode("utf-8-sig"))
+    classes = load_classes(tmp_path, 2)
+    assert classes.names == ("Straße", "ciel")
+    assert classes.colors.tolist() == [[128, 64, 128], [70, 130, 255]]
+
+
 def test_numbers_and_colours_classes_without_a_file(tmp_path: Path) -> None:
     classes = load_classes(tmp_path, 3)
     assert classes.names == ("class 0", "class 1", "class 2")

@@ -131,7 +131,7 @@ def test_mergers_are_read_and_written_as_text(text: str, merger: Merger, written
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pitome", "merger: expected one of none, mpm, tome, algm and its parameters, got 'pitome'"),
+        ("pitome", "merger: expected one of none, mpm, tome, algm, region and its parameters, got 'pitome'"),
         ("none:2", "merger: none has no parameter schedule, expected one of: none; got 'none:2'"),
         ("tome:2,5", "merger: tome has no parameter schedule, expected one of: r; got 'tome:2,5'"),
         ("tome:s=4", "merger: tome has no parameter s, expected one of: r; got 'tome:s=4'"),

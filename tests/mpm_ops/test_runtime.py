@@ -13,8 +13,10 @@ from torch import nn
 
 from mpm_ops import Segmenter, load_segmenter
 from mpm_ops._timm import Block
+from mpm_ops.cpus import usable_cores
+from mpm_ops.merging import make_merger
 from mpm_ops.packed import PackedTokens
-from mpm_ops.runtime import make_runtime
+from mpm_ops.runtime import make_runtime, openvino
 from mpm_ops.runtime.eager import TorchRuntime
 from mpm_ops.runtime.openvino import OpenVINORuntime
 from mpm_ops.stages import Decoded, Stage, WindowBatch
@@ -100,7 +102,7 @@ def test_no_row_sees_what_fills_its_bucket(tiny_model: Make, name: str, precisio
     model = tiny_model(schedule=(1, 2), **NETWORKS[name])
     runtime = OpenVINORuntime(model, precision, [model.merger])
     for stage in model.stages[1:]:
-        piece = runtime._later(stage.parts, stage.wants_keys, stage.attention_counts)
+        piece = runtime._later(stage.parts, stage.wants_keys, stage.attention_counts)[0]
         x, sizes = torch.randn(64, model.config.d_model), torch.ones(64)
         sizes[41:] = 0
         x[41:] = 0
@@ -157,12 +159,99 @@ def test_padding_is_counted_as_it_is_computed(tiny_model: Make, monkeypatch: pyt
 
 def test_the_warm_up_visits_every_bucket_within_reach(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(schedule=(1, 2))
-    runtime = OpenVINORuntime(model, "fp32", [model.merger])
-    visited = []
+    mergers = [model.merger, make_merger("mpm:1,2,keep=0.5", model.tower), make_merger("tome:r=3", model.tower)]
+    runtime = OpenVINORuntime(model, "fp32", mergers, threads=2, streams=2)
+    visited: list[list[int]] = [[], [], []]
     monkeypatch.setattr("mpm_ops.runtime.openvino._BUCKET", 4)
-    monkeypatch.setattr("mpm_ops.runtime.openvino.Piece.__call__", lambda _, x, sizes: visited.append(len(x)))
-    runtime.warm_up(model.stages)
-    assert sorted(visited) == [8, 12, 12, 16, 16, 20, 20], "16 patches, halved once and twice"
+    run = OpenVINORuntime.run
+
+    def noted(self: OpenVINORuntime, stage: Stage, given: Any) -> Any:
+        visited[self._place].append(runtime.bucket(given.tokens.lengths[0]) if stage.index else 0)
+        return run(self, stage, given)
+
+    monkeypatch.setattr(OpenVINORuntime, "run", noted)
+    for merger, expected in zip(
+        mergers,
+        (
+            [0, 8, 12, 12, 16, 16, 20, 20],  # 17 tokens, of which 16 are halved once and twice
+            [0, 12, 16, 16, 20, 20],  # a quarter of them merges at most
+            [0, 8, 12, 16],  # as many as it says
+        ),
+        strict=True,
+    ):
+        for places in visited:
+            places.clear()
+        runtime.warm_up([merger])
+        assert [sorted(lengths) for lengths in visited] == [expected] * 3, "for all threads and each stream"
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
+def test_streams_give_the_bytes_of_all_threads_at_every_length(precision: str) -> None:
+    """At the shapes of a whole Ti: threads share its sums otherwise than a tiny network's."""
+    model = load_segmenter(DEMO, (2, 5))
+    runtime = OpenVINORuntime(model, precision, [], threads=2, streams=2)
+    last = model.stages[-1]
+    with torch.inference_mode():
+        for length in (33, *range(97, 1025, 160), 1025):
+            batch = WindowBatch(PackedTokens(torch.randn(length, model.config.d_model), (length,)))
+            expected, *found = (place.run(last, batch) for place in (runtime, *runtime.streams))
+            assert isinstance(expected, Decoded)
+            for decoded in found:
+                assert isinstance(decoded, Decoded)
+                assert torch.equal(decoded.logits, expected.logits)
+        window = torch.randn(1, 3, 512, 512)
+        first, *others = (place.run(model.stages[0], window) for place in (runtime, *runtime.streams))
+        assert isinstance(first, WindowBatch)
+        for other in others:
+            assert isinstance(other, WindowBatch)
+            assert torch.equal(other.tokens.values, first.tokens.values)
+
+
+def test_streams_that_round_otherwise_are_given_up(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(schedule=(1, 2))
+    runtime = OpenVINORuntime(model, "fp32", [model.merger], threads=2, streams=2)
+    runtime.warm_up([model.merger])
+    assert [stream.streams for stream in runtime.streams] == [(), ()]
+    run = OpenVINORuntime.run
+
+    def rounding(self: OpenVINORuntime, stage: Stage, given: Any) -> Any:
+        done = run(self, stage, given)
+        if isinstance(done, Decoded) and self._place:
+            done.logits[0, 0, 0] += 1e-6
+        return done
+
+    monkeypatch.setattr(OpenVINORuntime, "run", rounding)
+    runtime.warm_up([model.merger])
+    assert runtime.streams == []
+    assert "streams: not used" in caplog.text
+
+
+def test_streams_divide_threads_and_only_openvino_has_them(tiny_model: Make) -> None:
+    model = tiny_model(schedule=(1, 2))
+    assert not OpenVINORuntime(model, "fp32", []).streams, "the library computes one window at a time"
+    for threads, streams, number in ((2, "auto", 2), (3, 2, 2), (1, "auto", 0), (2, 1, 0)):
+        assert len(OpenVINORuntime(model, "fp32", [], threads=threads, streams=streams).streams) == number
+    with pytest.raises(ValueError, match=r"^streams: expected auto or at most 2, one a thread, got 3$"):
+        OpenVINORuntime(model, "fp32", [], threads=2, streams=3)
+    assert not make_runtime(model, "torch", "fp32", streams="auto").streams
+    with pytest.raises(ValueError, match=r"^streams: expected auto or 1 with runtime torch, which has none, got 2$"):
+        make_runtime(model, "torch", "fp32", streams=2)
+
+
+def test_openvino_takes_the_usable_cores_whatever_torch_has(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    compile_graph = openvino.compile_graph
+
+    def noted(graph: ov.Model, precision: str, threads: int, **options: object) -> ov.CompiledModel:
+        seen.append(threads)
+        return compile_graph(graph, precision, threads, **options)
+
+    monkeypatch.setattr(openvino, "compile_graph", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # as OMP_NUM_THREADS=7 has it
+    make_runtime(tiny_model(), "openvino", "fp32")
+    assert seen == [usable_cores()]
 
 
 def test_torch_keeps_its_threads_and_merging_needs_one(tiny_model: Make) -> None:

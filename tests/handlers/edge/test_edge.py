@@ -4,15 +4,22 @@ import base64
 import gzip
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
 import requests
 from fronting import Front, Upstream, ask, fronted
+
+from handlers.cli import main
+from handlers.edge.triton import status_of
+from handlers.launch.processes import free_port
 
 PICTURE = b"\xff\xd8\xff\xe0 a picture \x00\r\n\r\n--x" + bytes(range(256)) * 40
 LIMIT = 2**20
@@ -350,3 +357,58 @@ def assert_refused(answer: requests.Response, status: int, told: str) -> None:
     assert told in fields["error"]
     assert fields["code"] == status
     assert fields["request_id"] == answer.headers["X-Request-Id"]
+
+
+def test_an_edge_of_its_own_container(upstream: Upstream) -> None:
+    """`mpm edge` listens itself, tells metrics apart, ends requests whose client left, and drains on SIGTERM."""
+    upstream.seen.clear()
+    upstream.left.clear()
+    port, metrics_port = free_port(), free_port()
+    command = [sys.executable, "-m", "handlers", "edge", "--server=torchserve", f"--upstream={upstream.url}/"]
+    command += [f"--port={port}", f"--metrics-port={metrics_port}", "--answer-seconds=20"]
+    told = f"http://127.0.0.1:{metrics_port}/metrics"
+    with subprocess.Popen(command) as process:
+        until(lambda: requests.get(told, timeout=5).ok)
+        assert requests.post(f"http://127.0.0.1:{port}/predictions/m", data=PICTURE).content == PICTURE
+        assert 'mpm_edge_requests_total{status="200"} 1.0' in requests.get(told, timeout=5).text
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+            until(lambda: upstream.seen[-1][1] == "/slow")
+        assert upstream.left.wait(5), "the server behind should hear that nobody waits"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /predictions/m HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nab")
+            until(lambda: "mpm_edge_connections 1.0" in requests.get(told, timeout=5).text)
+            process.terminate()
+            until(lambda: not is_open(port))
+            assert requests.get(told, timeout=5).ok, "watched to the end"
+            client.sendall(b"cd")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        assert process.wait(10) == 0
+
+
+def test_an_edge_that_cannot_listen(upstream: Upstream, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["edge", "--server=triton", f"--port={upstream.server_port}"]) == 2
+    assert capfd.readouterr().err == f"cannot listen on 127.0.0.1:{upstream.server_port}: Address already in use\n"
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with suppress(requests.ConnectionError, IndexError):
+            if holds():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_tells_a_lack_of_shared_memory_from_a_fault() -> None:
+    for told in ("Failed to increase the shared memory pool size for key 'a'", "expected a single response, got 0"):
+        status, text = status_of(500, told)
+        assert status == 503
+        assert "/dev/shm" in text
+    assert status_of(500, "broken") == (500, "broken")

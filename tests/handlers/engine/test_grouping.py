@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from handlers.engine.grouping import choose_group
+from handlers.engine.grouping import choose_group, worth_streams
 
 FREE = {"max_batch_tokens": 10**6, "max_group_windows": 100}
 
@@ -55,3 +55,12 @@ def test_a_window_over_the_budget_runs_alone(bucket: type) -> None:
 
 def test_nothing_waiting_gives_no_group() -> None:
     assert choose_group([], by_32, **FREE) == []
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "least"),
+    [(0, None), (1, None), (2, 2), (3, 2), (4, 3), (16, 9)],
+)
+def test_streams_are_worth_it_where_most_have_something_to_do(num_streams: int, least: int | None) -> None:
+    worth = [number for number in range(33) if worth_streams(number, num_streams)]
+    assert worth == ([] if least is None else [*range(least, 33)])

@@ -44,15 +44,31 @@ def test_a_model_is_loaded_to_its_device_and_only_the_engine_builds_a_runtime(mo
         assert engine._model._runtime is None
 
 
-@pytest.mark.parametrize(("set_to", "quota", "expected"), [(0, 1.5, 1), (0, None, 2), (2, 1.0, 2)])
+@pytest.mark.parametrize(
+    ("set_to", "requested", "usable", "expected"), [(0, None, 2, 2), (0, "1", 2, 1), (0, "64", 2, 2), (2, "1", 1, 2)]
+)
 def test_threads_are_those_of_the_configuration_or_of_the_container(
-    set_to: int, quota: float | None, expected: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    set_to: int,
+    requested: str | None,
+    usable: int,
+    expected: int,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    monkeypatch.setattr(loading, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(loading, "usable_cores", lambda: usable)
+    if requested:
+        monkeypatch.setenv("MPM_CORES", requested)
     try:
-        loading.load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to), name="a").close()
-        assert torch.get_num_threads() == expected
+        with closing(load_engine(checkpoint.parent, ServingConfig(schedule=(), torch_threads=set_to))) as engine:
+            assert torch.get_num_threads() == expected
+            assert len(engine._loop.streams) == (expected if expected > 1 else 0), "one a core"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("text", ["", "0", "two", "-1", "1.5"])
+def test_cores_that_are_no_number_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPM_CORES", text)
+    with pytest.raises(ValueError, match=f"^MPM_CORES: expected a number of cores >= 1, got '{text}'"):
+        load_engine(DEMO.parent, ServingConfig())

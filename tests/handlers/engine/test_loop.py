@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ class Bench:
         run: what the device does with a group, in a thread that runs one after the other, as a stream does.
         start: what the host does to launch one; it may raise.
         delay: how long windows wait for mates while the device is busy.
+        streams: beside each other, instead of the device, if enough waits; each has a thread of the loop's.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Bench:
         run: Callable[[tuple[int, ...]], object] = lambda group: None,
         start: Callable[[tuple[int, ...]], object] = lambda group: None,
         delay: float = NEVER,
+        streams: int = 0,
     ) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.groups: list[tuple[tuple[int, ...], str]] = []
@@ -56,13 +59,15 @@ class Bench:
         self.lost: list[str] = []
         self._run, self._start = run, start
         self._stream = ThreadPoolExecutor(1, "stream")
-        scheduler = Scheduler(max_batch_tokens=10**6, max_group_windows=2, max_group_delay=delay, bulk_patience=0)
+        most = 1 if streams else 2
+        scheduler = Scheduler(max_batch_tokens=10**6, max_group_windows=most, max_group_delay=delay, bulk_patience=0)
         self.metrics = Metrics("test", grid=3, info={})
         self.loop = Loop(
             CPU,
             scheduler,
             self._launch,
             self.metrics,
+            streams=[partial(self._launch_on, i) for i in range(streams)],
             lookahead=lookahead,
             on_group=lambda group, seconds: self.groups.append((numbers(group), group.reason)),
             on_computed=self._computed,
@@ -85,6 +90,15 @@ class Bench:
             return 1.0, None
 
         return finish
+
+    def _launch_on(self, stream: int, group: Group) -> Callable[[], Times]:
+        who = numbers(group)
+        self.events.append(("stream", *who))
+        self._start(who)
+        self._run(who)
+        if group.lane.merges:
+            group.windows[0].lengths.append(4)
+        return lambda: (1.0, 0.25 if group.lane.merges else None)
 
     def _computed(self, pictures: Sequence[Picture]) -> None:
         self.computed += [int(picture.arrived) for picture in pictures]
@@ -368,6 +382,182 @@ def test_closing_computes_what_was_added_and_what_follows_from_it(bench: Callabl
     assert sorted(device.computed) == [*range(20)]
     assert len([event for event in device.events if event[0] == "finish"]) == 20
     assert not device.loop._running
+
+
+# Streams
+
+
+class Gates:
+    """Holds groups up until they are let go; says who computes."""
+
+    def __init__(self) -> None:
+        self.inside: set[tuple[int, ...]] = set()
+        self._open: set[tuple[int, ...]] = set()
+        self._changed = threading.Condition()
+
+    def __call__(self, group: tuple[int, ...]) -> None:
+        with self._changed:
+            self.inside.add(group)
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: group in self._open, 20)
+            self._open.remove(group)
+            self.inside.remove(group)
+
+    def wait(self, *groups: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.inside == {(group,) for group in groups}, 20), self.inside
+
+    def let(self, *groups: int) -> None:
+        with self._changed:
+            self._open |= {(group,) for group in groups}
+            self._changed.notify_all()
+
+
+def test_a_window_alone_has_all_cores_and_several_have_one_each(bench: Callable[..., Bench]) -> None:
+    gates = Gates()
+    device = bench(0, run=gates, streams=2)
+    device.loop.start()
+    device.loop.add([waiting(0)])
+    gates.wait(0)
+    device.loop.add([waiting(1), waiting(2), waiting(3)])
+    gates.let(0)
+    gates.wait(1, 2)
+    gates.let(2)
+    gates.wait(1, 3)  # which stream is through makes no difference
+    gates.let(1, 3)
+    gates.wait()
+    while device.loop.busy_since is not None:
+        time.sleep(0.001)
+    device.loop.add([waiting(4)])
+    gates.let(4)
+    device.close()
+    assert [event for event in device.events if event[0] != "finish"] == [
+        ("launch", 0),
+        ("stream", 1),
+        ("stream", 2),
+        ("stream", 3),
+        ("launch", 4),
+    ]
+    assert sorted(device.computed) == [*range(5)]
+    assert device.computed.index(2) < device.computed.index(1)
+    seconds = device.value("mpm_stage_seconds_sum", stage="0", schedule="off")
+    assert seconds == 2 * 1.0 + 3 * 0.5, "a stream's second is half of the device's"
+
+
+def test_what_comes_while_a_stream_is_free_starts_at_once(bench: Callable[..., Bench]) -> None:
+    gates = Gates()
+    device = bench(0, run=gates, streams=2)
+    device.loop.add([waiting(0), waiting(1)])
+    device.loop.start()
+    gates.wait(0, 1)
+    gates.let(0)
+    gates.wait(1)
+    device.loop.add([waiting(2)])
+    gates.wait(1, 2)
+    gates.let(1, 2)
+    device.close()
+    assert sorted(device.computed) == [0, 1, 2]
+
+
+def test_what_merged_on_a_stream_goes_on_and_closing_waits_for_all_streams(bench: Callable[..., Bench]) -> None:
+    device = bench(0, run=lambda group: time.sleep(0.002), streams=3)
+    device.compute(*(waiting(n, MERGES) for n in range(20)))
+    assert sorted(device.computed) == [*range(20)]
+    assert not device.loop._running
+    assert device.value("mpm_tokens_total", point="in", stage="1", schedule="1") == 20 * 4
+    assert device.value("mpm_waiting_tokens") == 0
+
+
+@pytest.mark.parametrize("where", ["start", "run"])
+def test_a_window_that_fails_on_a_stream_fails_alone(bench: Callable[..., Bench], where: str) -> None:
+    device = bench(0, streams=2, **{where: fail_together})
+    windows = [waiting(n) for n in range(8)]
+    device.compute(*windows)
+    assert errors_of(windows) == {3: "computing the picture failed"}
+    assert sorted(device.computed) == [0, 1, 2, 4, 5, 6, 7]
+    assert device.lost == []
+
+
+def test_what_failed_beside_others_is_tried_again_on_the_whole_device(bench: Callable[..., Bench]) -> None:
+    """They may have had the memory that was missing, whichever began first."""
+    gates = Gates()
+
+    def run(group: tuple[int, ...]) -> None:
+        gates(group)
+        if group == (0,) and len(device.loop._running) > 1:
+            raise MemoryError
+
+    device = bench(0, run=run, streams=2)
+    windows = [waiting(0), waiting(1)]
+    device.loop.add(windows)
+    device.loop.start()
+    gates.wait(0, 1)
+    gates.let(0)
+    gates.wait(1)
+    gates.let(1)
+    gates.wait(0)
+    gates.let(0)
+    device.close()
+    assert errors_of(windows) == {}
+    assert device.events[-2:] == [("launch", 0), ("finish", 0)]
+    assert device.value("mpm_stage_seconds_sum", stage="0", schedule="off") == 1.5
+
+
+def test_a_device_poisoned_on_a_stream_is_given_up(bench: Callable[..., Bench]) -> None:
+    def poison(group: tuple[int, ...]) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    device = bench(0, run=poison, streams=2)
+    device.compute(waiting(0), waiting(1))
+    assert set(device.lost) == {"the device failed: an illegal memory access was encountered"}
+
+
+def test_the_watchdog_sees_the_oldest_stream(bench: Callable[..., Bench]) -> None:
+    gates = Gates()
+    device = bench(0, run=gates, streams=2)
+    device.loop.add([waiting(n) for n in range(5)])
+    before = time.monotonic()
+    device.loop.start()
+    gates.wait(0, 1)
+    began = device.loop.busy_since
+    assert began is not None
+    assert before <= began
+    for n in (1, 2, 3):  # the other stream makes progress
+        gates.let(n)
+        gates.wait(0, n + 1)
+        assert device.loop.busy_since == began
+    gates.let(0)
+    gates.wait(4)
+    while (later := device.loop.busy_since) == began:
+        time.sleep(0.001)
+    assert later is not None
+    assert later > began
+    gates.let(4)
+    device.close()
+
+
+def test_requests_that_end_while_they_run_on_a_stream_are_not_handed_on(bench: Callable[..., Bench]) -> None:
+    gates = Gates()
+    device = bench(0, run=gates, streams=2)
+    windows = [waiting(n, MERGES) for n in range(3)]
+    device.loop.add(windows)
+    device.loop.start()
+    gates.wait(0, 1)
+    for n in (0, 2):
+        windows[n].picture.request.cancel()
+    gates.let(0, 1)
+    gates.wait(1)  # its last stage
+    gates.let(1)
+    device.close()
+    assert device.computed == [1]
+
+
+def test_a_picture_s_windows_side_by_side_take_their_time_once(bench: Callable[..., Bench]) -> None:
+    device = bench(0, streams=2)
+    picture = make_picture("0", lane=LANE)
+    device.compute(*(make_window(picture, LANE) for _ in range(2)))
+    assert device.computed == [0]
+    assert 1.0 <= picture.seconds["compute"] < 1.9, "both took a second, from about the same moment"
 
 
 def test_nobody_starves_on_a_virtual_clock() -> None:

@@ -85,6 +85,7 @@ class Request:
         self._parameters = json.dumps(parameters) if parameters else ""
         self._timeout_us = timeout_us
         self._send_failures = send_failures
+        self._num_sent = 0
         self.cancelled = False
         self.responses: list[Response] = []
         self.touched_late: list[str] = []
@@ -122,14 +123,18 @@ class Request:
         self._touch("get_response_sender")
         return self
 
-    def send(self, response: Response, flags: int) -> None:
-        assert flags == PB_UTILS.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    def send(self, response: Response | None = None, flags: int = 0) -> None:
+        """As Triton's: one answer, which counts even if it fails, then the end."""
         self._touch("send")
-        if self._send_failures:
-            self._send_failures -= 1
-            raise RuntimeError("no room in shared memory")
-        self.responses.append(response)
-        self.answered.set()
+        if response is not None:
+            self._num_sent += 1
+            assert self._num_sent == 1
+            if self._send_failures:
+                self._send_failures -= 1
+                raise RuntimeError("no room in shared memory")
+            self.responses.append(response)
+        if flags == PB_UTILS.TRITONSERVER_RESPONSE_COMPLETE_FINAL:
+            self.answered.set()
 
     def response(self) -> Response:
         """The only response, once it is there."""
@@ -280,9 +285,23 @@ class TestEveryPathAnswersOnce:
         assert requests[1].error() == ("internal", "the request failed inside the server")
 
     def test_answer_that_cannot_be_sent(self, start: Callable[..., Any]) -> None:
+        """It ends all the same: Triton tells its client that there is none."""
         request = Request(send_failures=1)
         start().execute([request])
-        assert request.error() == ("internal", "the answer could not be sent")
+        assert request.answered.wait(WAIT_SECONDS)
+        assert request.responses == []
+
+    def test_answer_for_which_there_is_no_room(
+        self, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = start()
+        free = SimpleNamespace(f_bavail=1024, f_frsize=4096)
+        monkeypatch.setattr(importlib.import_module("handlers.servers.triton").os, "statvfs", lambda _: free)
+        request = Request(b"x", outputs=("MASK",))
+        model.execute([request])
+        code, message = request.error()
+        assert code == "unavailable"
+        assert message.startswith("reply: expected at most the 0 bytes that /dev/shm has for it, got ")
 
     def test_deadline(self, start: Callable[..., Any]) -> None:
         model = start(deadline_seconds=0.2)

@@ -18,11 +18,10 @@ from mpm_ops.bench import __main__ as bench
 from mpm_ops.bench import gpu as bench_gpu
 from mpm_ops.bench import gpu_networks
 from mpm_ops.bench.dense import DenseSegmenter
-from mpm_ops.bench.gpu_networks import TINY, flops
+from mpm_ops.bench.gpu_networks import TINY
 from mpm_ops.bench.timing import Laps, Report, Timer, in_turn
 from mpm_ops.packed import PackedTokens
 from mpm_ops.runtime.graphs import GraphRuntime
-from mpm_ops.segmenter import SegmenterConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 CPU = torch.device("cpu")
@@ -175,23 +174,6 @@ def test_ways_that_differ_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> No
     ways = gpu_networks.network_ways(TINY, "Ti", "fp32", windows, {})
     with pytest.raises(RuntimeError, match=r"^parity: logits deviate by .* of their spread; no figures are reported$"):
         gpu_networks.check_same(ways["MPM"], ways["unmerged"], TINY, Timer(CPU), "fp32")
-
-
-def test_operations_are_those_of_a_plain_count() -> None:
-    shape = {"image_size": (64, 64), "patch_size": 16, "d_model": 64, "n_heads": 1, "n_layers": 3, "n_cls": 5}
-    config = SegmenterConfig(**shape, decoder_layers=1)  # type: ignore[arg-type]
-
-    def linear(rows: int, columns_in: int, columns_out: int) -> int:
-        return 2 * rows * columns_in * columns_out
-
-    def block(rows: int) -> int:
-        mlp = linear(rows, 64, 256) + linear(rows, 256, 64)
-        attention = linear(rows, 64, 192) + linear(rows, 64, 64) + 2 * linear(rows, rows, 64)
-        return mlp + attention
-
-    expected = linear(16, 3 * 16 * 16, 64) + 2 * block(17) + block(12)
-    expected += linear(11, 64, 64) + block(16) + linear(11, 64, 64) + linear(5, 64, 64) + linear(11, 64, 5)
-    assert flops(config, 16, [[17], [12]]) == expected
 
 
 def test_a_report_keeps_what_was_measured(tmp_path: Path) -> None:

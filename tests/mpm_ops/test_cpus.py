@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from handlers.engine.cpus import cpu_quota, default_threads
+from mpm_ops import cpus
+from mpm_ops.cpus import cpu_quota
 
 V2 = "sys/fs/cgroup"
 V1 = "sys/fs/cgroup/cpu,cpuacct"
@@ -57,5 +58,8 @@ def test_a_machine_without_cgroups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "quota", "expected"), [(64, None, 64), (64, 4.0, 4), (64, 1.9, 1), (64, 0.5, 1), (2, 4.0, 2)]
 )
-def test_threads(found: int, quota: float | None, expected: int) -> None:
-    assert default_threads(found, quota) == expected
+def test_usable_cores(found: int, quota: float | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda _: set(range(found)))
+    monkeypatch.setattr(cpus, "cpu_quota", lambda: quota)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cpus.usable_cores() == expected

@@ -1,7 +1,16 @@
-"""How many processors a container may use: torch counts those of the machine."""
+"""How many cores this process may use, whatever OMP_NUM_THREADS says."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, and no more than its container's quota, beyond which threads would be
+    stopped in turn until its next period."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return found if quota is None else max(1, min(found, int(quota)))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
@@ -19,11 +28,6 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         return None
     quotas = [quota for line in lines for folder in _folders(root, line) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
-
-
-def default_threads(found: int, quota: float | None) -> int:
-    """Threads where nobody set them: more than the quota would only be stopped in turn until its next period."""
-    return found if quota is None else max(1, min(found, int(quota)))
 
 
 def _folders(root: Path, line: str) -> Iterator[Path]:
