@@ -127,6 +127,7 @@ def _is_seconds(context: click.Context, parameter: click.Parameter, value: float
 @click.option(
     "--cors-origin", multiple=True, metavar="URL", help="Whose pages may call from browsers; * for all (none)."
 )
+@click.option("--no-page", is_flag=True, help="No page for people at the root.")
 @click.option("--sample", type=PATH, help="Picture named in the examples that are printed when ready.")
 @model_options
 @click.option("--out", type=PATH, help="Folder to build into, whose other models are served too (one of its own).")
@@ -138,6 +139,7 @@ def serve(
     ready_port: int,
     lame_duck_seconds: float,
     no_edge: bool,
+    no_page: bool,
     cors_origin: tuple[str, ...],
     sample: Path | None,
     grpc_port: int | None,
@@ -157,6 +159,8 @@ def serve(
         raise click.UsageError("--grpc-port, --triton-metrics-port, --admin-secret-file: expected with Triton only")
     if cors_origin and no_edge:
         raise click.UsageError("--cors-origin: expected with the edge, leave out --no-edge")
+    if no_page and no_edge:
+        raise click.UsageError("--no-page: expected with the edge, leave out --no-edge, which has no page")
     given = {name: value for name, value in build.items() if value is not None}
     if model is None or model.is_file() or any(path.suffix in _WEIGHTS for path in model.iterdir()):
         checkpoint = {"checkpoint": model} if model else {}
@@ -194,12 +198,23 @@ def serve(
         )
     return run_in_foreground(
         start,
-        front=None if no_edge else lambda: Front(**where, server=server, origins=cors_origin),
+        front=None
+        if no_edge
+        else lambda: Front(
+            **where, server=server, origins=cors_origin, has_page=not no_page, examples=_examples(sample)
+        ),
         sample=str(sample or "photo.jpg"),
         host=host,
         ready_port=ready_port,
         lame_duck_seconds=lame_duck_seconds,
     )
+
+
+def _examples(sample: Path | None) -> list[Path]:
+    """Pictures for the page: the one that was named, or those that we painted."""
+    if sample not in (None, _SAMPLE):
+        return [sample.resolve()] if sample.is_file() else []
+    return sorted(_SAMPLE.parent.resolve().glob("*.jpg"))
 
 
 def _run(command: str, options: Mapping[str, Any], *flags: str) -> int:

@@ -25,6 +25,7 @@ from loadtest.cli import LOCUSTFILE
 files = [k8s.monitoring.prometheus.RULES, LOCUSTFILE]
 files += [DEMO.with_name(name) for name in ("checkpoint.pth", "variant.yml", "classes.csv")]
 files += [LOCUSTFILE.parent / name for name in ("page.html", "uplot/uPlot.iife.min.js")]
+files += [Path(handlers.__file__).with_name("edge") / name for name in ("openapi.yaml", "static/index.html")]
 files += [Path(package.__file__).with_name("py.typed") for package in (handlers, mpm_ops)]
 files += [Path(mpm_ops.__file__).with_name("datasets") / f"{name}.csv" for name in ("ade20k", "cityscapes")]
 print([file for file in files if not file.is_file()])

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import resource
 import signal
@@ -18,6 +19,7 @@ from .app import METRICS_TYPE, Edge
 from .connection import Server
 from .limits import Limits
 from .metrics import render
+from .page import Page
 
 _PORTS = {"torchserve": 8080, "triton": 8000}
 
@@ -65,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience-seconds", type=float, default=Limits().header_seconds, help="with slow clients")
     parser.add_argument("--answer-seconds", type=float, default=Limits().answer_seconds)
     parser.add_argument("--restarts", type=Path, help="file with the launcher's count of restarts")
+    parser.add_argument("--models", type=Path, help="file with the URL of each model's metrics: the launcher's")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=URL", help="a model's metrics (none)")
+    parser.add_argument("--no-page", action="store_true", help="no page for people; nor is there one without models")
+    parser.add_argument("--example", type=Path, action="append", default=[], help="picture that the page offers")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="edge: %(message)s")
     with suppress(ValueError, OSError):
@@ -83,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     listening = _listen(host, arguments.port) if arguments.fd is None else socket.socket(fileno=arguments.fd)
     metrics = None if metrics_port is None else _listen(host, metrics_port)
 
+    given = dict(each.partition("=")[::2] for each in arguments.model)
+    has_page = not arguments.no_page and bool(arguments.models or given)
+
+    def models() -> dict[str, str]:
+        told: dict[str, str] = json.loads(arguments.models.read_text()) if arguments.models else given
+        return told
+
     async def serve() -> None:
         edge = Edge(
             str(upstream).rstrip("/"),
@@ -90,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             limits=limits,
             origins=arguments.cors_origin,
             restarts=arguments.restarts,
+            models=models,
+            page=Page(arguments.example) if has_page else None,
         )
         await run(listening, edge, limits, metrics)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,8 +19,10 @@ from handlers.errors import ErrorKind, ServingError
 from . import triton
 from .bodies import Body, Budget, picture_of_form, picture_of_json
 from .connection import JSON_TYPE
+from .info import Service
 from .limits import Limits
 from .metrics import HELD_BYTES, REFUSALS, REQUESTS, render
+from .page import Page
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE")
 _TARGET = re.compile(r"/[!\"$-~]*")  # what a URL may hold, without a fragment
@@ -56,6 +58,8 @@ class Edge:
         limits: of clients.
         origins: whose pages may call from a browser; "*" for all.
         restarts: file in which the launcher counts processes that it started again.
+        models: tells the URL of each model's metrics, by name.
+        page: for people, if there is to be one.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Edge:
         limits: Limits,
         origins: Sequence[str] = (),
         restarts: Path | None = None,
+        models: Callable[[], Mapping[str, str]] = dict,
+        page: Page | None = None,
     ) -> None:
         self.stopping = False
         self._upstream, self._is_triton, self._limits = upstream, is_triton, limits
@@ -80,6 +86,7 @@ class Edge:
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=2**20,
         )
+        self._service = Service(self._session, models, is_triton=is_triton, page=page)
 
     async def close(self) -> None:
         await self._session.close()
@@ -119,6 +126,8 @@ class Edge:
             return web.Response(status=204)
         if path == "/metrics" and request.method in ("GET", "HEAD"):
             return web.Response(body=render(self._restarts), headers=METRICS_TYPE)
+        if request.method in ("GET", "HEAD") and (told := await self._service.answer(path)):
+            return told
         found = _PREDICT.fullmatch(path) or _KSERVE.fullmatch(path)
         if found and request.method in ("POST", "PUT"):
             return await self._segment(request, body, found, added)

@@ -80,6 +80,8 @@ def infer_headers(headers: Mapping[str, str], accept: str) -> tuple[str, dict[st
         ServingError: nothing on offer is acceptable.
     """
     offered = tuple(OUTPUTS) if "X-MPM-View" not in headers else ("image/png",)
+    if headers.get("X-MPM-View") == "maps":
+        offered = ("application/json",)
     media_type = negotiate(accept, offered)
     asked = {LENGTH_HEADER: "0", "X-MPM-Outputs": OUTPUTS[media_type], "Content-Type": "application/octet-stream"}
     return media_type, asked | {"Accept-Encoding": "identity"}  # Triton would compress what is to be unpacked

@@ -76,12 +76,14 @@ class Computer:
 
         @torch.inference_mode()
         def finish() -> Times:
-            states = merging().split()
+            merged = merging()
             seconds = self._clock.seconds(start, done)
             merge_seconds = self._clock.seconds(merge_starts[0], done) if merge_starts else None
-            for window, state in zip(windows, states, strict=True):
+            for i, (window, state) in enumerate(zip(windows, merged.split(), strict=True)):
                 window.state = state
                 window.lengths.append(state.length - special)
+                if window.picture.keeps_maps and merged.merge_maps is not None:
+                    window.merge_maps.append(merged.merge_maps[i].cpu())
             return seconds, merge_seconds
 
         return finish

@@ -42,6 +42,7 @@ from mpm_ops.windows import WindowPlan, cut_windows, fit_picture, plan_windows
 from .admission import Admission
 from .agreement import Agreement, Sampler
 from .computing import Computer
+from .description import describe_model
 from .lane import Lane
 from .loop import Loop
 from .request import Group, Picture, Reply, Request, Window, internal_error, only_reply
@@ -137,7 +138,8 @@ class Engine:
             sampler, self._compute_unmerged, self.metrics, classes, patch_size
         )
         port = config.metrics_port
-        self._stop_metrics = self.metrics.serve(config.metrics_host, port) if port else lambda: None
+        described = describe_model(model, classes, config, self._offered, self._describe(device))
+        self._stop_metrics = self.metrics.serve(config.metrics_host, port, described) if port else lambda: None
 
         self._loop = Loop(
             device,
@@ -342,6 +344,7 @@ class Engine:
             num_pictures=num_pictures,
             tokens=plan.num_windows * self._tokens_of_window,
             held_bytes=source.num_bytes,
+            keeps_maps=any(FORMATS[name].needs_maps for name in options.formats),
         )
 
     def _ended(self, metrics: Metrics, request: Request, code: int, pictures: Sequence[Picture], error: str) -> None:

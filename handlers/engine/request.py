@@ -172,6 +172,7 @@ class Picture:
         tokens: of its windows before merging; what it counts for in admission.
         held_bytes: bytes of it that are kept: its body until it is decoded, its pixels where they are needed later.
         is_admitted: still counted by admission.
+        keeps_maps: its windows keep what each merge did.
         keeps_logits: its reply is the network's logits [num_windows, K, Gh, Gw], not encoded.
         image: uint8 RGB [H, W, 3]; without a view it may be smaller than the picture that came.
         windows: of the plan, once it is decoded.
@@ -195,6 +196,7 @@ class Picture:
     tokens: int = 0
     held_bytes: int = 0
     is_admitted: bool = False
+    keeps_maps: bool = False
     keeps_logits: bool = False
     image: np.ndarray | None = None
     windows: "list[Window]" = field(default_factory=list)
@@ -238,6 +240,7 @@ class Window:
         rank: windows of a lower rank go first, in seconds; set by the scheduler.
         logits: [K, Gh * Gw] in the end.
         merge_map: [N] in the end, the token that stands for each patch; None where nothing merged.
+        merge_maps: [N] on the host after each merge, if the picture keeps them.
         is_finite: whether the logits are.
     """
 
@@ -250,6 +253,7 @@ class Window:
     rank: float = 0.0
     logits: Tensor | None = None
     merge_map: Tensor | None = None
+    merge_maps: list[Tensor] = field(default_factory=list)
     is_finite: bool = True
 
 

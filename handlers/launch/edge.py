@@ -1,5 +1,6 @@
 """The edge in front of a server: a process that is started again when it ends, on a socket that stays open."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ class Front:
         host, port: where clients ask; port 0 takes a free one.
         server: `torchserve` or `triton`.
         origins: whose pages may call from a browser.
+        has_page: at its root is a page for people.
+        examples: pictures that the page offers.
 
     Attributes:
         url: for clients.
@@ -30,11 +33,21 @@ class Front:
         ServerError: the port can't be had.
     """
 
-    def __init__(self, host: str, port: int, *, server: str, origins: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        server: str,
+        origins: Sequence[str] = (),
+        has_page: bool = True,
+        examples: Sequence[Path] = (),
+    ) -> None:
         self._listening = listen(host, port)
         self.url = url_of(host, self._listening.getsockname()[1])
         self.upstream_port = free_port()
-        self._server, self._origins = server, origins
+        self.has_page = has_page
+        self._server, self._origins, self._examples = server, origins, examples
         self._folder = Path(tempfile.mkdtemp(prefix="edge-"))
         self._restarts = {"edge": 0, "server": 0}
         self._stopping = threading.Event()
@@ -51,6 +64,8 @@ class Front:
 
     def open(self, server: Server) -> None:
         """Pass requests on to a server, from the first one that is started on."""
+        models = {url.rpartition("/")[2]: metrics for url, metrics in server.watched.items()}
+        _write(self._models_file, json.dumps(models))  # ports change with every start
         if self._process is None:
             self.count_restart("")
             self._command = [
@@ -58,6 +73,8 @@ class Front:
                 *(f"--upstream=http://127.0.0.1:{self.upstream_port}", f"--server={self._server}"),
                 *(f"--max-body-bytes={server.max_body_bytes}", f"--answer-seconds={server.answer_seconds}"),
                 *(f"--restarts={self._restarts_file}", *(f"--cors-origin={origin}" for origin in self._origins)),
+                *(f"--models={self._models_file}", *(f"--example={picture}" for picture in self._examples)),
+                *([] if self.has_page else ["--no-page"]),
             ]
             self._spawn()
             self._keeper = threading.Thread(target=self._keep, name="edge", daemon=True)
@@ -70,9 +87,7 @@ class Front:
         name = "mpm_restarts_total"
         lines = [f"# HELP {name} Processes that ended and were started again.", f"# TYPE {name} counter"]
         lines += [f'{name}{{process="{each}"}} {number}' for each, number in self._restarts.items()]
-        written = self._restarts_file.with_suffix(".new")
-        written.write_text("\n".join(lines) + "\n")
-        written.replace(self._restarts_file)
+        _write(self._restarts_file, "\n".join(lines) + "\n")
 
     def stop(self, seconds: float) -> None:
         """Accept no more, and end when all that was accepted is answered, or after so long."""
@@ -91,6 +106,10 @@ class Front:
     def _restarts_file(self) -> Path:
         return self._folder / "restarts"
 
+    @property
+    def _models_file(self) -> Path:
+        return self._folder / "models"
+
     def _spawn(self) -> None:
         self._process = subprocess.Popen(
             self._command, pass_fds=[self._listening.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -107,3 +126,10 @@ class Front:
                 if self._stopping.is_set():
                     return
                 self._spawn()
+
+
+def _write(file: Path, text: str) -> None:
+    """All at once, whoever reads it meanwhile."""
+    written = file.with_suffix(".new")
+    written.write_text(text)
+    written.replace(file)

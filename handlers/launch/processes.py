@@ -217,6 +217,8 @@ def _run(server: Server, edge: "Front | None", readiness: Readiness, sample: str
         try:
             readiness.ready = True
             print(f"\nReady on {server.url}. Try:\n\n{server.examples(sample)}\n")
+            if edge and edge.has_page:
+                print(f"Or open {edge.url} in a browser.\n")
             print("Ctrl-C stops the server.", flush=True)
             status = supervise(server, readiness)
             readiness.ready = False

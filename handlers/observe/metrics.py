@@ -141,8 +141,8 @@ class Metrics:
         self._num_finished = 0  # groups
         self._busy_seconds = self._finished_tokens = 0.0  # both fade, so that their ratio follows the load
 
-    def serve(self, host: str, port: int) -> Callable[[], None]:
-        """Answer `GET /metrics`; returns what stops it.
+    def serve(self, host: str, port: int, description: bytes = b"{}") -> Callable[[], None]:
+        """Answer `GET /metrics`, and `GET /info` with a description of the model in JSON; returns what stops it.
 
         While the port is taken it is tried again: a new version of a model starts before the old one ends, and
         nobody should go without masks for want of metrics.
@@ -162,6 +162,7 @@ class Metrics:
                     stopped.wait(_REBIND_SECONDS)
             else:
                 return
+            server.set_app(_describing(description, server.get_app()))
             stopped.wait()
             server.shutdown()
             server.server_close()
@@ -289,3 +290,15 @@ class Metrics:
     def _bound(self, kind: Any, name: str, help: str, buckets: Sequence[float] = ()) -> Any:
         """A metric without labels but the model's."""
         return self._make(kind, name, help, **({"buckets": buckets} if buckets else {})).labels(self._model)
+
+
+def _describing(description: bytes, metrics: Any) -> Any:
+    """A WSGI application that describes the model at /info, and is that of the metrics elsewhere."""
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/info":
+            return metrics(environ, start_response)
+        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(description)))])
+        return [description]
+
+    return answer

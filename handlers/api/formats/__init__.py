@@ -6,6 +6,7 @@ memory that is reserved for encoding follow from the table.
 
 from .base import Format
 from .json import JSON
+from .maps import MAPS
 from .npy import NPY
 from .png import PNG
 from .views import CONFIDENCE, OVERLAY, TOKENS
@@ -17,6 +18,7 @@ FORMATS: dict[str, Format] = {
     "overlay": OVERLAY,
     "tokens": TOKENS,
     "confidence": CONFIDENCE,
+    "maps": MAPS,
 }
 MASKS = tuple(name for name, form in FORMATS.items() if not form.is_view)
 VIEWS = tuple(name for name, form in FORMATS.items() if form.is_view)

@@ -1,6 +1,7 @@
 """Masks as JSON: every class with its area and COCO's run-length encoding."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,10 @@ def describe_classes(labels: np.ndarray, classes: Classes) -> list[dict[str, Any
     ]
 
 
-def _encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
+def describe_picture(picture: "Picture", classes: Classes) -> dict[str, Any]:
+    """What is told of a labelled picture."""
     height, width = picture.labels.shape
-    fields = {
+    return {
         "request_id": picture.options.request_id,
         "height": height,
         "width": width,
@@ -73,7 +75,15 @@ def _encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
         "tokens_per_window": [window.lengths for window in picture.windows],
         "timings_ms": {step: round(1000 * duration, 3) for step, duration in picture.seconds.items()},
     }
+
+
+def to_bytes(fields: Mapping[str, Any]) -> bytes:
+    """One line of JSON."""
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def _encode(picture: "Picture", classes: Classes, patch_size: int) -> bytes:
+    return to_bytes(describe_picture(picture, classes))
 
 
 JSON = Format(media_types=("application/json",), output="RESULT_JSON", encode=_encode)

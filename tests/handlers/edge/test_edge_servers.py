@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import signal
 import socket
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from asking_triton import infer_raw
+from asking_triton import infer_raw, raw_outputs
 from fronting import Front, fronted
 from launched import Launched, launched
 
@@ -72,6 +73,29 @@ def test_pictures_are_answered_alike_in_every_form(
             f"{edge.url}/v1/models/tiny:predict", json={"instances": [{"b64": encoded}]}
         ).json()["predictions"]
         assert (prediction["height"], prediction["width"]) == (96, 128)
+
+
+def test_maps_are_the_same_bytes_from_both_servers(edges: dict[str, Front], triton: Triton, picture: bytes) -> None:
+    headers = {"X-MPM-View": "maps", "X-Request-Id": "a"}
+    for schedule, num_merges in ((None, 2), ("off", 0)):
+        asked = headers | ({"X-MPM-Schedule": schedule} if schedule else {})
+        answers = [
+            requests.post(f"{edge.url}/predictions/tiny", data=picture, headers=asked) for edge in edges.values()
+        ]
+        first, second = (re.sub(rb'"timings_ms":{.*?},?', b"", answer.content) for answer in answers)
+        assert first == second
+        told = answers[0].json()
+        assert told["height"] == 96
+        assert [len(window["maps"]) for window in told["merging"]["windows"]] == [num_merges] * len(
+            told["tokens_per_window"]
+        )
+    outputs = raw_outputs(infer_raw(triton.url, "tiny", picture, X_MPM_View="maps", X_Request_Id="a"))
+    assert outputs["RESULT_JSON"].startswith(b'{"request_id":"a","height":96')
+    assert b'"merging":{"frame":' in outputs["RESULT_JSON"]
+    refused = requests.post(
+        f"{edges['triton'].url}/predictions/tiny", data=picture, headers=headers | {"Accept": "image/png"}
+    )
+    assert (refused.status_code, "expected one of application/json" in refused.text) == (406, True)
 
 
 @pytest.mark.parametrize("server_name", ["torchserve", "triton"])

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import logging
@@ -33,6 +34,7 @@ from mpm_ops.merging import make_merger
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.graphs import GraphRuntime
 from mpm_ops.stages import WindowBatch
+from mpm_ops.windows import cut_windows, plan_windows
 
 CONFIG = ServingConfig(
     schedule=(1, 2),
@@ -177,6 +179,32 @@ def test_reply_tells_tokens_and_times(start: Callable[..., Engine]) -> None:
     assert reply.tokens[0] > reply.tokens[1] > reply.tokens[2]
     assert set(reply.seconds) == {"decode", "queue", "compute", "merge", "labels", "encode"}
     assert min(reply.seconds.values()) >= 0
+
+
+@pytest.mark.parametrize("schedule", [(1, 2), ()])
+def test_maps_are_those_of_the_library(
+    tiny_model: Callable[..., Segmenter], start: Callable[..., Engine], schedule: tuple[int, ...]
+) -> None:
+    """Alone or among mates, after each merge."""
+    engine = start()
+    options = RequestOptions(request_id="test", format="maps", schedule=schedule)
+    network = tiny_model(schedule=schedule, **TINY)
+    answers = [engine.submit(encode(picture(seed, 50, 200)), options) for seed in range(4)]
+    for seed, answer in enumerate(answers):
+        told = json.loads(answer.result(250).body)
+        plan = plan_windows(50, 200, network.inference)
+        assert told["merging"]["frame"] == list(plan.frame_size)
+        assert [window["left"] for window in told["merging"]["windows"]] == list(plan.lefts)
+        given: Any = cut_windows(picture(seed, 50, 200), plan, network.inference)
+        after: list[list[list[int]]] = [[] for _ in plan.lefts]
+        for stage in network.stages[:-1]:
+            with torch.inference_mode():
+                given = network.launch(stage, given)()  # type: ignore[operator]
+            for window, merge_map in zip(after, given.merge_maps, strict=True):
+                window.append(merge_map.tolist())
+        for window, maps, lengths in zip(told["merging"]["windows"], after, told["tokens_per_window"], strict=True):
+            assert [np.frombuffer(base64.b64decode(text), "<u2").tolist() for text in window["maps"]] == maps
+            assert [len(set(merge_map)) for merge_map in maps] == lengths[1:]
 
 
 def test_a_bad_picture_fails_alone(model: Segmenter, start: Callable[..., Engine]) -> None:

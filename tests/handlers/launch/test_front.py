@@ -94,6 +94,8 @@ def test_both_are_started_again_and_end_in_order(running: Launched) -> None:
     edge.wait(10)
     assert requests.post(f"{running.url}/0", data=b"a").content == b"a"  # waited for the next edge
     host = running.told.partition("Ready on ")[2].partition(". Try")[0]
+    assert f"Or open {host} in a browser." in running.told
+    assert requests.get(host).headers["Content-Type"].startswith("text/html")
     counted = requests.get(f"{host}/metrics").text
     for process in ("server", "edge"):
         assert f'mpm_restarts_total{{process="{process}"}} 1' in counted
