@@ -271,7 +271,9 @@ def asking_server(url: str, forms: Sequence[str], options: Mapping[str, Any]) ->
 
 
 @contextmanager
-def asking_engine(checkpoint: Path, forms: Sequence[str], fields: Mapping[str, Any]) -> Iterator[tuple[Ask, int]]:
+def asking_engine(
+    checkpoint: Path, forms: Sequence[str], fields: Mapping[str, Any], fit: str | None
+) -> Iterator[tuple[Ask, int]]:
     """What asks the servers' own engine in this process, and how many pictures keep it busy.
 
     Raises:
@@ -286,7 +288,7 @@ def asking_engine(checkpoint: Path, forms: Sequence[str], fields: Mapping[str, A
     if isinstance(fields.get("schedule"), str):
         fields = {**fields, "schedule": parse_schedule(fields["schedule"])}
     config = ServingConfig.from_mapping({"codec_threads": max(2, (os.cpu_count() or 2) // 2), **fields, **ALONE})
-    options = RequestOptions(request_id="mpm", format=forms[0], also=tuple(forms[1:]))
+    options = RequestOptions(request_id="mpm", format=forms[0], also=tuple(forms[1:]), fit=fit)
 
     def ask(picture: bytes) -> Mapping[str, bytes]:
         while True:

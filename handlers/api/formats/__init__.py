@@ -7,7 +7,7 @@ memory that is reserved for encoding follow from the table.
 from .base import Format
 from .json import JSON
 from .npy import NPY
-from .png import PNG
+from .png import GREY, PNG
 from .views import CONFIDENCE, OVERLAY, TOKENS
 
 FORMATS: dict[str, Format] = {
@@ -17,6 +17,7 @@ FORMATS: dict[str, Format] = {
     "overlay": OVERLAY,
     "tokens": TOKENS,
     "confidence": CONFIDENCE,
+    "grey": GREY,
 }
 MASKS = tuple(name for name, form in FORMATS.items() if not form.is_view)
 VIEWS = tuple(name for name, form in FORMATS.items() if form.is_view)

@@ -252,7 +252,7 @@ class TestEveryPathAnswersOnce:
     @pytest.mark.parametrize(
         ("parameters", "told"),
         [
-            ({"view": "overlay"}, "parameters: expected some of x-mpm-merger, x-mpm-outputs, x-mpm-priority"),
+            ({"view": "overlay"}, "parameters: expected some of x-mpm-fit, x-mpm-merger, x-mpm-outputs"),
             ({"x-mpm-view": "funny"}, "X-MPM-View: expected one of overlay, tokens, confidence, got 'funny'"),
             ({"x-mpm-view": 3}, "x-mpm-view: expected text, got 3"),
             ({"X-MPM-Schedule": "a"}, "X-MPM-Schedule: "),
