@@ -150,7 +150,7 @@ class Edge:
         options = _options(request)
         pictures, content_type = await self._pictures(request, body)
         if path.re is _KSERVE:
-            asked = {**options, "Accept": JSON_TYPE, "X-MPM-View": ""}
+            asked = {**options, "Accept": JSON_TYPE}
             replies = await self._ask_all(request, path[1], None, pictures, [asked], added)
             return web.Response(
                 body=b'{"predictions":[' + b",".join(reply.strip() for reply in replies[0]) + b"]}\n",
@@ -176,11 +176,12 @@ class Edge:
         data = await body.read(self._limits.body_bytes * 4 // 3 + _FORM_BYTES)
         inference = oip.read_inference(data, request.headers, self._limits)
         options = {**_options(request), **inference.options}
-        is_view = bool(_merged(request, options).get("X-MPM-View"))
-        if is_view and "MASK_PNG" not in inference.outputs:
-            raise ServingError(ErrorKind.BAD_REQUEST, "X-MPM-View: expected MASK_PNG among the outputs")
+        view = _merged(request, options).get("X-MPM-View", "")
+        shown = "RESULT_JSON" if view == "maps" else "MASK_PNG"
+        if view and shown not in inference.outputs:
+            raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-View: expected {shown} among the outputs")
         asked = [
-            {**options, "Accept": oip.ACCEPTED[name], **({} if name == "MASK_PNG" else {"X-MPM-View": ""})}
+            {**options, "Accept": oip.ACCEPTED[name], "X-MPM-View": view if name == shown else ""}
             for name in inference.outputs
         ]
         replies = await self._ask_all(request, path[1], path[2], inference.pictures, asked, added)
