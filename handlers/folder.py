@@ -57,21 +57,6 @@ class Job:
         return f"{self.stem}.{form}" if form in MEDIA_TYPES else f"{self.stem}.{form}.png"
 
 
-@dataclass(slots=True)
-class Tally:
-    """What became of the pictures.
-
-    Attributes:
-        written: pictures answered.
-        skipped: those whose answers were there.
-        failed: what is wrong with the others, by file.
-    """
-
-    written: int
-    skipped: int
-    failed: dict[str, str]
-
-
 def find_jobs(sources: Sequence[str], out: Path, shard: Shard) -> list[Job]:
     """A shard's pictures of files, folders and patterns, with the folders below kept in `out`.
 
@@ -143,33 +128,31 @@ def _is_same(folder: str, out: Path) -> bool:
     return os.path.realpath(folder) == os.path.realpath(out)
 
 
-def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once: int, resume: bool) -> Tally:
+def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once: int) -> dict[str, str]:
     """Write the answers of pictures, with a bar of progress.
 
     Args:
         ask: gives the answer of a picture in each form.
         forms: of the answers.
         at_once: pictures read, asked for or written at a time; no more are in memory.
-        resume: leave out pictures whose answers are there.
+
+    Returns:
+        What is wrong with the pictures that failed, by file.
 
     Raises:
         OSError: an answer can't be written, or the server is gone.
     """
-    tally = Tally(0, 0, {})
+    failed: dict[str, str] = {}
 
-    def work(job: Job) -> bool:
-        targets = {form: job.target(form) for form in forms}
-        if resume and all(map(_is_written, targets.values())):
-            return False
+    def work(job: Job) -> None:
         try:
             with open(job.picture, "rb") as file:
                 picture = file.read()
         except OSError as error:
             raise BadPictureError(error.strerror) from None
         answers = ask(picture)
-        for form, target in targets.items():
-            write_whole(target, answers[form])
-        return True
+        for form in forms:
+            write_whole(job.target(form), answers[form])
 
     lines = not sys.stderr.isatty()
     with tqdm(
@@ -183,21 +166,18 @@ def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once
     ) as bar:
         for job, done in _bounded(work, jobs, at_once):
             try:
-                if done.result():
-                    tally.written += 1
-                else:
-                    tally.skipped += 1
+                done.result()
             except BadPictureError as error:
-                tally.failed[job.picture] = str(error)
-                bar.set_postfix(bad=len(tally.failed), refresh=False)
+                failed[job.picture] = str(error)
+                bar.set_postfix(bad=len(failed), refresh=False)
             bar.update()
-    return tally
+    return failed
 
 
-def _bounded(work: Callable[[Job], bool], jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, "Future[bool]"]]:
+def _bounded(work: Callable[[Job], None], jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, "Future[None]"]]:
     """Jobs as they are done in threads; no more than twice as many as there are threads wait or are under way."""
     pool = ThreadPoolExecutor(at_once)
-    under_way: dict[Future[bool], Job] = {}
+    under_way: dict[Future[None], Job] = {}
     try:
         for job in jobs:
             under_way[pool.submit(work, job)] = job
@@ -323,13 +303,18 @@ def segment_pictures(
         OSError: see `segment_jobs`.
     """
     jobs = find_jobs(sources, out, shard)
-    start = time.monotonic()
-    with asking as (ask, at_once):
-        tally = segment_jobs(jobs, ask, forms, at_once=at_once, resume=resume)
-    told = [f"{tally.written} of {len(jobs)} pictures written to {out} in {time.monotonic() - start:.1f} s"]
-    told += [f"{tally.skipped} were there"] if tally.skipped else []
-    told += [f"{len(tally.failed)} failed:"] if tally.failed else []
-    print(", ".join(told), file=sys.stderr)
-    for picture, error in sorted(tally.failed.items()):
+    left = [job for job in jobs if not (resume and all(_is_written(job.target(form)) for form in forms))]
+    told = [f"{len(jobs) - len(left)} were there"] if len(left) < len(jobs) else []
+    failed: dict[str, str] = {}
+    seconds = 0.0
+    if left:
+        with asking as (ask, at_once):
+            start = time.monotonic()
+            failed = segment_jobs(left, ask, forms, at_once=at_once)
+            seconds = time.monotonic() - start
+    told += [f"{len(failed)} failed:"] if failed else []
+    wrote = f"{len(left) - len(failed)} of {len(jobs)} pictures written to {out} in {seconds:.1f} s"
+    print(", ".join([wrote, *told]), file=sys.stderr)
+    for picture, error in sorted(failed.items()):
         print(f"{picture}: {error}", file=sys.stderr)
-    return 1 if tally.failed else 0
+    return 1 if failed else 0
