@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from handlers.client import AnswerError, Client, NoAnswerError
+from handlers.client import AnswerError, Client, NoAnswerError, fetch
 
 MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npy": "application/x-npy"}  # of masks; else views
 
@@ -25,6 +25,7 @@ ALONE: dict[str, Any] = {"deadline_seconds": 86_400.0, "agreement_fraction": 0, 
 _ROOM_SECONDS = 0.02  # until it is asked again whether it has room
 _ASKED_SECONDS = 900.0  # for a picture, from a server that may be started again meanwhile
 _TRIES = 60
+_NOT_OF_A_PICTURE = (401, 403, 404, 405)
 _ASKED = 16  # pictures on their way to a server
 _LINE_SECONDS = 30.0  # between two lines of progress, where there is no terminal
 
@@ -242,12 +243,21 @@ def asking_server(url: str, forms: Sequence[str], options: Mapping[str, Any]) ->
         except NoAnswerError:
             raise  # for good: no other picture would be answered
         except AnswerError as error:
+            if error.status in _NOT_OF_A_PICTURE:
+                raise OSError(f"{url}: {error}") from None
             raise BadPictureError(str(error)) from None
 
     with Client(url, timeout_seconds=_ASKED_SECONDS, retries=_TRIES) as client:
-        if not client.is_ready():
-            raise NoAnswerError(f"{url}: no server is ready there; start one with mpm serve")
+        if not client.is_ready() and not _answers(url):  # a gateway may pass the model's own path alone
+            raise NoAnswerError(f"{url}: no server is there; start one with mpm serve")
         yield ask, _ASKED
+
+
+def _answers(url: str) -> bool:
+    try:
+        return fetch(url).status > 0
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

@@ -170,3 +170,6 @@ def test_a_server_that_is_busy_or_leaves(
     assert "3 of 4 pictures written" in told
     assert f"{tmp_path / 'p' / 'bad.png'}: not a picture" in told
     assert len(list((tmp_path / "out").iterdir())) == 3
+    fake.status = 404
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith(f"{fake.url}/predictions/fake: no room\n")
