@@ -175,19 +175,21 @@ class Edge:
         """Speak the Open Inference Protocol where the server behind does not, or not with pictures in JSON."""
         data = await body.read(self._limits.body_bytes * 4 // 3 + _FORM_BYTES)
         inference = oip.read_inference(data, request.headers, self._limits)
-        options = {**_options(request), **inference.options}
+        options = CIMultiDict(_options(request))
+        options.update(inference.options)
         view = _merged(request, options).get("X-MPM-View", "")
         shown = "RESULT_JSON" if view == "maps" else "MASK_PNG"
         if view and shown not in inference.outputs:
             raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-View: expected {shown} among the outputs")
-        asked = [
-            {**options, "Accept": oip.ACCEPTED[name], "X-MPM-View": view if name == shown else ""}
-            for name in inference.outputs
-        ]
+        asked = []
+        for name in inference.outputs:
+            headers = options.copy()
+            headers.update({"Accept": oip.ACCEPTED[name], "X-MPM-View": view if name == shown else ""})
+            asked.append(headers)
         replies = await self._ask_all(request, path[1], path[2], inference.pictures, asked, added)
         answers = dict(zip(inference.outputs, replies, strict=True))
-        reply, headers = await asyncio.to_thread(oip.write_reply, inference, path[1], path[2], answers)
-        return web.Response(body=reply, headers=headers)
+        reply, described = await asyncio.to_thread(oip.write_reply, inference, path[1], path[2], answers)
+        return web.Response(body=reply, headers=described)
 
     async def _describe(
         self, request: web.BaseRequest, path: re.Match[str] | None, added: Mapping[str, str]

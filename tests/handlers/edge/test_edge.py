@@ -239,6 +239,25 @@ def test_a_small_body_reserves_little(upstream: Upstream) -> None:
         assert {each.result().status_code for each in waiting} == {200}
 
 
+def test_each_picture_and_output_of_open_inference_is_asked_for(edge: Front, upstream: Upstream) -> None:
+    upstream.answer = b'{"height": 3}'
+    image = {"name": "IMAGE", "datatype": "BYTES", "shape": [2, 1], "data": 2 * [base64.b64encode(PICTURE).decode()]}
+    document = {"inputs": [image], "parameters": {"x-mpm-view": "tokens"}}
+    reply = requests.post(f"{edge.url}/v2/models/m/versions/2/infer?schedule=off", json=document).json()
+    upstream.answer = b""
+    assert [output["name"] for output in reply["outputs"]] == ["MASK_PNG", "RESULT_JSON"]
+    assert reply["outputs"][1]["data"] == 2 * ['{"height": 3}']
+    assert [seen[:2] for seen in upstream.seen] == 4 * [("POST", "/predictions/m/2")]
+    asked = sorted((seen[2]["accept"], seen[2].get("x-mpm-view"), seen[2]["x-mpm-schedule"]) for seen in upstream.seen)
+    assert asked == 2 * [("application/json", None, "off")] + 2 * [("image/png", "tokens", "off")]
+    assert {seen[3] for seen in upstream.seen} == {PICTURE}
+    upstream.seen.clear()
+    for shape in ([], [1, 2], [[1]], ["1"], [True, 1], {"a": 1}, [1, 10**400], [-1], [1.0], None, [17]):
+        answer = requests.post(f"{edge.url}/v2/models/m/infer", json={"inputs": [image | {"shape": shape}]})
+        assert_refused(answer, 400, "IMAGE: expected")
+    assert not upstream.seen
+
+
 def test_options_may_stand_in_the_url(edge: Front, triton_edge: Front, upstream: Upstream) -> None:
     upstream.answer = b"\x05\x00\x00\x00mask"  # as Triton's outputs are
     query = "?view=overlay&schedule=2%2C5&priority=bulk&accept=image%2Fjpeg"
