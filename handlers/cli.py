@@ -32,7 +32,7 @@ _STORES = {"torchserve": Path("build/model_store"), "triton": Path("build/model_
 _PORTS = {"torchserve": 8080, "triton": 8000}
 _SAMPLE = Path("build/samples/street.jpg")
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
-_FORMATS = ("png", "json", "npy", "overlay", "tokens", "confidence")
+_FORMATS = ("png", "json", "npy", "grey", "overlay", "tokens", "confidence")
 
 
 class _Commands(click.Group):
@@ -277,6 +277,7 @@ class _Share(click.ParamType):
 @click.option("--schedule", help="Blocks before which tokens merge (2,5), or off.")
 @click.option("--align", type=int, help="Token counts after a merge are multiples of this (1).")
 @click.option("--merger", help="Another way to merge, such as tome:r=46, instead of a schedule.")
+@click.option("--fit", type=click.Choice(["shorter", "longer"]), help="Side of a long picture that decides (shorter).")
 @click.option("--runtime", type=click.Choice(["auto", *RUNTIMES]), help="What computes (auto).")
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), help="Of the network (auto).")
 @click.option("--device", help="auto, cpu, cuda or one such as cuda:1 (auto).")
@@ -290,6 +291,7 @@ def segment(
     resume: bool,
     schedule: str | None,
     merger: str | None,
+    fit: str | None,
     checkpoint: Path | None,
     **own: Any,
 ) -> int:
@@ -305,12 +307,14 @@ def segment(
     if url and given:
         raise click.UsageError(f"--{given[0]}: expected without --url, where the server has a model")
     if url:
-        asking = asking_server(url, forms, {"schedule": schedule, "merger": merger, "priority": "bulk"})
+        asking = asking_server(url, forms, {"schedule": schedule, "merger": merger, "fit": fit, "priority": "bulk"})
     else:
         config = own.pop("config")
         fields = {"schedule": schedule, "merger": merger, **own}
         fields = {name: value for name, value in fields.items() if value is not None}
-        asking = asking_engine(checkpoint or DEMO, forms, (read_serving_config(config) if config else {}) | fields)
+        asking = asking_engine(
+            checkpoint or DEMO, forms, (read_serving_config(config) if config else {}) | fields, fit
+        )
     return segment_pictures(pictures, out, asking, forms, shard=Shard(*shard), resume=resume)
 
 

@@ -8,6 +8,7 @@ class ErrorKind(Enum):
     """Kinds of failure, each with its HTTP status and its code in Triton, which knows fewer."""
 
     BAD_REQUEST = 400
+    NOT_FOUND = 404
     METHOD = 405
     NOT_ACCEPTABLE = 406
     SLOW = 408
@@ -17,6 +18,16 @@ class ErrorKind(Enum):
     INTERNAL = 500
     OVERLOADED = 503
     DEADLINE = 504
+
+    @classmethod
+    def of_status(cls, status: int) -> "ErrorKind":
+        """The kind that a status of HTTP stands for, or the nearest."""
+        try:
+            return cls(status)
+        except ValueError:
+            if status == 507:  # TorchServe: bodies on their way in are too many
+                return cls.OVERLOADED
+            return cls.BAD_REQUEST if 400 <= status < 500 else cls.INTERNAL
 
     @property
     def http_status(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from handlers.client import AnswerError, Client, NoAnswerError
+from handlers.client import AnswerError, Client, NoAnswerError, fetch
 
 MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npy": "application/x-npy"}  # of masks; else views
 
@@ -25,6 +25,7 @@ ALONE: dict[str, Any] = {"deadline_seconds": 86_400.0, "agreement_fraction": 0, 
 _ROOM_SECONDS = 0.02  # until it is asked again whether it has room
 _ASKED_SECONDS = 900.0  # for a picture, from a server that may be started again meanwhile
 _TRIES = 60
+_NOT_OF_A_PICTURE = (401, 403, 404, 405)
 _ASKED = 16  # pictures on their way to a server
 _LINE_SECONDS = 30.0  # between two lines of progress, where there is no terminal
 
@@ -55,21 +56,6 @@ class Job:
 
     def target(self, form: str) -> str:
         return f"{self.stem}.{form}" if form in MEDIA_TYPES else f"{self.stem}.{form}.png"
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of the pictures.
-
-    Attributes:
-        written: pictures answered.
-        skipped: those whose answers were there.
-        failed: what is wrong with the others, by file.
-    """
-
-    written: int
-    skipped: int
-    failed: dict[str, str]
 
 
 def find_jobs(sources: Sequence[str], out: Path, shard: Shard) -> list[Job]:
@@ -143,33 +129,31 @@ def _is_same(folder: str, out: Path) -> bool:
     return os.path.realpath(folder) == os.path.realpath(out)
 
 
-def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once: int, resume: bool) -> Tally:
+def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once: int) -> dict[str, str]:
     """Write the answers of pictures, with a bar of progress.
 
     Args:
         ask: gives the answer of a picture in each form.
         forms: of the answers.
         at_once: pictures read, asked for or written at a time; no more are in memory.
-        resume: leave out pictures whose answers are there.
+
+    Returns:
+        What is wrong with the pictures that failed, by file.
 
     Raises:
         OSError: an answer can't be written, or the server is gone.
     """
-    tally = Tally(0, 0, {})
+    failed: dict[str, str] = {}
 
-    def work(job: Job) -> bool:
-        targets = {form: job.target(form) for form in forms}
-        if resume and all(map(_is_written, targets.values())):
-            return False
+    def work(job: Job) -> None:
         try:
             with open(job.picture, "rb") as file:
                 picture = file.read()
         except OSError as error:
             raise BadPictureError(error.strerror) from None
         answers = ask(picture)
-        for form, target in targets.items():
-            write_whole(target, answers[form])
-        return True
+        for form in forms:
+            write_whole(job.target(form), answers[form])
 
     lines = not sys.stderr.isatty()
     with tqdm(
@@ -183,21 +167,18 @@ def segment_jobs(jobs: Sequence[Job], ask: Ask, forms: Sequence[str], *, at_once
     ) as bar:
         for job, done in _bounded(work, jobs, at_once):
             try:
-                if done.result():
-                    tally.written += 1
-                else:
-                    tally.skipped += 1
+                done.result()
             except BadPictureError as error:
-                tally.failed[job.picture] = str(error)
-                bar.set_postfix(bad=len(tally.failed), refresh=False)
+                failed[job.picture] = str(error)
+                bar.set_postfix(bad=len(failed), refresh=False)
             bar.update()
-    return tally
+    return failed
 
 
-def _bounded(work: Callable[[Job], bool], jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, "Future[bool]"]]:
+def _bounded(work: Callable[[Job], None], jobs: Iterable[Job], at_once: int) -> Iterator[tuple[Job, "Future[None]"]]:
     """Jobs as they are done in threads; no more than twice as many as there are threads wait or are under way."""
     pool = ThreadPoolExecutor(at_once)
-    under_way: dict[Future[bool], Job] = {}
+    under_way: dict[Future[None], Job] = {}
     try:
         for job in jobs:
             under_way[pool.submit(work, job)] = job
@@ -262,16 +243,27 @@ def asking_server(url: str, forms: Sequence[str], options: Mapping[str, Any]) ->
         except NoAnswerError:
             raise  # for good: no other picture would be answered
         except AnswerError as error:
+            if error.status in _NOT_OF_A_PICTURE:
+                raise OSError(f"{url}: {error}") from None
             raise BadPictureError(str(error)) from None
 
     with Client(url, timeout_seconds=_ASKED_SECONDS, retries=_TRIES) as client:
-        if not client.is_ready():
-            raise NoAnswerError(f"{url}: no server is ready there; start one with mpm serve")
+        if not client.is_ready() and not _answers(url):  # a gateway may pass the model's own path alone
+            raise NoAnswerError(f"{url}: no server is there; start one with mpm serve")
         yield ask, _ASKED
 
 
+def _answers(url: str) -> bool:
+    try:
+        return fetch(url).status > 0
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
-def asking_engine(checkpoint: Path, forms: Sequence[str], fields: Mapping[str, Any]) -> Iterator[tuple[Ask, int]]:
+def asking_engine(
+    checkpoint: Path, forms: Sequence[str], fields: Mapping[str, Any], fit: str | None
+) -> Iterator[tuple[Ask, int]]:
     """What asks the servers' own engine in this process, and how many pictures keep it busy.
 
     Raises:
@@ -286,7 +278,7 @@ def asking_engine(checkpoint: Path, forms: Sequence[str], fields: Mapping[str, A
     if isinstance(fields.get("schedule"), str):
         fields = {**fields, "schedule": parse_schedule(fields["schedule"])}
     config = ServingConfig.from_mapping({"codec_threads": max(2, (os.cpu_count() or 2) // 2), **fields, **ALONE})
-    options = RequestOptions(request_id="mpm", format=forms[0], also=tuple(forms[1:]))
+    options = RequestOptions(request_id="mpm", format=forms[0], also=tuple(forms[1:]), fit=fit)
 
     def ask(picture: bytes) -> Mapping[str, bytes]:
         while True:
@@ -321,13 +313,18 @@ def segment_pictures(
         OSError: see `segment_jobs`.
     """
     jobs = find_jobs(sources, out, shard)
-    start = time.monotonic()
-    with asking as (ask, at_once):
-        tally = segment_jobs(jobs, ask, forms, at_once=at_once, resume=resume)
-    told = [f"{tally.written} of {len(jobs)} pictures written to {out} in {time.monotonic() - start:.1f} s"]
-    told += [f"{tally.skipped} were there"] if tally.skipped else []
-    told += [f"{len(tally.failed)} failed:"] if tally.failed else []
-    print(", ".join(told), file=sys.stderr)
-    for picture, error in sorted(tally.failed.items()):
+    left = [job for job in jobs if not (resume and all(_is_written(job.target(form)) for form in forms))]
+    told = [f"{len(jobs) - len(left)} were there"] if len(left) < len(jobs) else []
+    failed: dict[str, str] = {}
+    seconds = 0.0
+    if left:
+        with asking as (ask, at_once):
+            start = time.monotonic()
+            failed = segment_jobs(left, ask, forms, at_once=at_once)
+            seconds = time.monotonic() - start
+    told += [f"{len(failed)} failed:"] if failed else []
+    wrote = f"{len(left) - len(failed)} of {len(jobs)} pictures written to {out} in {seconds:.1f} s"
+    print(", ".join([wrote, *told]), file=sys.stderr)
+    for picture, error in sorted(failed.items()):
         print(f"{picture}: {error}", file=sys.stderr)
-    return 1 if tally.failed else 0
+    return 1 if failed else 0

@@ -76,6 +76,8 @@ def _resize_taps(source: int, target: int) -> Taps:
 def _frame_taps(origins: tuple[int, ...], grid: int, patch_size: int, window: int, frame: int) -> Taps:
     """Each window upsampled to its pixels, the mean taken where windows overlap."""
     index, weights = _resize_taps(grid, grid * patch_size)
+    if frame < window:
+        index = np.minimum(index, (frame - 1) // patch_size)  # what lies in the padding mixes into no pixel
     start = np.array(origins)
     position = np.arange(frame)
     past = np.searchsorted(start, position, side="right")  # one past the last window that covers each pixel

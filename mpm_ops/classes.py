@@ -27,8 +27,8 @@ def load_classes(folder: Path, n_cls: int) -> Classes:
     """Names and colours of the classes of a checkpoint's folder.
 
     They are those of `classes.csv` (index,name,red,green,blue), where there is one; else those of the official dataset
-    that variant.yml says the network was trained on (ade20k, cityscapes, pascal_context), if it has as many; else the
-    classes are numbered and coloured.
+    that variant.yml says the network was trained on (ade20k, cityscapes, pascal_context), if it has as many, where a
+    class that has the colour of one before it gets another; else the classes are numbered and coloured.
 
     Raises:
         ValueError: the file does not describe exactly classes 0..n_cls-1.
@@ -39,7 +39,8 @@ def load_classes(folder: Path, n_cls: int) -> Classes:
     variant = folder / "variant.yml"
     dataset = trained_on(read_variant(variant)) if variant.is_file() else ""
     if dataset in _OFFICIAL and n_cls == _OFFICIAL[dataset]:
-        return _read_classes(_DATASETS / f"{dataset}.csv", n_cls)
+        official = _read_classes(_DATASETS / f"{dataset}.csv", n_cls)
+        return Classes(official.names, _told_apart(official.colors))
     return Classes(tuple(f"class {i}" for i in range(n_cls)), default_colors(n_cls))
 
 
@@ -58,6 +59,16 @@ def _read_classes(path: Path, n_cls: int) -> Classes:
     if colors.min() < 0 or colors.max() > 255:
         raise ValueError(f"{path}: expected colours within 0..255")
     return Classes(tuple(name for _, name, _ in entries), colors.astype(np.uint8))
+
+
+def _told_apart(colors: np.ndarray) -> np.ndarray:
+    """Where classes share a colour, all but the first get that of a coarse grid which is farthest from all others."""
+    grid = np.stack(np.meshgrid(*3 * [np.arange(0, 256, 51)], indexing="ij"), axis=-1).reshape(-1, 3)
+    apart = colors.astype(np.int64)
+    for i in range(1, len(apart)):
+        if (apart[:i] == apart[i]).all(axis=1).any():
+            apart[i] = grid[np.abs(grid[:, None] - apart).sum(axis=2).min(axis=1).argmax()]
+    return apart.astype(np.uint8)
 
 
 def default_colors(n_cls: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a picture to the network's square windows: Segmenter's official resize rule and sliding window."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FITS = ("shorter", "longer")
 
 # On the 0..255 scale, as upstream rounds them.
 NORMALIZATIONS = {
@@ -32,6 +35,9 @@ class InferenceConfig:
         window_stride: pixels between neighbouring windows.
         normalization: a key of NORMALIZATIONS.
         max_windows_per_request: pictures that need more are refused.
+        fit: which side of a picture longer than max_ratio decides. "shorter", the official rule: it is brought up to
+            the window, and there are as many windows as it takes. "longer": it has max_ratio * im_size pixels, and the
+            other is padded to the window; the picture is seen smaller, and its windows are bounded.
     """
 
     im_size: int
@@ -40,6 +46,7 @@ class InferenceConfig:
     window_stride: int
     normalization: str
     max_windows_per_request: int = 64
+    fit: str = "shorter"
 
     def __post_init__(self) -> None:
         for name in ("im_size", "max_ratio", "window_size", "window_stride", "max_windows_per_request"):
@@ -50,6 +57,8 @@ class InferenceConfig:
             raise ValueError(
                 f"window_stride: expected at most window_size = {self.window_size}, got {self.window_stride}"
             )
+        if self.fit not in FITS:
+            raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {self.fit!r}")
         if str(self.normalization) not in NORMALIZATIONS:
             raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
 
@@ -61,7 +70,8 @@ class WindowPlan:
     Attributes:
         original_size: the picture as it came.
         fitted_size: after the keep-ratio resize of its 8-bit pixels.
-        frame_size: after the short side is brought up to the window; windows lie in this frame.
+        frame_size: after the short side is brought up to the window; windows lie in this frame, or, where the longer
+            side decides, may reach beyond it.
         window_size: side of a window.
         tops, lefts: window origins; windows are their product, row by row.
     """
@@ -93,15 +103,20 @@ def plan_windows(height: int, width: int, inference: InferenceConfig) -> WindowP
     scale = min(inference.im_size * inference.max_ratio / max(height, width), inference.im_size / min(height, width))
     fitted = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
     frame = fitted
-    if min(fitted) < window:
+    if min(fitted) < window and inference.fit == "shorter":
         ratio = max(fitted) / min(fitted)
         frame = (window, int(ratio * window)) if fitted[0] < fitted[1] else (int(ratio * window), window)
     tops, lefts = (_origins(side, window, inference.window_stride) for side in frame)
     if len(tops) * len(lefts) > inference.max_windows_per_request:
-        raise TooManyWindowsError(
+        told = (
             f"a {width}x{height} picture needs {len(tops) * len(lefts)} windows of {window}x{window}; "
             f"at most {inference.max_windows_per_request} are allowed"
         )
+        if inference.fit == "shorter":
+            with suppress(TooManyWindowsError):
+                fewer = plan_windows(height, width, replace(inference, fit="longer")).num_windows
+                told += f"; where the longer side decides (fit: longer) it needs {fewer}"
+        raise TooManyWindowsError(told)
     return WindowPlan((height, width), fitted, frame, window, tuple(tops), tuple(lefts))
 
 
@@ -129,6 +144,10 @@ def cut_windows(image: np.ndarray, plan: WindowPlan, inference: InferenceConfig,
         pictures much longer than `max_ratio` have, are float32 in any case.
     """
     fitted, size = fit_picture(image, plan), plan.window_size
+    if min(plan.frame_size) < size:
+        grey = [round(mean) for mean in NORMALIZATIONS[inference.normalization][0]]
+        missing = [max(size - side, 0) for side in plan.frame_size]
+        fitted = cv2.copyMakeBorder(fitted, 0, missing[0], 0, missing[1], cv2.BORDER_CONSTANT, value=grey)
     origins = list(product(plan.tops, plan.lefts))
     if plan.frame_size == plan.fitted_size and as_bytes:
         pixels = np.empty((plan.num_windows, size, size, 3), np.uint8)
@@ -186,5 +205,5 @@ def _normalized_values(normalization: str) -> np.ndarray:
 
 
 def _origins(side: int, window: int, stride: int) -> list[int]:
-    last = side - window
+    last = max(side - window, 0)
     return [*range(0, last, stride), last]

@@ -7,6 +7,7 @@ from handlers.errors import ErrorKind, ServingError
 CONTEXT_HEADERS = ("traceparent", "tracestate")
 # All that Triton passes on of a request's headers, and takes as its parameters.
 OPTION_HEADERS = (
+    "x-mpm-fit",
     "x-mpm-merger",
     "x-mpm-outputs",
     "x-mpm-priority",
@@ -15,6 +16,7 @@ OPTION_HEADERS = (
     "x-request-id",
     *CONTEXT_HEADERS,
 )
+GREY_TYPE = "image/png;form=grey"  # the view `grey`, by Accept
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # safe to repeat in headers and logs
 
 _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
@@ -22,6 +24,8 @@ _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 def negotiate(accept: str, offered: tuple[str, ...]) -> str:
     """Choose the media type an Accept header likes best; the order of `offered` decides between equals.
+
+    A type with a parameter `form` is chosen by that alone; other parameters mean nothing.
 
     Raises:
         ServingError: nothing on offer is acceptable.
@@ -32,9 +36,14 @@ def negotiate(accept: str, offered: tuple[str, ...]) -> str:
     for entry in (accept.strip() or "*/*").split(","):
         media_range, *parameters = (part.strip().lower() for part in entry.split(";"))
         quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        weights[media_range] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
+        form = next((p.replace('"', "") for p in parameters if p.startswith("form=")), "")
+        weights[f"{media_range};{form}" if form else media_range] = (
+            float(quality) if _QUALITY.fullmatch(quality) else 0.0
+        )
 
     def weight(media_type: str) -> float:
+        if ";" in media_type:
+            return weights.get(media_type, 0.0)
         for media_range in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
             if media_range in weights:
                 return weights[media_range]

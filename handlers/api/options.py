@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from handlers.errors import ErrorKind, ServingError
 from mpm_ops.stages import parse_schedule
+from mpm_ops.windows import FITS
 
 from .formats import FORMATS, MASKS, VIEWS
-from .headers import REQUEST_ID, negotiate
+from .headers import GREY_TYPE, REQUEST_ID, negotiate
 
 PRIORITIES = ("interactive", "bulk")
 
-_MASK_TYPES = {FORMATS[name].media_types[0]: name for name in MASKS}
+_MASK_TYPES = {FORMATS[name].media_types[0]: name for name in MASKS} | {GREY_TYPE: "grey"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class RequestOptions:
         arrays: give the array of a format that has one, instead of its bytes.
         schedule: encoder blocks before which tokens merge, or None for the server's default.
         merger: how they merge, instead of a schedule, as `mpm_ops.merging.make_merger` reads it; or None.
+        fit: which side of a long picture decides, one of `mpm_ops.windows.FITS`, or None for the server's default.
         bulk: the request gives way to interactive ones.
     """
 
@@ -36,6 +38,7 @@ class RequestOptions:
     arrays: bool = False
     schedule: tuple[int, ...] | None = None
     merger: str | None = None
+    fit: str | None = None
     bulk: bool = False
 
     def __post_init__(self) -> None:
@@ -49,7 +52,7 @@ class RequestOptions:
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str], request_id: str) -> "RequestOptions":
-        """Read Accept and X-MPM-View, -Schedule, -Merger and -Priority; names of headers are lower-case.
+        """Read Accept and X-MPM-View, -Schedule, -Merger, -Fit and -Priority; names of headers are lower-case.
 
         Raises:
             ServingError: a header asks for what isn't there.
@@ -58,8 +61,8 @@ class RequestOptions:
         priority = _one_of("X-MPM-Priority", headers.get("x-mpm-priority"), PRIORITIES)
         accept = headers.get("accept", "*/*")
         if view is None:
-            media_type = negotiate(accept, tuple(_MASK_TYPES))
-            chosen = _MASK_TYPES[media_type]
+            chosen = _MASK_TYPES[negotiate(accept, tuple(_MASK_TYPES))]
+            media_type = FORMATS[chosen].media_types[0]
         else:
             media_type = negotiate(accept, FORMATS[view].media_types)
             chosen = view
@@ -78,6 +81,7 @@ class RequestOptions:
             media_type=media_type,
             schedule=schedule,
             merger=None if merger is None else merger[:200],
+            fit=_one_of("X-MPM-Fit", headers.get("x-mpm-fit"), FITS),
             bulk=priority == "bulk",
         )
 

@@ -12,7 +12,7 @@ from .endpoints import parse_url
 from .results import Result, encode_source
 from .transport import Transport, connect
 
-OPTIONS = ("view", "schedule", "merger", "priority")
+OPTIONS = ("view", "schedule", "merger", "fit", "priority")
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 20.0
 
@@ -113,7 +113,8 @@ class Client(Asking):
             picture: a path, an encoded picture, uint8 RGB [H, W, 3], or a picture of Pillow's.
             timeout_seconds: in place of the client's.
             options: `schedule`, blocks before which tokens merge ("2,5") or "off"; `merger`, how they merge instead
-                ("tome:r=46"), where the server allows it; `priority`, "bulk" gives way to "interactive".
+                ("tome:r=46"), where the server allows it; `fit`, the side that decides of a long picture, "shorter" or
+                "longer"; `priority`, "bulk" gives way to "interactive".
 
         Raises:
             RefusedError: the picture or an option is wrong.

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from handlers.api.headers import REQUEST_ID
 from handlers.client import error_of
 from handlers.errors import ErrorKind, ServingError
 
-from . import triton
-from .bodies import Body, Budget, picture_of_form, picture_of_json
+from . import oip, triton
+from .bodies import Body, Budget, check_picture, picture_of_form, pictures_of_json
 from .connection import JSON_TYPE
 from .info import Service
 from .limits import Limits
@@ -47,6 +48,13 @@ METRICS_TYPE = {"Content-Type": "text/plain; version=0.0.4"}
 _WHOLE_BYTES = 2**20  # up to here bodies go out in one piece
 _PIECE_BYTES = 2**18
 _FORM_BYTES = 2**16  # around a picture in a form or in JSON
+_QUERY = {name: f"X-MPM-{name.title()}" for name in ("view", "schedule", "merger", "fit", "priority")} | {
+    "accept": "Accept"
+}
+
+
+class _ToldError(ServingError):
+    """What the server behind answered in place of what was asked for."""
 
 
 class Edge:
@@ -100,6 +108,8 @@ class Edge:
             try:
                 with Body(request, self._limits, self._budget) as body:
                     response = await self._answer(request, body, added)
+            except _ToldError as error:
+                response = _error(error, request_id)
             except ServingError as error:
                 REFUSALS.labels(error.kind.name.lower()).inc()
                 response = _error(error, request_id)
@@ -131,6 +141,12 @@ class Edge:
         found = _PREDICT.fullmatch(path) or _KSERVE.fullmatch(path)
         if found and request.method in ("POST", "PUT"):
             return await self._segment(request, body, found, added)
+        if (found := oip.PATH.fullmatch(path)) or path in oip.HEALTH:
+            if found and found[3] == "/infer" and request.method == "POST":
+                if not (self._is_triton and oip.is_native(request.headers)):
+                    return await self._infer(request, body, found, added)
+            elif not self._is_triton:
+                return await self._describe(request, found, added)
         data = await body.read(self._limits.body_bytes) if request.body_exists else b""
         if self._is_triton and data:
             triton.check_body(path, request.headers, data, self._limits)
@@ -139,51 +155,138 @@ class Edge:
     async def _segment(
         self, request: web.BaseRequest, body: Body, path: re.Match[str], added: Mapping[str, str]
     ) -> web.StreamResponse:
-        """Answer a picture, in whatever form it comes, by the one binary call of the server behind."""
-        picture, content_type = await self._picture(request, body)
-        is_kserve = path.re is _KSERVE
-        name, version = path[1], None if is_kserve else path[2]
-        accept = JSON_TYPE if is_kserve else request.headers.get("Accept", "*/*")
+        """Answer pictures, in whatever form they come, by the one binary call of the server behind."""
+        options = _options(request)
+        pictures, content_type = await self._pictures(request, body)
+        if path.re is _KSERVE:
+            asked = {**options, "Accept": JSON_TYPE}
+            replies = await self._ask_all(request, path[1], None, pictures, [asked], added)
+            return web.Response(
+                body=b'{"predictions":[' + b",".join(reply.strip() for reply in replies[0]) + b"]}\n",
+                headers={"Content-Type": JSON_TYPE},
+            )
+        if len(pictures) > 1:
+            raise ServingError(
+                ErrorKind.BAD_REQUEST,
+                f"instances: expected one picture, got {len(pictures)}; several go to /v1/models/{path[1]}:predict",
+            )
         if self._is_triton:
-            media_type, asked = triton.infer_headers(request.headers, accept)
-            upstream = await self._ask(request, triton.infer_path(name, version), picture, asked, added)
-        elif is_kserve:
-            asked = {"Content-Type": content_type, "Accept": accept, "Accept-Encoding": "identity"}
-            media_type, upstream = accept, await self._ask(request, f"/predictions/{name}", picture, asked, added)
+            headers = _merged(request, options)
+            media_type, _ = triton.infer_headers(headers, headers.get("Accept", "*/*"))
+            reply = await self._ask_one(request, path[1], path[2], pictures[0], options, added)
+            return web.Response(body=reply, headers={"Content-Type": media_type})
+        target = request.raw_path.partition("?")[0]
+        return await self._pass_on(request, target, pictures[0], {"Content-Type": content_type, **options}, added)
+
+    async def _infer(
+        self, request: web.BaseRequest, body: Body, path: re.Match[str], added: Mapping[str, str]
+    ) -> web.StreamResponse:
+        """Speak the Open Inference Protocol where the server behind does not, or not with pictures in JSON."""
+        data = await body.read(self._limits.body_bytes * 4 // 3 + _FORM_BYTES)
+        inference = oip.read_inference(data, request.headers, self._limits)
+        options = CIMultiDict(_options(request))
+        options.update(inference.options)
+        view = _merged(request, options).get("X-MPM-View", "")
+        shown = "RESULT_JSON" if view == "maps" else "MASK_PNG"
+        if view and shown not in inference.outputs:
+            raise ServingError(ErrorKind.BAD_REQUEST, f"X-MPM-View: expected {shown} among the outputs")
+        asked = []
+        for name in inference.outputs:
+            headers = options.copy()
+            headers.update({"Accept": oip.ACCEPTED[name], "X-MPM-View": view if name == shown else ""})
+            asked.append(headers)
+        replies = await self._ask_all(request, path[1], path[2], inference.pictures, asked, added)
+        answers = dict(zip(inference.outputs, replies, strict=True))
+        reply, described = await asyncio.to_thread(oip.write_reply, inference, path[1], path[2], answers)
+        return web.Response(body=reply, headers=described)
+
+    async def _describe(
+        self, request: web.BaseRequest, path: re.Match[str] | None, added: Mapping[str, str]
+    ) -> web.StreamResponse:
+        """Whether TorchServe and a model are ready, and what it takes, as the Open Inference Protocol asks."""
+        if request.method not in ("GET", "HEAD"):
+            raise ServingError(ErrorKind.METHOD, f"method: expected GET, or POST to infer, got {request.method}")
+        if path:
+            asking = await self._ask(request, f"/predictions/{path[1]}", b"", {}, added, method="OPTIONS")
+            async with asking as upstream:
+                if upstream.status != 200:
+                    raise await _told(upstream)
+            if path[3] is None:
+                return web.json_response(oip.describe(path[1]))
+        return await self._pass_on(request, "/ping", b"", {}, added)
+
+    async def _ask_all(
+        self,
+        request: web.BaseRequest,
+        name: str,
+        version: str | None,
+        pictures: Sequence[bytes],
+        asked: Sequence[Mapping[str, str]],
+        added: Mapping[str, str],
+    ) -> list[list[bytes]]:
+        """The answers of several pictures, all or none, once for each set of headers that are asked for."""
+
+        async def ask(index: int, headers: Mapping[str, str]) -> bytes:
+            try:
+                return await self._ask_one(request, name, version, pictures[index], headers, added)
+            except _ToldError as error:
+                told = error.of_picture(index, len(pictures))
+                raise _ToldError(told.kind, str(told), retry_after=told.retry_after) from None
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [[group.create_task(ask(i, headers)) for i in range(len(pictures))] for headers in asked]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [[task.result() for task in each] for each in tasks]
+
+    async def _ask_one(
+        self,
+        request: web.BaseRequest,
+        name: str,
+        version: str | None,
+        picture: bytes,
+        options: Mapping[str, str],
+        added: Mapping[str, str],
+    ) -> bytes:
+        """The plain answer of a picture; `options` are headers beside those of the request, empty ones in their place.
+
+        Raises:
+            ServingError: what the server says, or that it says nothing.
+        """
+        if self._is_triton:
+            headers = _merged(request, options)
+            media_type, asked = triton.infer_headers(headers, headers.get("Accept", "*/*"))
+            target = triton.infer_path(name, version)
         else:
-            return await self._pass_on(request, request.raw_path, picture, {"Content-Type": content_type}, added)
-        async with upstream:
-            reply = await _read(upstream)
-            if upstream.status != 200 and self._is_triton:
-                status, told = triton.status_of(upstream.status, error_of(reply, "the server gave no reason"))
-                fields = {"code": status, "error": told, "request_id": added["X-Request-Id"]}
-                return web.json_response(fields, status=status)
+            asked = {
+                "Content-Type": "application/octet-stream",
+                "Accept-Encoding": "identity",
+                triton.LENGTH_HEADER: "",
+            }
+            target = f"/predictions/{name}/{version}" if version else f"/predictions/{name}"
+        async with await self._ask(request, target, picture, {**options, **asked}, added, method="POST") as upstream:
             if upstream.status != 200:
-                return web.Response(body=reply, status=upstream.status, headers=_headers_of(upstream))
-            headers = {} if self._is_triton else _headers_of(upstream)
+                raise await _told(upstream)
+            reply = await _read(upstream)
         if self._is_triton:
             reply = triton.unpack(reply, upstream.headers.get(triton.LENGTH_HEADER, "0"), media_type)
-        if is_kserve:
-            reply = b'{"predictions":[' + reply.strip() + b"]}\n"
-        return web.Response(body=reply, headers={**headers, "Content-Type": media_type})
+        return reply
 
-    async def _picture(self, request: web.BaseRequest, body: Body) -> tuple[bytes, str]:
-        """The bytes of the only picture in a request, and the type that they claim to be."""
+    async def _pictures(self, request: web.BaseRequest, body: Body) -> tuple[list[bytes], str]:
+        """The bytes of the pictures in a request, and the type that they claim to be."""
         content_type = request.headers.get("Content-Type", "application/octet-stream")
         media_type = content_type.partition(";")[0].strip().lower()
         if media_type == JSON_TYPE:
             data = await body.read(self._limits.body_bytes * 4 // 3 + _FORM_BYTES)
-            return picture_of_json(data, self._limits), "application/octet-stream"
+            return pictures_of_json(data, self._limits), "application/octet-stream"
         if media_type == "multipart/form-data":
             data = await body.read(self._limits.body_bytes + _FORM_BYTES)
-            return await picture_of_form(request, data), "application/octet-stream"
-        data = await body.read(self._limits.body_bytes)
-        if data[:8].lower().startswith((b"http://", b"https://")):
-            raise ServingError(
-                ErrorKind.BAD_REQUEST, "picture: expected its bytes, got a URL; nothing is fetched, send the picture"
-            )
+            return [await picture_of_form(request, data)], "application/octet-stream"
+        data = check_picture(await body.read(self._limits.body_bytes))
         # curl's default, whatever the body is.
-        return data, "application/octet-stream" if media_type == "application/x-www-form-urlencoded" else content_type
+        is_default = media_type == "application/x-www-form-urlencoded"
+        return [data], "application/octet-stream" if is_default else content_type
 
     async def _pass_on(
         self, request: web.BaseRequest, target: str, data: bytes, changed: Mapping[str, str], added: Mapping[str, str]
@@ -213,9 +316,16 @@ class Edge:
             return response
 
     async def _ask(
-        self, request: web.BaseRequest, target: str, data: bytes, changed: Mapping[str, str], added: Mapping[str, str]
+        self,
+        request: web.BaseRequest,
+        target: str,
+        data: bytes,
+        changed: Mapping[str, str],
+        added: Mapping[str, str],
+        *,
+        method: str = "",
     ) -> aiohttp.ClientResponse:
-        """Send a request on, with the headers that are not about the connection.
+        """Send a request on, with the headers that are not about the connection; empty ones of `changed` drop theirs.
 
         Raises:
             ServingError: the server behind is not there, ended, or is late.
@@ -223,14 +333,14 @@ class Edge:
         named = {name.strip().lower() for name in request.headers.get("Connection", "").split(",")}
         dropped = _OWN | named | {name.lower() for name in changed}
         headers = CIMultiDict((name, value) for name, value in request.headers.items() if name.lower() not in dropped)
-        headers.update(changed)
+        headers.update({name: value for name, value in changed.items() if value})
         headers["X-Request-Id"] = added["X-Request-Id"]
         content: Any = None
-        if data or request.method in ("POST", "PUT"):
+        method = method or request.method
+        if data or method in ("POST", "PUT"):
             headers["Content-Length"] = str(len(data))
             content = data if len(data) <= _WHOLE_BYTES else _pieces(data)
         url = URL(self._upstream + target, encoded=True)
-        method = "POST" if triton.LENGTH_HEADER in changed else request.method  # Triton infers on POST alone
         try:
             return await self._session.request(method, url, data=content, headers=headers, allow_redirects=False)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -276,6 +386,44 @@ def _check_head(request: web.BaseRequest) -> None:
     given = request.headers.get("X-Request-Id", "")
     if not given.isascii():
         raise ServingError(ErrorKind.BAD_REQUEST, "X-Request-Id: expected letters, digits and '._:-', got other bytes")
+
+
+def _options(request: web.BaseRequest) -> dict[str, str]:
+    """Headers that the query of a URL stands for: `?view=overlay&schedule=off`.
+
+    Raises:
+        ServingError: it has something else, or what a header says otherwise.
+    """
+    query = request.raw_path.partition("?")[2]
+    pairs = urllib.parse.parse_qsl(query[:2000], keep_blank_values=True)
+    options: dict[str, str] = {}
+    for name, value in pairs:
+        header = _QUERY.get(name, "")
+        if not header or header in options:
+            got = f"{name[:40]!r} twice" if header else repr(name[:40])
+            raise ServingError(ErrorKind.BAD_REQUEST, f"query: expected some of {', '.join(_QUERY)}, got {got}")
+        if name != "accept" and request.headers.get(header, value) != value:
+            raise ServingError(
+                ErrorKind.BAD_REQUEST, f"{name}: expected it in the URL or as {header}, got both, which differ"
+            )
+        if not value.isprintable() or not value.isascii():
+            raise ServingError(ErrorKind.BAD_REQUEST, f"{name}: expected plain text, got {value[:40]!r}")
+        options[header] = value
+    return options
+
+
+def _merged(request: web.BaseRequest, options: Mapping[str, str]) -> CIMultiDict[str]:
+    """Headers of a request under others that go before them; empty ones take them away."""
+    headers = CIMultiDict(request.headers)
+    headers.update(options)
+    return CIMultiDict((name, value) for name, value in headers.items() if value)
+
+
+async def _told(upstream: aiohttp.ClientResponse) -> _ToldError:
+    """What the server behind says is wrong."""
+    later = upstream.headers.get("Retry-After", "")
+    status, told = triton.status_of(upstream.status, error_of(await _read(upstream), "the server gave no reason"))
+    return _ToldError(ErrorKind.of_status(status), told, retry_after=int(later) if later.isdecimal() else None)
 
 
 async def _pieces(data: bytes) -> AsyncIterator[memoryview]:

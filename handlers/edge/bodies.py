@@ -19,6 +19,9 @@ from .limits import Limits
 PICTURE_NAMES = ("image", "data", "body", "file")  # of a form's part, or a field of JSON
 
 _MAX_PARTS = 16  # of a form, before it is refused for having more than one
+_MAX_PICTURES = 16  # of a JSON request
+_PIECE_BYTES = 2**22  # unpacked at once
+_URL = re.compile(rb"\s*([A-Za-z][A-Za-z0-9+.-]{1,19})://")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,")
 _OTHERS = bytes(set(range(256)) - set(b"[]{},"))  # than what structures JSON
 
@@ -63,8 +66,7 @@ class Body:
         data = await self._receive(max_bytes)
         if encoding == "identity" or not data:
             return data
-        self._take(max_bytes)
-        return await asyncio.to_thread(_inflate, data, max_bytes)
+        return await self._inflate(data, max_bytes)
 
     async def _receive(self, max_bytes: int) -> bytes:
         length = self._request.content_length
@@ -100,6 +102,30 @@ class Body:
                 ErrorKind.BAD_REQUEST, f"body: expected well-formed HTTP/1.1, got {first_line(error)}"
             ) from None
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _inflate(self, data: bytes, max_bytes: int) -> bytes:
+        """Unpack a piece at a time, so that only what comes out is held."""
+        inflater = zlib.decompressobj(wbits=31)
+        pieces: list[bytes] = []
+        size = 0
+        while not inflater.eof:
+            try:
+                piece = await asyncio.to_thread(inflater.decompress, data, _PIECE_BYTES)
+            except zlib.error as error:
+                raise ServingError(ErrorKind.BAD_REQUEST, f"Content-Encoding: expected gzip, got {error}") from None
+            data = inflater.unconsumed_tail
+            if not piece and not data:
+                break
+            size += len(piece)
+            if size > max_bytes:
+                raise too_long("body", max_bytes, "more, unpacked")
+            self._take(len(piece))
+            pieces.append(piece)
+        if not inflater.eof or inflater.unused_data:
+            raise ServingError(
+                ErrorKind.BAD_REQUEST, "Content-Encoding: expected one whole gzip stream, got a part or more"
+            )
+        return b"".join(pieces)
 
     def _take(self, size: int) -> None:
         self._budget.take(size)
@@ -142,26 +168,29 @@ def check_json(data: bytes, limits: Limits) -> None:
         )
 
 
-def picture_of_json(data: bytes, limits: Limits) -> bytes:
-    """The picture in `{"data": base64}` or `{"instances": [{"b64": base64}]}`.
+def pictures_of_json(data: bytes, limits: Limits) -> list[bytes]:
+    """The picture in `{"data": base64}`, or those in `{"instances": [{"b64": base64}, ...]}`.
 
     Raises:
-        ServingError: there is no picture, or more than one.
+        ServingError: there is no picture, or too many are there.
     """
     check_json(data, limits)
     try:
         fields: Any = json.loads(data)
     except (ValueError, UnicodeDecodeError) as error:
         raise ServingError(ErrorKind.BAD_REQUEST, f"JSON: expected a document, got an error: {error}"[:200]) from None
-    field = "JSON"
-    if isinstance(fields, Mapping) and "instances" in fields:
-        field, instances = "instances", fields["instances"]
-        if not isinstance(instances, list) or len(instances) != 1:
-            got = f"{len(instances)}" if isinstance(instances, list) else type(instances).__name__
-            raise ServingError(
-                ErrorKind.BAD_REQUEST, f"instances: expected a list of one picture, got {got}; send them one by one"
-            )
-        fields = instances[0]
+    if not isinstance(fields, Mapping) or "instances" not in fields:
+        return [_picture_of(fields, "JSON")]
+    instances = fields["instances"]
+    if not isinstance(instances, list):
+        raise ServingError(
+            ErrorKind.BAD_REQUEST, f"instances: expected a list of pictures, got {type(instances).__name__}"
+        )
+    too_many("instances", len(instances))
+    return [_picture_of(instance, "instances") for instance in instances]
+
+
+def _picture_of(fields: Any, field: str) -> bytes:
     names = ("b64", *PICTURE_NAMES)
     while isinstance(fields, Mapping):
         found = [name for name in names if name in fields]
@@ -172,12 +201,42 @@ def picture_of_json(data: bytes, limits: Limits) -> bytes:
                 f"{field}: expected one picture in base64, as one of {', '.join(names)}, got {got}",
             )
         field, fields = found[0], fields[found[0]]
-    if not isinstance(fields, str):
-        raise ServingError(ErrorKind.BAD_REQUEST, f"{field}: expected base64, got {type(fields).__name__}")
+    return decode_base64(field, fields)
+
+
+def decode_base64(field: str, text: Any) -> bytes:
+    """The picture in a field.
+
+    Raises:
+        ServingError: it is no base64.
+    """
+    if not isinstance(text, str):
+        raise ServingError(ErrorKind.BAD_REQUEST, f"{field}: expected base64, got {type(text).__name__}")
+    check_picture(text[:100].encode(errors="replace"))
     try:
-        return binascii.a2b_base64(_DATA_URL.sub("", fields[:100], count=1) + fields[100:], strict_mode=True)
+        return binascii.a2b_base64(_DATA_URL.sub("", text[:100], count=1) + text[100:], strict_mode=True)
     except ValueError as error:
-        raise ServingError(ErrorKind.BAD_REQUEST, f"{field}: expected base64, got {fields[:20]!r}: {error}") from None
+        raise ServingError(ErrorKind.BAD_REQUEST, f"{field}: expected base64, got {text[:20]!r}: {error}") from None
+
+
+def check_picture(data: bytes) -> bytes:
+    """Refuse the address of a picture in its place; gives back what it is given."""
+    if found := _URL.match(data[:100]):
+        scheme = found[1].decode().lower()
+        raise ServingError(
+            ErrorKind.BAD_REQUEST,
+            f"picture: expected its bytes, got a URL ({scheme}); nothing is fetched, send the picture",
+        )
+    return data
+
+
+def too_many(field: str, number: int) -> None:
+    """Refuse a request of no picture, or of more than go into one."""
+    if not 1 <= number <= _MAX_PICTURES:
+        raise ServingError(
+            ErrorKind.BAD_REQUEST,
+            f"{field}: expected 1 to {_MAX_PICTURES} pictures, got {number}; send several requests",
+        )
 
 
 async def picture_of_form(request: web.BaseRequest, data: bytes) -> bytes:
@@ -208,9 +267,9 @@ async def picture_of_form(request: web.BaseRequest, data: bytes) -> bytes:
         raise ServingError(
             ErrorKind.BAD_REQUEST,
             f"form: expected one part with the picture, named {', '.join(PICTURE_NAMES[:-1])} or {PICTURE_NAMES[-1]}, "
-            f"got {got}; send pictures one by one, and options as headers",
+            f"got {got}; send pictures one by one, and options as headers or in the URL",
         )
-    return picture
+    return check_picture(picture)
 
 
 def _check_start(content_type: str, data: bytes) -> None:
@@ -218,18 +277,3 @@ def _check_start(content_type: str, data: bytes) -> None:
     boundary = b"--" + parse_mimetype(content_type).parameters.get("boundary", "").encode()
     if not data.removeprefix(b"\r\n").startswith((boundary + b"\r\n", boundary + b"--")):
         raise ValueError("a body that does not start with the boundary of its Content-Type")
-
-
-def _inflate(data: bytes, max_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(wbits=31)
-    try:
-        plain = inflater.decompress(data, max_bytes + 1)
-    except zlib.error as error:
-        raise ServingError(ErrorKind.BAD_REQUEST, f"Content-Encoding: expected gzip, got {error}") from None
-    if len(plain) > max_bytes:
-        raise too_long("body", max_bytes, "more, unpacked")
-    if not inflater.eof or inflater.unused_data:
-        raise ServingError(
-            ErrorKind.BAD_REQUEST, "Content-Encoding: expected one whole gzip stream, got a part or more"
-        )
-    return plain

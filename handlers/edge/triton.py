@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from handlers.api.headers import negotiate
+from handlers.api.headers import GREY_TYPE, negotiate
 from handlers.errors import ErrorKind, ServingError
 
 from .bodies import check_json, too_long
@@ -27,20 +27,9 @@ def check_body(path: str, headers: Mapping[str, str], data: bytes, limits: Limit
     Raises:
         ServingError: with the field, what was expected and what came.
     """
-    given = headers.get(LENGTH_HEADER)
-    length = len(data)
-    if given is not None and _INFER.fullmatch(path):
-        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", given) or int(given) > len(data):
-            raise ServingError(
-                ErrorKind.BAD_REQUEST, f"{LENGTH_HEADER}: expected a number within 0..{len(data)}, got {given[:40]!r}"
-            )
-        length = int(given)
+    length = header_length(headers, data) if _INFER.fullmatch(path) else len(data)
     document = data[:length]
-    if document and document.lstrip()[:1] not in (b"{", b"["):
-        raise ServingError(
-            ErrorKind.BAD_REQUEST,
-            f"body: expected JSON, got {length} other bytes; send a picture with '{LENGTH_HEADER}: 0'",
-        )
+    check_is_json(document)
     if length > limits.json_bytes:
         raise too_long("JSON", limits.json_bytes, str(length))
     check_json(document, limits)
@@ -69,6 +58,31 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_is_json(document: bytes) -> None:
+    """Refuse a picture where JSON belongs."""
+    if document and document.lstrip()[:1] not in (b"{", b"["):
+        raise ServingError(
+            ErrorKind.BAD_REQUEST,
+            f"body: expected JSON, got {len(document)} other bytes; send a picture with '{LENGTH_HEADER}: 0'",
+        )
+
+
+def header_length(headers: Mapping[str, str], data: bytes) -> int:
+    """How much of a body is JSON.
+
+    Raises:
+        ServingError: more than there is.
+    """
+    given = headers.get(LENGTH_HEADER)
+    if given is None:
+        return len(data)
+    if not re.fullmatch(r"0|[1-9][0-9]{0,9}", given) or int(given) > len(data):
+        raise ServingError(
+            ErrorKind.BAD_REQUEST, f"{LENGTH_HEADER}: expected a number within 0..{len(data)}, got {given[:40]!r}"
+        )
+    return int(given)
+
+
 def infer_path(name: str, version: str | None) -> str:
     return f"/v2/models/{name}/versions/{version}/infer" if version else f"/v2/models/{name}/infer"
 
@@ -79,12 +93,15 @@ def infer_headers(headers: Mapping[str, str], accept: str) -> tuple[str, dict[st
     Raises:
         ServingError: nothing on offer is acceptable.
     """
-    offered = tuple(OUTPUTS) if "X-MPM-View" not in headers else ("image/png",)
+    offered = (*OUTPUTS, GREY_TYPE) if "X-MPM-View" not in headers else ("image/png",)
     if headers.get("X-MPM-View") == "maps":
         offered = ("application/json",)
     media_type = negotiate(accept, offered)
+    view = {}
+    if media_type == GREY_TYPE:
+        media_type, view = "image/png", {"X-MPM-View": "grey"}
     asked = {LENGTH_HEADER: "0", "X-MPM-Outputs": OUTPUTS[media_type], "Content-Type": "application/octet-stream"}
-    return media_type, asked | {"Accept-Encoding": "identity"}  # Triton would compress what is to be unpacked
+    return media_type, asked | view | {"Accept-Encoding": "identity"}  # Triton would compress what is to be unpacked
 
 
 def unpack(reply: bytes, length: str, media_type: str) -> bytes:

@@ -329,7 +329,7 @@ class Engine:
         """Read a picture's header and plan its windows."""
         limits = {"max_bytes": self._config.max_image_bytes, "max_pixels": self._config.max_image_pixels}
         source = decode.read_picture(data, **limits)
-        plan = self._plan(*source.size)
+        plan = self._plan(*source.size, options.fit)
         if num_pictures > 1:
             options = replace(options, request_id=f"{options.request_id}:{index}")
         return Picture(
@@ -371,8 +371,9 @@ class Engine:
         source, picture.source = picture.source, None
         with self._admission.working(source.decoding_bytes):
             image = source.decode()
-            if image.shape[:2] != picture.plan.original_size:  # its orientation stood behind its pixels
-                picture.plan = self._plan(*image.shape[:2])
+            height, width = image.shape[:2]
+            if (height, width) != picture.plan.original_size:  # its orientation stood behind its pixels
+                picture.plan = self._plan(height, width, picture.options.fit)
             if not needs_image:
                 image = fit_picture(image, picture.plan)  # a picture's pixels are its largest part by far
         self._admission.resize(picture, image.nbytes + (source.num_bytes if self._keeps_bodies else 0))
@@ -525,9 +526,10 @@ class Engine:
             "device": device.type,
         }
 
-    def _plan(self, height: int, width: int) -> WindowPlan:
+    def _plan(self, height: int, width: int, fit: str | None = None) -> WindowPlan:
+        inference = self._model.inference
         try:
-            return plan_windows(height, width, self._model.inference)
+            return plan_windows(height, width, replace(inference, fit=fit) if fit else inference)
         except TooManyWindowsError as error:
             raise ServingError(ErrorKind.TOO_LARGE, f"image: {error}") from None
 

@@ -82,7 +82,7 @@ def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["segment", "a.png", "b/a.png"], "PICTURE: expected names that differ"),
         (
             ["segment", "a.png", "--format", "png,gif"],
-            "expected some of png, json, npy, overlay, tokens",
+            "expected some of png, json, npy, grey, overlay",
         ),
         (["segment", "a.png", "--shard", "2/2"], "expected one such as 0/16 to 15/16, got '2/2'"),
         (["segment", "a.png", "--config", "a.png"], "a.png: expected a mapping, got NoneType"),
@@ -171,7 +171,7 @@ class TestSegment:
 
     def test_a_server_that_is_not_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["segment", str(folder), "--url", "http://127.0.0.1:1/predictions/x"]) == 2
-        told = "http://127.0.0.1:1/predictions/x: no server is ready there; start one with mpm serve\n"
+        told = "http://127.0.0.1:1/predictions/x: no server is there; start one with mpm serve\n"
         assert capsys.readouterr().err == told
 
 

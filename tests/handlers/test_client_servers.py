@@ -17,7 +17,7 @@ from handlers.client import AsyncClient, Client, RefusedError, Result
 from handlers.client.results import _run_lengths
 from handlers.launch.torchserve import TorchServe
 from handlers.launch.triton import Triton
-from mpm_ops import Segmenter
+from mpm_ops import Segmenter, load_segmenter
 from mpm_ops.classes import Classes
 
 pytest_plugins = ("tiny_server",)
@@ -88,6 +88,18 @@ def test_options_and_refusals(urls: list[str], photo: Callable[..., np.ndarray],
             assert told.value.status == 400
             with pytest.raises(RefusedError, match="expected JPEG, PNG"):
                 client.segment(b"no picture")
+
+
+def test_long_and_thin_pictures(urls: list[str], photo: Callable[..., np.ndarray], checkpoint: Path) -> None:
+    image = photo(9, 2, 512)
+    fitting = load_segmenter(checkpoint, (0, 1), runtime="auto", precision="fp32", inference={"fit": "longer"})
+    expected = fitting.segment(image)
+    for url in urls:
+        with Client(url) as client:
+            told = "at most 64 are allowed; where the longer side decides .fit: longer. it needs 5"
+            with pytest.raises(RefusedError, match=told):
+                client.segment(image)
+            np.testing.assert_array_equal(client.segment(image, fit="longer").labels, expected)
 
 
 def test_upright_where_exif_says_so(urls: list[str], photo: Callable[..., np.ndarray], tmp_path: Path) -> None:

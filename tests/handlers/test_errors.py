@@ -11,6 +11,7 @@ from handlers.errors import ErrorKind, ServingError
     ("kind", "status", "triton_code"),
     [
         (ErrorKind.BAD_REQUEST, 400, "INVALID_ARG"),
+        (ErrorKind.NOT_FOUND, 404, "INVALID_ARG"),
         (ErrorKind.NOT_ACCEPTABLE, 406, "INVALID_ARG"),
         (ErrorKind.TOO_LARGE, 413, "INVALID_ARG"),
         (ErrorKind.INTERNAL, 500, "INTERNAL"),
@@ -32,3 +33,16 @@ def test_body_is_one_line_of_json(message: str) -> None:
     assert body.count(b"\n") == 1
     assert body.isascii()
     assert json.loads(body) == {"code": 413, "error": message, "request_id": "the-id"}
+
+
+def test_other_statuses_are_of_the_nearest_kind() -> None:
+    of_status = ErrorKind.of_status
+    assert [of_status(status).value for status in (404, 413, 418, 500, 502, 503, 507)] == [
+        404,
+        413,
+        400,
+        500,
+        500,
+        503,
+        503,
+    ]

@@ -4,6 +4,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "loadtest"))
 from fake_server import FakeServer
 
 from handlers.cli import main
-from handlers.folder import BadPictureError, Job, Shard, find_jobs, segment_jobs, write_whole
+from handlers.folder import Ask, BadPictureError, Job, Shard, find_jobs, segment_jobs, segment_pictures, write_whole
 
 pytest_plugins = ("load_fixtures",)
 
@@ -91,13 +93,37 @@ def test_no_more_than_that_are_in_memory(tmp_path: Path, capsys: pytest.CaptureF
             raise BadPictureError("odd")
         return {"png": picture, "json": b"{}"}
 
-    tally = segment_jobs(jobs, ask, ["png", "json"], at_once=4, resume=False)
-    assert (tally.written, tally.skipped, len(tally.failed), most) == (196, 0, 4, 4)
+    failed = segment_jobs(jobs, ask, ["png", "json"], at_once=4)
+    assert (set(failed.values()), len(failed), most) == ({"odd"}, 4, 4)
     assert (tmp_path / "out" / "9.png").read_bytes() == b"9"
-    (tmp_path / "out" / "9.json").unlink()
-    (tmp_path / "out" / "10.png").write_bytes(b"")  # as a machine leaves it that lost its power
-    tally = segment_jobs(jobs, ask, ["png", "json"], at_once=4, resume=True)
-    assert (tally.written, tally.skipped, len(tally.failed)) == (2, 194, 4)
+    assert len(list((tmp_path / "out").iterdir())) == 2 * 196
+
+
+def test_only_what_is_left_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "p", tmp_path / "out"
+    jobs_of(folder, 20)
+    asked: list[bytes] = []
+
+    @contextmanager
+    def asking() -> Iterator[tuple[Ask, int]]:
+        def ask(picture: bytes) -> dict[str, bytes]:
+            asked.append(picture)
+            return {"png": picture, "json": b"{}"}
+
+        yield ask, 3
+
+    def run() -> str:
+        asked.clear()
+        assert segment_pictures([str(folder)], out, asking(), ["png", "json"], shard=ALL, resume=True) == 0
+        return capsys.readouterr().err
+
+    assert "20 of 20 pictures written" in run()
+    (out / "9.json").unlink()
+    (out / "10.png").write_bytes(b"")  # as a machine leaves it that lost its power
+    assert ", 18 were there" in run()
+    assert sorted(asked) == [b"10", b"9"]
+    assert "0 of 20 pictures written" in run()
+    assert not asked
 
 
 def test_an_interruption_leaves_whole_files_only(tmp_path: Path) -> None:
@@ -112,19 +138,17 @@ def test_an_interruption_leaves_whole_files_only(tmp_path: Path) -> None:
         return {"png": picture * 1000}
 
     with pytest.raises(KeyboardInterrupt):
-        segment_jobs(jobs, ask, ["png"], at_once=2, resume=False)
+        segment_jobs(jobs, ask, ["png"], at_once=2)
     written = list((tmp_path / "out").iterdir())
     assert 10 < len(written) < 30
     assert all(path.read_bytes() == path.stem.encode() * 1000 for path in written)
-    tally = segment_jobs(jobs, ask, ["png"], at_once=2, resume=True)
-    assert (tally.written, tally.skipped) == (50 - len(written), len(written))
 
 
 def test_what_can_not_be_written_ends_it(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path / "p", 3)
     (tmp_path / "out").write_bytes(b"a file")
     with pytest.raises(OSError, match="out"):
-        segment_jobs(jobs, lambda picture: {"png": picture}, ["png"], at_once=2, resume=False)
+        segment_jobs(jobs, lambda picture: {"png": picture}, ["png"], at_once=2)
     target = tmp_path / "folder" / "mask.png"
     target.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
@@ -146,3 +170,6 @@ def test_a_server_that_is_busy_or_leaves(
     assert "3 of 4 pictures written" in told
     assert f"{tmp_path / 'p' / 'bad.png'}: not a picture" in told
     assert len(list((tmp_path / "out").iterdir())) == 3
+    fake.status = 404
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith(f"{fake.url}/predictions/fake: no room\n")

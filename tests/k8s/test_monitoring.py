@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import requests
 import yaml
 from debian_tools import MissingToolError, find_tool
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -26,7 +24,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.api.formats.views import encode_picture
-from handlers.client import connect
+from handlers.client import connect, fetch
 from handlers.edge.metrics import render
 from handlers.launch.processes import free_port
 from handlers.launch.torchserve import TorchServe
@@ -77,6 +75,11 @@ def prometheus(program: Path, metrics_port: int, tmp_path_factory: pytest.TempPa
         yield started
 
 
+def ask(server: TorchServe, picture: bytes) -> int:
+    """The status of an answer."""
+    return fetch(f"{server.url}/predictions/tiny", picture, timeout_seconds=60).status
+
+
 @pytest.fixture(scope="module")
 def watched(server: TorchServe, prometheus: Prometheus, photo: Callable[..., np.ndarray]) -> tuple[float, float]:
     """Puts load on the server while Prometheus watches; when it began and ended, in seconds since the epoch."""
@@ -85,9 +88,8 @@ def watched(server: TorchServe, prometheus: Prometheus, photo: Callable[..., np.
 
     def send(worker: int) -> None:
         while time.time() < start + 8:
-            answer = requests.post(f"{server.url}/predictions/tiny", data=pictures[worker], timeout=60)
-            assert answer.status_code == 200
-        requests.post(f"{server.url}/predictions/tiny", data=b"no picture", timeout=60)
+            assert ask(server, pictures[worker]) == 200
+        ask(server, b"no picture")
 
     with ThreadPoolExecutor(len(pictures)) as clients:
         list(clients.map(send, range(len(pictures))))
@@ -97,10 +99,8 @@ def watched(server: TorchServe, prometheus: Prometheus, photo: Callable[..., np.
 
 def scrape(port: int) -> dict[str, float]:
     """Every sample's name, and the sum of its values."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        text = response.read().decode()
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(fetch(f"http://127.0.0.1:{port}/metrics").body.decode()):
         for sample in family.samples:
             found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
@@ -282,7 +282,7 @@ def test_gpus_are_those_of_the_pods_that_serve(
             time.sleep(0.2)
         start = time.time()
         while time.time() < start + 5:
-            assert requests.post(f"{server.url}/predictions/tiny", data=picture, timeout=60).status_code == 200
+            assert ask(server, picture) == 200
         queries = [query.expr for _, panel in PANELS for query in panel.queries if "DCGM_" in query.expr]
         assert queries
         for expr in queries:
@@ -299,19 +299,18 @@ def test_gpus_are_those_of_the_pods_that_serve(
 def test_a_killed_worker_comes_back_with_its_metrics_on_the_same_port(
     server: TorchServe, metrics_port: int, photo: Callable[..., np.ndarray]
 ) -> None:
-    url = f"{server.url}/predictions/tiny"
     picture = encode_picture(photo(0), "image/jpeg")
-    assert requests.post(url, data=picture, timeout=60).status_code == 200
+    assert ask(server, picture) == 200
     before = scrape(metrics_port)
     management = f"http://127.0.0.1:{server.management_port}/models/tiny"
-    psutil.Process(requests.get(management, timeout=10).json()[0]["workers"][0]["pid"]).kill()
+    psutil.Process(json.loads(fetch(management).body)[0]["workers"][0]["pid"]).kill()
     deadline = time.monotonic() + 60
     while True:
         assert time.monotonic() < deadline, "the worker did not come back"
         time.sleep(0.2)
         try:
             after = scrape(metrics_port)
-            if requests.post(url, data=picture, timeout=60).status_code == 200:
+            if ask(server, picture) == 200:
                 break
         except OSError:
             continue

@@ -3,7 +3,6 @@
 What a pod's end, a pod's death and a rolling update do to those clients, on both servers.
 """
 
-import http.client
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from proxying import SECONDS_TO_START, proxy, require_haproxy, wait_for
 
 from handlers.api.formats.png import encode_mask_png
 from handlers.api.formats.views import encode_picture
+from handlers.client import connect, fetch
 from handlers.launch.processes import free_port
 from model_store.torchserve import build_archive
 from model_store.triton import build_model
@@ -126,8 +126,7 @@ class Load:
     ) -> None:
         self.pause_seconds = pause_seconds
         self.asked: list[Asked] = []
-        self._address = address
-        self._path = replica.path
+        self._url = f"http://{address}{replica.path}"
         self._picture = picture
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._client) for _ in range(NUM_CLIENTS)]
@@ -153,23 +152,16 @@ class Load:
         wait_for(lambda: self.answered_by(since) == {"replica-1", "replica-2"})
 
     def _client(self) -> None:
-        connection = http.client.HTTPConnection(self._address, timeout=SECONDS_TO_END)
-        headers = {"Inference-Header-Content-Length": "0", "X-MPM-Outputs": "MASK_PNG", "Content-Type": "image/png"}
-        while not self._over.is_set():
-            sent, body, replica = time.monotonic(), b"", None
-            outcome: int | str
-            try:
-                connection.request("POST", self._path, self._picture, headers)
-                response = connection.getresponse()
-                outcome, body, replica = response.status, response.read(), response.headers.get("X-Served-By")
-                described = int(response.headers.get("Inference-Header-Content-Length", "-4"))
-                body = body[described + 4 :]
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()  # the next request opens another
-                outcome = type(error).__name__
-            self.asked.append(Asked(sent, time.monotonic(), outcome, body, replica))
-            time.sleep(self.pause_seconds)
-        connection.close()
+        with connect(self._url) as client:
+            while not self._over.is_set():
+                sent = time.monotonic()
+                try:
+                    answer = client.ask(self._picture, content_type="image/png", timeout_seconds=SECONDS_TO_END)
+                    asked = Asked(sent, time.monotonic(), answer.status, answer.body, answer.replica)
+                except OSError as error:
+                    asked = Asked(sent, time.monotonic(), f"{type(error).__name__}: {error}", b"", None)
+                self.asked.append(asked)
+                time.sleep(self.pause_seconds)
 
 
 @dataclass(frozen=True)
@@ -388,9 +380,4 @@ def has_child(pid: int, word: str) -> bool:
 
 
 def ask_ready(port: int) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status
-    finally:
-        connection.close()
+    return fetch(f"http://127.0.0.1:{port}/ready").status

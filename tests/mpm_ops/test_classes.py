@@ -80,8 +80,14 @@ def test_knows_the_classes_of_the_official_datasets(
     dataset: str, n_cls: int, some: dict[int, tuple[str, list[int]]], tmp_path: Path
 ) -> None:
     classes = load_classes(variant_of(tmp_path, {"dataset": dataset}), n_cls)
-    assert len(set(classes.names)) == n_cls
+    assert len(set(classes.names)) == len(np.unique(classes.colors, axis=0)) == n_cls
     assert {i: (classes.names[i], classes.colors[i].tolist()) for i in some} == some
+
+
+def test_a_colour_that_two_classes_share_stays_the_first_one_s(tmp_path: Path) -> None:
+    colors = load_classes(variant_of(tmp_path, {"dataset": "ade20k"}), 150).colors.astype(int)
+    assert colors[6].tolist() == [140, 140, 140]  # road, as the dataset has it; skyscraper too
+    assert np.abs(np.delete(colors, 48, axis=0) - colors[48]).sum(axis=1).min() > 40
 
 
 def test_a_file_comes_before_the_dataset(tmp_path: Path) -> None:

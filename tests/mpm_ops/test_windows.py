@@ -1,6 +1,7 @@
 """How pictures become windows, on numbers worked out by hand from the official rule."""
 
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mpm_ops import InferenceConfig, TooManyWindowsError
+from mpm_ops.labels import label_map
 from mpm_ops.windows import NORMALIZATIONS, cut_windows, normalize_windows, plan_windows
 
 ADE20K = InferenceConfig(im_size=512, max_ratio=4, window_size=512, window_stride=512, normalization="vit")
@@ -67,6 +69,65 @@ def test_a_panorama_gets_windows_until_there_are_too_many() -> None:
     assert plan_windows(40, 1200, ADE20K).num_windows == 31
     with pytest.raises(TooManyWindowsError, match=r"^a 2601x40 picture needs 67 windows of 512x512; at most 64 are"):
         plan_windows(40, 2601, ADE20K)
+
+
+LONGER = replace(ADE20K, fit="longer")
+
+
+@pytest.mark.parametrize(
+    ("original", "fitted", "tops", "lefts"),
+    [
+        ((200, 8000), (51, 2048), (0,), (0, 512, 1024, 1536)),
+        ((512, 1), (2048, 4), (0, 512, 1024, 1536), (0,)),
+        ((100, 600), (341, 2048), (0,), (0, 512, 1024, 1536)),
+    ],
+)
+def test_the_longer_side_decides_where_it_is_to(
+    original: tuple[int, int], fitted: tuple[int, int], tops: tuple[int, ...], lefts: tuple[int, ...]
+) -> None:
+    plan = plan_windows(*original, LONGER)
+    assert (plan.fitted_size, plan.frame_size, plan.tops, plan.lefts) == (fitted, fitted, tops, lefts)
+    told = "at most 3 are allowed; where the longer side decides .fit: longer. it needs 3"
+    with pytest.raises(TooManyWindowsError, match=told):
+        plan_windows(512, 20_000, replace(ADE20K, im_size=384, window_size=512, max_windows_per_request=3))
+    for size in ((512, 512), (480, 640), (1025, 512), (1, 1), (3, 1)):  # others it leaves alone
+        assert plan_windows(*size, LONGER) == plan_windows(*size, ADE20K)
+
+
+@pytest.mark.parametrize("normalization", ["vit", "deit"])
+@pytest.mark.parametrize("size", [(10, 90), (90, 10)])
+def test_what_is_missing_is_padded_with_the_mean(size: tuple[int, int], normalization: str) -> None:
+    inference = InferenceConfig(
+        im_size=32, max_ratio=2, window_size=32, window_stride=20, normalization=normalization, fit="longer"
+    )
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    plan = plan_windows(*size, inference)
+    short, long = min(plan.fitted_size), max(plan.fitted_size)
+    assert (short, long) == (7, 64)
+    windows = cut_windows(image, plan, inference)
+    assert windows.shape == (3, 3, 32, 32)
+    across = windows if size[1] == 90 else windows.mT
+    assert across[:, :, short:].abs().max() < 0.01
+    mean, std = (torch.tensor(stat)[:, None, None] for stat in NORMALIZATIONS[normalization])
+    fitted = torch.from_numpy(cv2.resize(image, plan.fitted_size[::-1])).permute(2, 0, 1)
+    seen = (fitted if size[1] == 90 else fitted.mT).float()
+    assert torch.equal(across[1, :, :short], ((seen - mean) / std)[:, :, 20:52])
+    assert torch.equal(normalize_windows(cut_windows(image, plan, inference, as_bytes=True), normalization), windows)
+
+
+def test_labels_of_a_padded_picture_are_those_of_its_own_tokens() -> None:
+    """Each column of patches has a class of its own; the rows below the picture have another one."""
+    inference = replace(ADE20K, im_size=64, window_size=64, window_stride=64, max_ratio=2, fit="longer")
+    plan = plan_windows(40, 320, inference)
+    assert plan.fitted_size == (16, 128)
+    logits = torch.zeros(2, 9, 4, 4)
+    for window in range(2):
+        for column in range(4):
+            logits[window, 4 * window + column, :1, column] = 1
+    logits[:, 8, 1:] = 100
+    labels = label_map(logits, plan, 16).labels
+    middle = np.arange(20, 320, 40)
+    np.testing.assert_array_equal(labels[:, middle], np.tile(np.arange(8), (40, 1)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 65535), (65535, 1)])
@@ -168,6 +229,7 @@ def test_windows_are_the_callers_own() -> None:
         ("window_stride", 513, "window_stride: expected at most window_size = 512, got 513"),
         ("normalization", "imagenet", "normalization: expected one of vit, deit, got 'imagenet'"),
         ("normalization", [], r"normalization: expected one of vit, deit, got \[\]"),
+        ("fit", "longest", "fit: expected one of shorter, longer, got 'longest'"),
         ("max_windows_per_request", 0, "max_windows_per_request: expected a positive integer, got 0"),
     ],
 )

@@ -8,7 +8,7 @@ from .base import Format
 from .json import JSON
 from .maps import MAPS
 from .npy import NPY
-from .png import PNG
+from .png import GREY, PNG
 from .views import CONFIDENCE, OVERLAY, TOKENS
 
 FORMATS: dict[str, Format] = {
@@ -18,6 +18,7 @@ FORMATS: dict[str, Format] = {
     "overlay": OVERLAY,
     "tokens": TOKENS,
     "confidence": CONFIDENCE,
+    "grey": GREY,
     "maps": MAPS,
 }
 MASKS = tuple(name for name, form in FORMATS.items() if not form.is_view)

@@ -22,7 +22,8 @@ class Format:
         encode: bytes of a labelled picture, given the classes and the pixels of a window per patch.
         bytes_per_pixel: memory that encoding a large picture takes at most.
         array: what Triton's output holds in place of the encoded bytes; None for the bytes.
-        is_view: asked for by X-MPM-View; the others are asked for by their media type.
+        is_view: asked for by X-MPM-View: a picture for people, another form of the mask, or more than JSON tells; the
+            others by media type.
         needs_image: `encode` reads the whole picture's pixels.
         needs_confidence: `encode` reads the probability of each label.
         needs_maps: `encode` reads what each merge did to the windows.

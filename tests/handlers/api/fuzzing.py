@@ -14,12 +14,13 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(
-    include=["handlers.api", "handlers.edge.bodies", "handlers.edge.triton", "mpm_ops.models"]
+    include=["handlers.api", "handlers.edge.bodies", "handlers.edge.oip", "handlers.edge.triton", "mpm_ops.models"]
 ):
     from handlers.api.decode import decode_image
     from handlers.api.options import RequestOptions, request_id_from
-    from handlers.edge.bodies import check_json, picture_of_json
+    from handlers.edge.bodies import check_json, pictures_of_json
     from handlers.edge.limits import Limits
+    from handlers.edge.oip import read_inference
     from handlers.edge.triton import check_body
     from handlers.errors import ServingError
     from mpm_ops.models import segmenter as variants
@@ -52,7 +53,9 @@ def documents(data: bytes) -> None:
     """What passes the check nests no deeper than it says, as a parser sees it."""
     limits = Limits()
     with contextlib.suppress(ServingError):
-        picture_of_json(data, limits)
+        pictures_of_json(data, limits)
+    with contextlib.suppress(ServingError):
+        read_inference(data, {"Inference-Header-Content-Length": str(len(data) // 2)}, limits)
     with contextlib.suppress(ServingError):
         check_body("/v2/models/a/infer", {"Inference-Header-Content-Length": str(len(data) // 2)}, data, limits)
     try:

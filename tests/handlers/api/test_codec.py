@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
 from handlers.api import colours
@@ -402,6 +403,23 @@ class TestReplies:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), labels)
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), classes.colors[labels])
+
+    @pytest.mark.parametrize("num_classes", [11, 256, 1000])
+    def test_plain_ids_for_readers_that_make_colours_of_a_palette(self, num_classes: int) -> None:
+        classes, labels = example(num_classes=num_classes)
+        encoded = encode_mask_png(labels, classes, grey=True)
+        read = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert read is not None
+        assert read.dtype == labels.dtype
+        np.testing.assert_array_equal(read, labels)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), labels)
+
+    def test_names_of_the_classes_are_in_the_file(self) -> None:
+        _, labels = example()
+        names = ("ciel bleuté", 'a "b", c', *(f"class {i}" for i in range(2, 11)))
+        image = Image.open(io.BytesIO(encode_mask_png(labels, Classes(names, default_colors(11)))))
+        assert isinstance(image, PngImageFile)
+        assert json.loads(image.text["classes"]) == list(names)
 
     def test_mask_of_256_classes(self) -> None:
         classes, labels = example(num_classes=256)

@@ -95,6 +95,21 @@ def test_views_are_pictures(view: str) -> None:
     assert caught.value.kind is ErrorKind.NOT_ACCEPTABLE
 
 
+@pytest.mark.parametrize(
+    "accept", ["image/png; form=grey", 'image/png;q=0.9;form="GREY"', "a/b, image/png ;form=grey"]
+)
+def test_plain_ids_by_accept(accept: str) -> None:
+    options = RequestOptions.from_headers({"accept": accept}, "id")
+    assert (options.format, options.media_type) == ("grey", "image/png")
+
+
+def test_only_who_asks_for_plain_ids_gets_them() -> None:
+    for accept in ("*/*", "image/*", "image/png", "image/png;level=1", "image/png, image/png;form=grey;q=0.5"):
+        assert RequestOptions.from_headers({"accept": accept}, "id").format == "png"
+    with pytest.raises(ServingError, match=r"Accept: expected one of .*image/png;form=grey, got 'image/png;form=rgb'"):
+        RequestOptions.from_headers({"accept": "image/png;form=rgb"}, "id")
+
+
 def test_a_mask_is_no_jpeg() -> None:
     with pytest.raises(ServingError):
         RequestOptions.from_headers({"accept": "image/jpeg"}, "id")

@@ -57,7 +57,7 @@ def triton_edge(_edges: tuple[Front, Front], upstream: Upstream) -> Front:
 def test_passes_requests_on_unchanged(edge: Front, upstream: Upstream) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     headers = {"X-Request-Id": "mine", "traceparent": trace, "X-Own": "é", "Content-Type": "image/jpeg"}
-    for target in ("/predictions/m?a=%20b&c=%2F", "/predictions/a%2Fb", "/any/../where;x?y"):
+    for target in ("/predictions/a%2Fb", "/any/../where;x?y=%20b&c=%2F"):
         reply = ask(edge.url, target, PICTURE, headers)
         method, path, seen, body = upstream.seen[-1]
         assert (method, path, body) == ("POST", target, PICTURE)
@@ -114,9 +114,9 @@ def test_takes_pictures_from_forms_and_json(edge: Front, upstream: Upstream) -> 
     assert {seen[2]["content-type"] for seen in upstream.seen} == {"application/octet-stream"}
     assert {seen[3] for seen in upstream.seen} == {PICTURE}
     upstream.answer = b'{"height": 3}\n'
-    answer = requests.post(f"{edge.url}/v1/models/m:predict", json={"instances": [{"b64": encoded}]})
+    answer = requests.post(f"{edge.url}/v1/models/m:predict", json={"instances": [{"b64": encoded}] * 3})
     upstream.answer = b""
-    assert answer.json() == {"predictions": [{"height": 3}]}
+    assert answer.json() == {"predictions": [{"height": 3}] * 3}
     assert upstream.seen[-1][1] == "/predictions/m"
     assert upstream.seen[-1][2]["accept"] == "application/json"
 
@@ -135,8 +135,13 @@ def test_refuses_by_name_what_holds_no_single_picture(edge: Front, upstream: Ups
     headers = b"".join(b"a: b\r\n" for _ in range(1000))
     assert_refused(requests.post(url, data=b"--a\r\n" + headers, headers=form), 400, "form: expected one picture")
     for document, told in (
-        ({"instances": [{"b64": encoded}] * 2}, "instances: expected a list of one picture, got 2"),
-        ({"instances": []}, "instances: expected a list of one picture, got 0"),
+        (
+            {"instances": [{"b64": encoded}] * 2},
+            "instances: expected one picture, got 2; several go to /v1",
+        ),
+        ({"instances": [{"b64": encoded}] * 17}, "instances: expected 1 to 16 pictures, got 17"),
+        ({"instances": []}, "instances: expected 1 to 16 pictures, got 0"),
+        ({"data": "s3://bucket/cat.jpg"}, "got a URL (s3); nothing is fetched"),
         ({"data": encoded, "image": encoded}, "got 'data', 'image'"),
         ({"url": "http://a.example"}, "got 'url'"),
         ({"data": 5}, "data: expected base64, got int"),
@@ -148,7 +153,8 @@ def test_refuses_by_name_what_holds_no_single_picture(edge: Front, upstream: Ups
     assert_refused(requests.post(url, data=PICTURE, headers=as_json), 400, "JSON: expected a document")
     assert_refused(requests.post(url, data="[" * 99, headers=as_json), 400, "JSON: expected nesting of at most 64")
     assert_refused(requests.post(url, data="[" + "[]," * 99_999, headers=as_json), 413, "JSON: expected at most")
-    assert_refused(requests.post(url, data="https://a.example/cat.jpg"), 400, "got a URL; nothing is fetched")
+    assert_refused(requests.post(url, data="https://a.example/cat.jpg"), 400, "got a URL (https); nothing is fetched")
+    assert_refused(requests.post(url, files={"image": b" HTTP://a.example/cat.jpg"}), 400, "got a URL (http)")
     assert not upstream.seen
 
 
@@ -165,13 +171,74 @@ def test_unpacks_gzip_within_the_limit(edge: Front, upstream: Upstream) -> None:
     assert len(upstream.seen) == 1
 
 
+def test_a_small_body_reserves_little(upstream: Upstream) -> None:
+    """However much it could unpack to: all may hold 256 MiB, and a few clients that wait took it."""
+    with (
+        fronted(upstream.url, "torchserve", "--max-body-bytes", str(48 * 2**20)) as edge,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        packed = {"Content-Encoding": "gzip"}
+        upstream.release.clear()
+        waiting = [
+            pool.submit(requests.post, f"{edge.url}/wait", gzip.compress(b"a"), headers=packed) for _ in range(40)
+        ]
+        held = f"mpm_edge_held_bytes {40 * (len(gzip.compress(b'a')) + 1)}.0\n"
+        end = time.monotonic() + 10
+        while held not in requests.get(f"{edge.url}/metrics").text:
+            assert time.monotonic() < end
+        upstream.release.set()
+        assert {each.result().status_code for each in waiting} == {200}
+
+
+def test_each_picture_and_output_of_open_inference_is_asked_for(edge: Front, upstream: Upstream) -> None:
+    upstream.answer = b'{"height": 3}'
+    image = {"name": "IMAGE", "datatype": "BYTES", "shape": [2, 1], "data": 2 * [base64.b64encode(PICTURE).decode()]}
+    document = {"inputs": [image], "parameters": {"x-mpm-view": "tokens"}}
+    reply = requests.post(f"{edge.url}/v2/models/m/versions/2/infer?schedule=off", json=document).json()
+    upstream.answer = b""
+    assert [output["name"] for output in reply["outputs"]] == ["MASK_PNG", "RESULT_JSON"]
+    assert reply["outputs"][1]["data"] == 2 * ['{"height": 3}']
+    assert [seen[:2] for seen in upstream.seen] == 4 * [("POST", "/predictions/m/2")]
+    asked = sorted((seen[2]["accept"], seen[2].get("x-mpm-view"), seen[2]["x-mpm-schedule"]) for seen in upstream.seen)
+    assert asked == 2 * [("application/json", None, "off")] + 2 * [("image/png", "tokens", "off")]
+    assert {seen[3] for seen in upstream.seen} == {PICTURE}
+    upstream.seen.clear()
+    for shape in ([], [1, 2], [[1]], ["1"], [True, 1], {"a": 1}, [1, 10**400], [-1], [1.0], None, [17]):
+        answer = requests.post(f"{edge.url}/v2/models/m/infer", json={"inputs": [image | {"shape": shape}]})
+        assert_refused(answer, 400, "IMAGE: expected")
+    assert not upstream.seen
+
+
+def test_options_may_stand_in_the_url(edge: Front, triton_edge: Front, upstream: Upstream) -> None:
+    upstream.answer = b"\x05\x00\x00\x00mask"  # as Triton's outputs are
+    query = "?view=overlay&schedule=2%2C5&priority=bulk&accept=image%2Fjpeg"
+    requests.post(f"{edge.url}/predictions/m{query}", PICTURE, headers={"Accept": "image/png"})
+    requests.post(f"{triton_edge.url}/predictions/m{query.replace('jpeg', 'png')}", PICTURE)
+    upstream.answer = b""
+    for (_, target, headers, _), path in zip(upstream.seen, ("/predictions/m", "/v2/models/m/infer"), strict=True):
+        assert target == path
+        expected = {"x-mpm-view": "overlay", "x-mpm-schedule": "2,5", "x-mpm-priority": "bulk"}
+        assert expected.items() <= headers.items()
+    assert upstream.seen[0][2]["accept"] == "image/jpeg"
+    upstream.seen.clear()
+    for query, headers, told in (
+        ("?shedule=off", {}, "query: expected some of view, schedule, merger, fit, priority, accept, got 'shedule'"),
+        ("?view=overlay&view=tokens", {}, "got 'view' twice"),
+        ("?schedule=off", {"X-MPM-Schedule": "2"}, "schedule: expected it in the URL or as X-MPM-Schedule, got both"),
+        ("?merger=a%0d%0ab", {}, "merger: expected plain text"),
+    ):
+        answer = requests.post(f"{edge.url}/predictions/m{query}", PICTURE, headers=headers)
+        assert_refused(answer, 400, told)
+    assert not upstream.seen
+
+
 @pytest.mark.parametrize(
     "nest", ['{"inputs":' + "[" * 300_000, '{"a":' * 65, "[" * 65 + "]" * 65, '{"a":"\\\\","b":' + "[" * 64]
 )
 def test_refuses_deep_json_before_triton(triton_edge: Front, upstream: Upstream, nest: str) -> None:
     for target, headers in (
         ("/v2/models/m/infer", {}),
-        ("/v2/models/m/infer", {"Inference-Header-Content-Length": str(len(nest))}),
+        ("/v2/models/m/versions/1/infer", {"Inference-Header-Content-Length": str(len(nest))}),
         ("/v2/models/m/%69nfer", {"Inference-Header-Content-Length": "0"}),
         ("/v2/models/m/generate", {"Inference-Header-Content-Length": "0"}),
         ("/v2/repository/index", {}),
@@ -189,7 +256,7 @@ def test_triton_gets_json_and_binary_requests_unchanged(triton_edge: Front, upst
     assert upstream.seen.pop()[:2] == ("POST", "/v2/models/m/infer")
     shallow = '{"id":"' + '[\\"{' * 200 + '","inputs":' + "[" * 63 + "]" * 63 + "}"
     url, length = f"{triton_edge.url}/v2/models/m/infer", "Inference-Header-Content-Length"
-    assert requests.post(url, data=shallow).text == shallow
+    assert requests.post(f"{triton_edge.url}/v2/repository/models/m/load", data=shallow).text == shallow
     mixed = shallow.encode() + b"[" * 100_000
     assert requests.post(url, data=mixed, headers={length: str(len(shallow))}).content == mixed
     assert requests.post(url, data=PICTURE, headers={length: "0"}).content == PICTURE
@@ -199,7 +266,10 @@ def test_triton_gets_json_and_binary_requests_unchanged(triton_edge: Front, upst
     for wrong in ("+0", "-1", "0x10", "99999", "00", "\u0660".encode()):
         answer = requests.post(url, data=shallow, headers={length: wrong})
         assert_refused(answer, 400, "Inference-Header-Content-Length: expected a number")
-    assert_refused(requests.post(url, data='"' + "a" * LIMIT + '"'), 413, "expected at most 1048576 bytes")
+    long = {length: str(LIMIT + 2)}
+    assert_refused(
+        requests.post(url, data="{" + "a" * LIMIT + "}", headers=long), 413, "expected at most 1048576 bytes"
+    )
     assert len(upstream.seen) == 4
 
 

@@ -69,10 +69,86 @@ def test_pictures_are_answered_alike_in_every_form(
             assert answer.status_code == 200, answer.text
             assert answer.content == direct
             assert answer.headers["Content-Type"] == (accept if "/" in accept else "image/png")
-        (prediction,) = requests.post(
-            f"{edge.url}/v1/models/tiny:predict", json={"instances": [{"b64": encoded}]}
-        ).json()["predictions"]
-        assert (prediction["height"], prediction["width"]) == (96, 128)
+        instances = {"instances": [{"b64": encoded}, {"b64": encoded}]}
+        predictions = requests.post(f"{edge.url}/v1/models/tiny:predict", json=instances).json()["predictions"]
+        assert [(each["height"], each["width"]) for each in predictions] == 2 * [(96, 128)]
+
+
+@pytest.mark.parametrize("server_name", ["torchserve", "triton"])
+def test_open_inference_protocol(
+    edges: dict[str, Front], server_name: str, triton: Triton, picture: bytes, photo: Callable[..., np.ndarray]
+) -> None:
+    """In JSON, in binary as its extension, and as a raw body: what Triton alone gives to binary requests."""
+    url = f"{edges[server_name].url}/v2/models/tiny"
+    assert (
+        requests.get(f"{url}/ready").status_code
+        == requests.get(f"{edges[server_name].url}/v2/health/ready").status_code
+        == 200
+    )
+    described = requests.get(url).json()
+    assert described["name"] == "tiny"
+    assert {output["name"] for output in described["outputs"]} == set(OUTPUTS.values())
+    assert requests.get(f"{edges[server_name].url}/v2/models/none/ready").status_code in (400, 404)
+    pictures = [picture, encode_picture(photo(4), "image/png")]
+    direct = [raw_outputs(infer_raw(triton.url, "tiny", each, X_MPM_Schedule="off")) for each in pictures]
+
+    encoded = [base64.b64encode(each).decode() for each in pictures]
+    given = {"name": "IMAGE", "datatype": "BYTES", "shape": [2, 1], "data": encoded}
+    document = {
+        "id": "mine",
+        "parameters": {"X-MPM-Schedule": "off"},
+        "inputs": [given],
+        "outputs": [{"name": "MASK_PNG"}, {"name": "RESULT_JSON"}],
+    }
+    reply = requests.post(f"{url}/infer", json=document).json()
+    assert (reply["model_name"], reply["id"]) == ("tiny", "mine")
+    masks, results = reply["outputs"]
+    assert (masks["name"], masks["datatype"], masks["shape"]) == ("MASK_PNG", "BYTES", [2, 1])
+    assert [base64.b64decode(each) for each in masks["data"]] == [each["MASK_PNG"] for each in direct]
+    for text, each in zip(results["data"], direct, strict=True):
+        assert json.loads(text)["classes"] == json.loads(each["RESULT_JSON"])["classes"]
+
+    values = b"".join(len(each).to_bytes(4, "little") + each for each in pictures)
+    image = {"name": "IMAGE", "datatype": "BYTES", "shape": [2, 1], "parameters": {"binary_data_size": len(values)}}
+    outputs = [{"name": name, "parameters": {"binary_data": True}} for name in ("MASK", "MASK_PNG")]
+    head = json.dumps({"inputs": [image], "outputs": outputs, "parameters": {"x-mpm-schedule": "off"}}).encode()
+    headers = {LENGTH: str(len(head)), "Accept-Encoding": "identity"}
+    answer = requests.post(f"{url}/infer", data=head + values, headers=headers)
+    assert answer.status_code == 200, answer.text
+    end = int(answer.headers[LENGTH])
+    told = {output["name"]: output for output in json.loads(answer.content[:end])["outputs"]}
+    assert told["MASK"]["shape"] == [2, 96, 128]
+    assert told["MASK"]["datatype"] == "UINT8"
+    found = {}
+    for name, output in told.items():
+        size = output["parameters"]["binary_data_size"]
+        found[name], end = answer.content[end : end + size], end + size
+    assert found["MASK"] == b"".join(each["MASK"] for each in direct)
+    assert found["MASK_PNG"][4:].startswith(direct[0]["MASK_PNG"])
+
+    raw = infer_raw(edges[server_name].url, "tiny", picture, X_MPM_Schedule="off", X_MPM_Outputs="MASK_PNG")
+    assert raw_outputs(raw) == {"MASK_PNG": direct[0]["MASK_PNG"]}
+
+    wrong = {**document, "inputs": [{**given, "data": [encoded[0], "AAAA"]}]}
+    refused = requests.post(f"{url}/infer", json=wrong)
+    assert refused.status_code == 400
+    assert "picture 1 of 2: image: expected JPEG" in refused.json()["error"]
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"inputs": []}, "JSON: expected one input with name, datatype, shape and data"),
+        (
+            {"inputs": [{**given, "shape": [3]}]},
+            "IMAGE: expected 3 pictures, as its shape says, got 2",
+        ),
+        ({"inputs": [{**given, "name": "X"}]}, "inputs: expected IMAGE of BYTES, got X of BYTES"),
+        ({"outputs": [{"name": "MASK"}]}, "MASK: expected binary_data true, or MASK_PNG in its place, got it as JSON"),
+        ({"outputs": [{"name": "X"}]}, "outputs: expected some of MASK_PNG, RESULT_JSON, MASK, got X"),
+        ({"parameters": {"color": "red"}}, "got 'color'"),
+        ({"parameters": {"x-mpm-view": "tokens"}, "outputs": [{"name": "RESULT_JSON"}]}, "expected MASK_PNG among"),
+    ]
+    for changed, reason in refusals:
+        refused = requests.post(f"{url}/infer", json=document | changed)
+        assert refused.status_code == 400, refused.text
+        assert reason in refused.json()["error"]
 
 
 def test_maps_are_the_same_bytes_from_both_servers(edges: dict[str, Front], triton: Triton, picture: bytes) -> None:

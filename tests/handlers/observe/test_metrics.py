@@ -1,7 +1,5 @@
 import io
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.api.options import RequestOptions
+from handlers.client import NoAnswerError, fetch
 from handlers.config import ServingConfig
 from handlers.engine.clock import DeviceClock
 from handlers.engine.engine import Engine
@@ -54,15 +53,13 @@ def encoded(seed: int = 0, height: int = 64, width: int = 128) -> bytes:
     return buffer.getvalue()
 
 
-def fetch(port: int, headers: dict[str, str] | None = None) -> str:
+def read(port: int, headers: dict[str, str] | None = None) -> str:
     """The text that the port serves, as soon as it does."""
     deadline = time.monotonic() + 10
     while True:
         try:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers or {})
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return str(response.read().decode())
-        except urllib.error.URLError:
+            return fetch(f"http://127.0.0.1:{port}/metrics", headers=headers).body.decode()
+        except NoAnswerError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -228,7 +225,7 @@ def test_the_port_serves_what_the_registry_holds_and_is_free_again_after(start: 
     for _ in range(2):  # the second rebinds the port and starts from zero
         engine = start(config, name="street")
         engine.submit(encoded(), OPTIONS).result(60)
-        text = fetch(port)
+        text = read(port)
         samples = {
             (sample.name, sample.labels.get("code")): sample.value
             for family in text_string_to_metric_families(text)
@@ -238,24 +235,24 @@ def test_the_port_serves_what_the_registry_holds_and_is_free_again_after(start: 
         assert samples["mpm_requests_total", "200"] == 1
         assert samples["mpm_model_info", None] == 1
         engine.close()
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+    with pytest.raises(NoAnswerError):
+        fetch(f"http://127.0.0.1:{port}/metrics")
 
 
 def test_a_taken_port_is_named_and_taken_over(start: Callable[..., Engine], caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     config = ServingConfig(schedule=SCHEDULE, runtime="torch", metrics_port=port)
     old = start(config, name="old")
-    assert 'model="old"' in fetch(port)
+    assert 'model="old"' in read(port)
     new = start(config, name="new")  # as Triton does it: the old version serves until the new one is there
     new.submit(encoded(), OPTIONS).result(60)
     deadline = time.monotonic() + 10
     while f"metrics_port: cannot listen on 127.0.0.1:{port} yet" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert 'model="old"' in fetch(port)
+    assert 'model="old"' in read(port)
     old.close()
-    assert 'model="new"' in fetch(port)
+    assert 'model="new"' in read(port)
 
 
 def test_exemplars_name_a_request(start: Callable[..., Engine]) -> None:
@@ -264,7 +261,7 @@ def test_exemplars_name_a_request(start: Callable[..., Engine]) -> None:
     engine.submit(encoded(), RequestOptions(request_id="street-7")).result(60)
     engine.submit(encoded(), RequestOptions(request_id="x" * 128)).result(60)  # too long for an exemplar
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    text = fetch(port, accept)
+    text = read(port, accept)
     assert '# {request_id="street-7"}' in text
     assert value(engine, "mpm_request_seconds_count") == 2
 
