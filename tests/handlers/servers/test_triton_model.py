@@ -260,7 +260,7 @@ class TestEveryPathAnswersOnce:
         ("parameters", "told"),
         [
             ({"view": "overlay"}, "parameters: expected some of x-mpm-fit, x-mpm-merger, x-mpm-outputs"),
-            ({"x-mpm-view": "funny"}, "X-MPM-View: expected one of overlay, tokens, confidence, grey, maps, got 'funny'"),
+            ({"x-mpm-view": "funny"}, "X-MPM-View: expected one of overlay, tokens, confidence, grey, maps, got"),
             ({"x-mpm-view": 3}, "x-mpm-view: expected text, got 3"),
             ({"X-MPM-Schedule": "a"}, "X-MPM-Schedule: "),
             ({"x-mpm-priority": "high"}, "X-MPM-Priority: expected one of interactive, bulk"),
