@@ -158,16 +158,18 @@ class _Channel:
     def send(self, answer: "Future[Any]") -> None:
         """Send what the request is answered with.
 
-        Triton takes no second answer where the first failed, for want of shared memory. So the end of masks is sent
-        apart: with no answer before it, it makes Triton answer an error of its own. An error comes with the end: over
-        gRPC, an end after it would make it an answer.
+        Triton takes no second answer where the first failed, for want of shared memory. So where it may fail the end is
+        sent apart: with no answer before it, it makes Triton answer an error of its own. Elsewhere the answer comes
+        with its end, because Triton itself fails (SIGSEGV) at an end of its own whose gRPC request was cancelled.
         """
         response, final = _response(answer), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        parts = [{"response": response, "flags": final if response.has_error() else 0}, {"flags": final}]
         with self._lock:
             self._sent = True
             with _sending:
-                for part in parts[: 1 if response.has_error() else 2]:
+                parts: list[dict[str, Any]] = [{"response": response, "flags": final}]
+                if not response.has_error() and _num_bytes(response.output_tensors()) > _free_bytes():
+                    parts = [{"response": response, "flags": 0}, {"flags": final}]
+                for part in parts:
                     try:
                         self._sender.send(**part)
                     except Exception as error:
@@ -263,19 +265,25 @@ def _tensors(replies: Sequence[Reply], outputs: Sequence[str]) -> list[Any]:
         arrays = isinstance(bodies[0], np.ndarray)
         values = _stack(bodies) if arrays else np.array([[body] for body in bodies], dtype=np.object_)
         tensors.append(pb_utils.Tensor(output, values))
-    _check_room(sum(_num_bytes(tensor.as_numpy()) for tensor in tensors))
+    _check_room(_num_bytes(tensors))
     return tensors
 
 
-def _num_bytes(values: np.ndarray) -> int:
-    return sum(map(len, values.ravel())) if values.dtype == object else values.nbytes
+def _num_bytes(tensors: Sequence[Any]) -> int:
+    arrays = [tensor.as_numpy() for tensor in tensors]
+    return sum(sum(map(len, each.ravel())) if each.dtype == object else each.nbytes for each in arrays)
+
+
+def _free_bytes() -> int:
+    """By how much a region of shared memory may grow, with some to spare."""
+    free = os.statvfs(_SHM)
+    return int(free.f_bavail * free.f_frsize) - _SHM_MARGIN_BYTES
 
 
 def _check_room(size: int) -> None:
     """Refuse an answer of more bytes than this model's region of shared memory and what it may grow by."""
-    free = os.statvfs(_SHM)
     region = _SHM / Path("/proc/self/cmdline").read_text().split("\0")[2]  # as Triton calls this process
-    room = free.f_bavail * free.f_frsize + (region.stat().st_size if region.is_file() else 0) - _SHM_MARGIN_BYTES
+    room = _free_bytes() + (region.stat().st_size if region.is_file() else 0)
     if size > room:
         raise ServingError(
             ErrorKind.OVERLOADED,

@@ -97,5 +97,5 @@ def test_engines_in_processes_of_their_own(
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     load = engines.Load(folder=tmp_path, size="Ti", device="cpu", sources={"jpeg": [b""]})
-    with pytest.raises(RuntimeError, match=r"^engines: a process failed: .*variant\.yml"):
+    with pytest.raises(RuntimeError, match=r"^engines: a process failed: .*checkpoint\.pth: no such checkpoint"):
         engines.time_engines(load, processes=[1], networks=["free"], seconds=0.1)

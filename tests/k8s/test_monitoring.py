@@ -453,7 +453,9 @@ def test_an_alert_links_to_its_entry(alert: dict[str, Any]) -> None:
 def test_the_runbook_links_to_boards_and_knows_them() -> None:
     (panel,) = json.loads(render_runbook("# Title\n\nHead.\n\n## Alert\nSee *Overview*, *here*.\n"))["panels"]
     assert panel["options"]["content"] == "See [Overview](/d/mpm-overview), *here*."
-    with pytest.raises(ValueError, match=r"^runbook: expected a board, one of overview, merging, .*, got Nowhere$"):
+    with pytest.raises(
+        ValueError, match=r"^runbook: expected a board, one of overview, objectives, merging, .*, got Nowhere$"
+    ):
         render_runbook("## Alert\nSee *Nowhere*.\n")
 
 

@@ -160,6 +160,7 @@ class Load:
                     asked = Asked(sent, time.monotonic(), answer.status, answer.body, answer.replica)
                 except OSError as error:
                     asked = Asked(sent, time.monotonic(), f"{type(error).__name__}: {error}", b"", None)
+                    time.sleep(0.01)  # leaves the server, which is ending, some of the processor
                 self.asked.append(asked)
                 time.sleep(self.pause_seconds)
 

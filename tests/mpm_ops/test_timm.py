@@ -23,7 +23,7 @@ def imported(kind: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (folder / package).mkdir(parents=True)
         code = "import torchvision\n" + "".join(f"class {name}: ...\n" for name in names.split(", "))
         (folder / package / "__init__.py").write_text(code)
-    (folder / "timm" / "__init__.py").touch()
+    (folder / "timm" / "__init__.py").write_text("def create_model(): ...\n")
     (folder / "timm" / "models" / "__init__.py").touch()
     module = ROOT / "mpm_ops" / "_timm.py"
     program = (

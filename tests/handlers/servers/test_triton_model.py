@@ -65,6 +65,9 @@ class Response(SimpleNamespace):
     def has_error(self) -> bool:
         return self.error is not None
 
+    def output_tensors(self) -> Any:
+        return self.tensors
+
 
 PB_UTILS = SimpleNamespace(
     Tensor=Tensor,
@@ -92,6 +95,7 @@ class Request:
         self._timeout_us = timeout_us
         self._send_failures = send_failures
         self._num_sent = 0
+        self.ends_apart = False
         self.cancelled = False
         self.responses: list[Response] = []
         self.touched_late: list[str] = []
@@ -135,7 +139,8 @@ class Request:
         if response is not None:
             self._num_sent += 1
             assert self._num_sent == 1
-            assert bool(flags) == response.has_error()  # over gRPC an end after an error would hide it
+            self.ends_apart = not flags
+            assert not (self.ends_apart and response.has_error())  # over gRPC an end after an error would hide it
             if self._send_failures:
                 self._send_failures -= 1
                 raise RuntimeError("no room in shared memory")
@@ -291,12 +296,19 @@ class TestEveryPathAnswersOnce:
         assert [request.response().error is None for request in requests] == [True, False, True]
         assert requests[1].error() == ("internal", "the request failed inside the server")
 
-    def test_answer_that_cannot_be_sent(self, start: Callable[..., Any]) -> None:
-        """It ends all the same: Triton tells its client that there is none."""
+    def test_answer_that_cannot_be_sent(self, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where that may be it ends all the same: Triton tells its client that there is none."""
+        model = start()
+        sent = Request(b"x", outputs=("MASK",))
+        model.execute([sent])
+        assert (len(sent.response().tensors), sent.ends_apart) == (1, False)
+        triton = importlib.import_module("handlers.servers.triton")
+        monkeypatch.setattr(triton, "_free_bytes", lambda: -1)
+        monkeypatch.setattr(triton, "_check_room", lambda size: None)
         request = Request(send_failures=1)
-        start().execute([request])
+        model.execute([request])
         assert request.answered.wait(WAIT_SECONDS)
-        assert request.responses == []
+        assert (request.responses, request.ends_apart) == ([], True)
 
     def test_answer_for_which_there_is_no_room(
         self, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
