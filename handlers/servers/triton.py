@@ -158,9 +158,9 @@ class _Channel:
     def send(self, answer: "Future[Any]") -> None:
         """Send what the request is answered with.
 
-        Triton takes no second answer where the first failed, for want of shared memory. So where it may fail the end is
-        sent apart: with no answer before it, it makes Triton answer an error of its own. Elsewhere the answer comes
-        with its end, because Triton itself fails (SIGSEGV) at an end of its own whose gRPC request was cancelled.
+        Triton takes no second answer where the first failed, for want of shared memory. So where it may fail the end
+        is sent apart: with no answer before it, it makes Triton answer an error of its own. Elsewhere the answer comes
+        with its end, because an end apart ends Triton itself (SIGSEGV) if its gRPC request was cancelled.
         """
         response, final = _response(answer), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         with self._lock:
