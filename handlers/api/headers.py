@@ -5,14 +5,11 @@ import re
 from handlers.errors import ErrorKind, ServingError
 
 CONTEXT_HEADERS = ("traceparent", "tracestate")
+# What a request may ask for, as URLs and Python name it, and its headers.
+OPTIONS = {name: f"X-MPM-{name.title()}" for name in ("view", "schedule", "merger", "fit", "priority")}
 # All that Triton passes on of a request's headers, and takes as its parameters.
 OPTION_HEADERS = (
-    "x-mpm-fit",
-    "x-mpm-merger",
-    "x-mpm-outputs",
-    "x-mpm-priority",
-    "x-mpm-schedule",
-    "x-mpm-view",
+    *sorted(header.lower() for header in (*OPTIONS.values(), "X-MPM-Outputs")),
     "x-request-id",
     *CONTEXT_HEADERS,
 )

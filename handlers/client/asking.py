@@ -7,12 +7,12 @@ from random import uniform
 from typing import Any, Self, cast
 from uuid import uuid4
 
+from handlers.api.headers import OPTIONS
+
 from .answers import Answer, AnswerError, BusyError, LateError, NoAnswerError
 from .endpoints import parse_url
 from .results import Result, encode_source
 from .transport import Transport, connect
-
-OPTIONS = ("view", "schedule", "merger", "fit", "priority")
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 20.0
 
@@ -69,9 +69,9 @@ class Asking:
         self, picture: bytes, accept: str, options: Mapping[str, Any], timeout_seconds: float | None
     ) -> Conversation:
         request_id = str(uuid4())
-        if unknown := sorted(options.keys() - set(OPTIONS)):
+        if unknown := sorted(options.keys() - OPTIONS.keys()):
             raise TypeError(f"options: expected some of {', '.join(OPTIONS)}, got {unknown[0]}")
-        named = {f"X-MPM-{name.title()}": value for name, value in options.items() if value is not None}
+        named = {OPTIONS[name]: value for name, value in options.items() if value is not None}
         headers = {"X-Request-Id": request_id, **self._fixed, **named}
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         end = time.monotonic() + seconds

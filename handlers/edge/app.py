@@ -13,7 +13,7 @@ from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 from yarl import URL
 
-from handlers.api.headers import REQUEST_ID
+from handlers.api.headers import OPTIONS, REQUEST_ID
 from handlers.client import error_of
 from handlers.errors import ErrorKind, ServingError
 
@@ -48,9 +48,7 @@ METRICS_TYPE = {"Content-Type": "text/plain; version=0.0.4"}
 _WHOLE_BYTES = 2**20  # up to here bodies go out in one piece
 _PIECE_BYTES = 2**18
 _FORM_BYTES = 2**16  # around a picture in a form or in JSON
-_QUERY = {name: f"X-MPM-{name.title()}" for name in ("view", "schedule", "merger", "fit", "priority")} | {
-    "accept": "Accept"
-}
+_QUERY = {**OPTIONS, "accept": "Accept"}
 
 
 class _ToldError(ServingError):
