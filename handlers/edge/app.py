@@ -169,9 +169,7 @@ class Edge:
                 f"instances: expected one picture, got {len(pictures)}; several go to /v1/models/{path[1]}:predict",
             )
         if self._is_triton:
-            headers = _merged(request, options)
-            media_type, _ = triton.infer_headers(headers, headers.get("Accept", "*/*"))
-            reply = await self._ask_one(request, path[1], path[2], pictures[0], options, added)
+            reply, media_type = await self._ask_one(request, path[1], path[2], pictures[0], options, added)
             return web.Response(body=reply, headers={"Content-Type": media_type})
         target = request.raw_path.partition("?")[0]
         return await self._pass_on(request, target, pictures[0], {"Content-Type": content_type, **options}, added)
@@ -226,7 +224,7 @@ class Edge:
 
         async def ask(index: int, headers: Mapping[str, str]) -> bytes:
             try:
-                return await self._ask_one(request, name, version, pictures[index], headers, added)
+                return (await self._ask_one(request, name, version, pictures[index], headers, added))[0]
             except _ToldError as error:
                 told = error.of_picture(index, len(pictures))
                 raise _ToldError(told.kind, str(told), retry_after=told.retry_after) from None
@@ -246,8 +244,11 @@ class Edge:
         picture: bytes,
         options: Mapping[str, str],
         added: Mapping[str, str],
-    ) -> bytes:
-        """The plain answer of a picture; `options` are headers beside those of the request, empty ones in their place.
+    ) -> tuple[bytes, str]:
+        """The plain answer of a picture and its media type.
+
+        Args:
+            options: headers beside those of the request, empty ones in their place.
 
         Raises:
             ServingError: what the server says, or that it says nothing.
@@ -267,9 +268,9 @@ class Edge:
             if upstream.status != 200:
                 raise await _told(upstream)
             reply = await _read(upstream)
-        if self._is_triton:
-            reply = triton.unpack(reply, upstream.headers.get(triton.LENGTH_HEADER, "0"), media_type)
-        return reply
+        if not self._is_triton:
+            return reply, upstream.content_type
+        return triton.unpack(reply, upstream.headers.get(triton.LENGTH_HEADER, "0"), media_type), media_type
 
     async def _pictures(self, request: web.BaseRequest, body: Body) -> tuple[list[bytes], str]:
         """The bytes of the pictures in a request, and the type that they claim to be."""

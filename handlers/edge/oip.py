@@ -18,13 +18,13 @@ from handlers.errors import ErrorKind, ServingError
 
 from .bodies import check_json, check_picture, decode_base64, too_many
 from .limits import Limits
-from .triton import LENGTH_HEADER, OUTPUTS, check_is_json, header_length
+from .triton import LENGTH_HEADER, NPY_TYPES, OUTPUTS, check_is_json, header_length
 
 PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready)?")
 HEALTH = ("/v2/health/live", "/v2/health/ready")
 ACCEPTED = {output: media_type for media_type, output in OUTPUTS.items()}
 
-_DATATYPES = {"|u1": "UINT8", "<u2": "UINT16"}
+_DATATYPES = {npy_type: datatype for datatype, npy_type in NPY_TYPES.items()}
 _BINARY = "binary_data_output"
 
 

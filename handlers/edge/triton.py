@@ -14,11 +14,11 @@ from .limits import Limits
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 OUTPUTS = {"image/png": "MASK_PNG", "application/json": "RESULT_JSON", "application/x-npy": "MASK"}
+NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
 
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[0-9]+)?/infer")
 _BAD_JSON = ("failed to parse the request JSON buffer", "Unable to ")
 _NO_ROOM = ("shared memory pool size", "single response, got 0")
-_NPY_TYPES = {"UINT8": "|u1", "UINT16": "<u2"}
 
 
 def check_body(path: str, headers: Mapping[str, str], data: bytes, limits: Limits) -> None:
@@ -111,7 +111,7 @@ def unpack(reply: bytes, length: str, media_type: str) -> bytes:
         return body[4:]  # the length of the only value
     output: dict[str, Any] = json.loads(reply[: int(length)])["outputs"][0]
     shape = tuple(output["shape"][1:])
-    described = f"{{'descr': '{_NPY_TYPES[output['datatype']]}', 'fortran_order': False, 'shape': {shape}, }}"
+    described = f"{{'descr': '{NPY_TYPES[output['datatype']]}', 'fortran_order': False, 'shape': {shape}, }}"
     padding = -(10 + len(described) + 1) % 64
     head = f"{described}{' ' * padding}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + body
