@@ -18,7 +18,6 @@ from .endpoints import GRPC_OPTIONS, GRPC_SERVICE, Endpoint, grpc_failure, grpc_
 class Transport(ABC):
     """Sends requests to one served model; a context manager that closes its connections."""
 
-    @abstractmethod
     def ask(
         self,
         picture: bytes,
@@ -40,6 +39,13 @@ class Transport(ABC):
             NoAnswerError: the connection failed.
             TimeoutError: no answer in time.
         """
+        return self._ask(picture, accept, content_type, headers or {}, timeout_seconds)
+
+    @abstractmethod
+    def _ask(
+        self, picture: bytes, accept: str, content_type: str, headers: Mapping[str, str], timeout_seconds: float
+    ) -> Answer:
+        """See `ask`."""
 
     @abstractmethod
     def is_ready(self, timeout_seconds: float = 5.0) -> bool:
@@ -132,16 +138,10 @@ class _Http(Transport):
         self._connection_seconds = connection_seconds
         self._idle: list[_Connection] = []
 
-    def ask(
-        self,
-        picture: bytes,
-        *,
-        accept: str = "image/png",
-        content_type: str = "application/octet-stream",
-        headers: Mapping[str, str] | None = None,
-        timeout_seconds: float = 60.0,
+    def _ask(
+        self, picture: bytes, accept: str, content_type: str, headers: Mapping[str, str], timeout_seconds: float
     ) -> Answer:
-        sent = self._endpoint.headers(accept, content_type, headers or {})
+        sent = self._endpoint.headers(accept, content_type, headers)
         return self._endpoint.value(self._request("POST", self._endpoint.target, picture, sent, timeout_seconds))
 
     def is_ready(self, timeout_seconds: float = 5.0) -> bool:
@@ -204,16 +204,10 @@ class _Grpc(Transport):
         self._endpoint, self._connection_seconds = endpoint, connection_seconds
         self._channel = self._open()
 
-    def ask(
-        self,
-        picture: bytes,
-        *,
-        accept: str = "image/png",
-        content_type: str = "application/octet-stream",
-        headers: Mapping[str, str] | None = None,
-        timeout_seconds: float = 60.0,
+    def _ask(
+        self, picture: bytes, accept: str, content_type: str, headers: Mapping[str, str], timeout_seconds: float
     ) -> Answer:
-        request = self._endpoint.message(self._messages, picture, accept, headers or {})
+        request = self._endpoint.message(self._messages, picture, accept, headers)
         if self._channel.used and self._channel.age >= self._connection_seconds:
             self._channel.retire()
             self._channel = self._open()
