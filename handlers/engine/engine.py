@@ -128,7 +128,8 @@ class Engine:
         )
         self._lock = threading.Lock()
         self._open: set[Request] = set()  # guarded by the lock
-        self.metrics = Metrics(name, grid=self._grid, info=self._describe(device))
+        info = self._describe(device)
+        self.metrics = Metrics(name, grid=self._grid, info=info)
         self.metrics.watch_inflight(lambda: self.inflight, lambda: self._admission.inflight_bytes)
         first = self._lanes[self._default]
         self.metrics.expect(replace(first, stage=i) for i in range(first.num_stages))
@@ -138,7 +139,7 @@ class Engine:
             sampler, self._compute_unmerged, self.metrics, classes, patch_size
         )
         port = config.metrics_port
-        described = describe_model(model, classes, config, self._offered, self._describe(device))
+        described = describe_model(model, classes, config, self._offered, info)
         self._stop_metrics = self.metrics.serve(config.metrics_host, port, described) if port else lambda: None
 
         self._loop = Loop(
