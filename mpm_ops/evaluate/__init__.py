@@ -16,7 +16,7 @@ import torch
 from mpm_ops.bench import model_shapes, write_report
 from mpm_ops.classes import load_classes
 from mpm_ops.merging import Merger, NoMerging, Tower, make_merger
-from mpm_ops.models import load_segmenter
+from mpm_ops.models import find_checkpoint, load_segmenter
 from mpm_ops.runtime import make_runtime
 from mpm_ops.segmenter import Segmenter
 from mpm_ops.stages import parse_schedule
@@ -96,6 +96,7 @@ def compare(
     if not all(0 < light <= 1 for light in lights):
         raise ValueError(f"light: expected numbers in (0, 1], got {', '.join(map(str, lights))}")
     pairs = _pairs(dataset, root, split, skip, most)
+    checkpoint = find_checkpoint(checkpoint)
     model = load_segmenter(checkpoint, device=device, inference=inference)
     schedules = schedules or ([] if mergers or sweep else ["2,5"])
     asked: list[Merger] = [model.mpm(parse_schedule(text), align) for text in schedules]

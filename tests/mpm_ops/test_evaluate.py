@@ -336,6 +336,7 @@ def test_a_run_that_was_interrupted_goes_on(
     monkeypatch.setattr(Segmenter, "segment", None)  # nothing is computed again
     assert main(arguments) == 0
     assert json.loads((out / "scores.json").read_text())["results"] == results
+    assert main([*arguments, f"--checkpoint={tmp_path}"]) == 0  # its folder is the same checkpoint
     assert main([*arguments, "--window-stride=32"]) == 2
     assert "was measured with other inference; give another folder" in capsys.readouterr().err
 
