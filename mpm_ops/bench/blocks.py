@@ -23,7 +23,7 @@ from mpm_ops.segmenter import Segmenter
 
 from . import model_shapes, write_report
 from .injected import Injected
-from .model import DEMO, IMPOSED, SIZES, build, read_windows
+from .model import DEMO, SIZES, build, imposed_lengths, read_windows
 from .timing import Laps, Timer
 
 Profile = tuple[dict[str, float], dict[str, float]]  # milliseconds, and tokens
@@ -77,11 +77,11 @@ def measure(
 
     Args:
         windows: [1, 3, S, S] each, of which batches are drawn; the first batch warms up.
-        imposed: lengths of MPM are those of the demo model on street pictures, see `Injected`.
+        imposed: lengths of MPM are those of `imposed_lengths`.
     """
     runtime = TorchRuntime(model, precision, attention="auto" if model.encoder.pos_embed.is_cuda else None)
     chosen = [make_merger(text, model.tower) for text in mergers]
-    injected = [Injected(means=IMPOSED) if imposed and merger.name == "mpm" else None for merger in chosen]
+    injected = [imposed_lengths(merger) if imposed else None for merger in chosen]
     rounds: list[list[Profile]] = [[] for _ in chosen]
     draw = random.Random(0)
     for number in range(batches + 1):

@@ -32,7 +32,7 @@ from mpm_ops.attention import use_attention
 from mpm_ops.cpus import usable_cores
 from mpm_ops.labels import label_map
 from mpm_ops.merge_cpu import merge_tokens_cpu
-from mpm_ops.merging import make_merger
+from mpm_ops.merging import Merger, Mpm, make_merger
 from mpm_ops.runtime import make_runtime
 from mpm_ops.runtime.eager import with_same_weights
 from mpm_ops.stages import Decoded, WindowBatch
@@ -49,7 +49,10 @@ MOST_DIFFERENT = 1e-3  # of logits between runtimes in fp32; they are standardis
 LEAST_AGREEMENT = 0.999  # of labels where a near-tie may have merged another pair
 WARM_UP = 3  # windows that are not timed
 LEAST_WINDOWS = 50  # that are; with fewer, caches of lengths look better than they are
-IMPOSED = (774, 614)  # image tokens after the merges of (2, 5)
+IMPOSED = {  # schedule and keep of MPM: image tokens after each merge, of the demo model on street pictures
+    ((2, 5), 1.0): (774, 614),
+    ((1, 2, 4, 6), 0.75): (839, 702, 591, 500),
+}
 LENGTHS = (256, 1024, 4096, 16384)
 SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "torch imported first": ("import torch", {}),
@@ -74,13 +77,14 @@ class Contestant:
 
 
 def contestants(
-    model: Segmenter, precision: str, mergers: Sequence[str], injected: Injected | None, *, compiled: bool = False
+    model: Segmenter, precision: str, mergers: Sequence[str], *, imposed: bool = False, compiled: bool = False
 ) -> list[Contestant]:
     """The whole network as others run it, then ours without merging, then each merger on each runtime of ours.
 
     Torch's ways and ONNX Runtime run in fp32 only.
 
     Args:
+        imposed: lengths of MPM are those of `imposed_lengths`.
         compiled: torch.compile (inductor) too; it needs a C++ compiler and takes a minute.
     """
     dense = DenseSegmenter(model).eval()
@@ -94,8 +98,24 @@ def contestants(
         found.append(Contestant("none", "onnxruntime, whole", _onnxruntime(model)))
     found.append(Contestant("none", "openvino, whole", _openvino_run(model, precision)))
     for merger, runtime in product(("none", *mergers), runtimes):
+        injected = imposed_lengths(make_merger(merger, model.tower)) if imposed else None
         found.append(Contestant(merger, runtime, ours(model, merger, runtime, precision, injected)))
     return found
+
+
+def imposed_lengths(merger: Merger) -> Injected | None:
+    """The demo model's lengths, for random weights; None for a merger whose lengths do not depend on weights.
+
+    Raises:
+        ValueError: MPM's lengths for these parameters are not known.
+    """
+    if not isinstance(merger, Mpm):
+        return None
+    means = IMPOSED.get((merger.schedule, merger.keep))
+    if means is None:
+        known = ", ".join(f"{','.join(map(str, schedule))} with keep={keep:g}" for schedule, keep in IMPOSED)
+        raise ValueError(f"mergers: expected with random weights mpm of {known}, got {merger}; or give trained ones")
+    return Injected(means=means)
 
 
 def whole(network: Callable[[Tensor], Tensor]) -> Run:
@@ -142,7 +162,7 @@ def throughput_ms(model: Segmenter, precision: str, windows: Sequence[Tensor]) -
 
 
 def ours(model: Segmenter, merger: str, runtime: str, precision: str, injected: Injected | None) -> Run:
-    """The stages of a merger on a runtime; lengths of MPM are imposed after it merged, where that is wanted."""
+    """The stages of a merger on a runtime; lengths are imposed after it merged, where that is wanted."""
     chosen = make_merger(merger, model.tower)
     computing = make_runtime(model, runtime, precision, mergers=[chosen])
 
@@ -156,7 +176,7 @@ def ours(model: Segmenter, merger: str, runtime: str, precision: str, injected: 
             start = perf_counter()
             given = chosen.launch(done)()
             merging += perf_counter() - start
-            if injected and chosen.name == "mpm":
+            if injected:
                 given = injected.apply(given, done, stage.index, getattr(chosen, "align", 1))
         assert isinstance(done, Decoded)
         return done.logits[0], merging
@@ -230,8 +250,7 @@ def bench_size(
     model = build(size, demo)
     trained = model is demo
     chosen = [merger for merger in mergers if trained or not merger.startswith("algm")]
-    injected = None if trained else Injected(means=IMPOSED)
-    running = contestants(model, precision, chosen, injected, compiled=compiled)
+    running = contestants(model, precision, chosen, imposed=not trained, compiled=compiled)
     for window in windows[:WARM_UP]:
         check_parity(running, window, strict=precision == "fp32" and trained)
     seconds: list[list[tuple[float, float]]] = [[] for _ in running]

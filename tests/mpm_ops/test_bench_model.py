@@ -10,7 +10,17 @@ from PIL import Image
 from mpm_ops import Segmenter
 from mpm_ops.bench import model as bench_model
 from mpm_ops.bench.injected import Injected
-from mpm_ops.bench.model import Contestant, bench_merging, bench_size, check_parity, ours, print_table, read_windows
+from mpm_ops.bench.model import (
+    Contestant,
+    bench_merging,
+    bench_size,
+    check_parity,
+    imposed_lengths,
+    ours,
+    print_table,
+    read_windows,
+)
+from mpm_ops.merging import Tower, make_merger
 from mpm_ops.stages import WindowBatch
 
 Make = Callable[..., Segmenter]
@@ -77,6 +87,17 @@ def test_imposed_lengths_are_what_is_computed(model: Segmenter) -> None:
             ours(model, merger, "torch", "fp32", Watched(means=(40, 28), spread=3))(windows(1)[0])
             assert len(seen) == 2
             assert all(low[i] <= length <= high[i] for i, length in enumerate(seen))
+
+
+def test_random_weights_get_the_lengths_of_each_merger() -> None:
+    tower = Tower(num_blocks=12, width=64, num_special=1)
+    for text, means in (("2,5,align=16", (774, 614)), ("1,2,4,6,keep=0.75,weighted", (839, 702, 591, 500))):
+        imposed = imposed_lengths(make_merger(f"mpm:{text}", tower))
+        assert imposed
+        assert imposed.means == means
+    assert imposed_lengths(make_merger("tome:r=30", tower)) is None
+    with pytest.raises(ValueError, match=r"^mergers: .* 2,5 with keep=1, 1,2,4,6 with keep=0.75, got mpm:1,2; "):
+        imposed_lengths(make_merger("mpm:1,2", tower))
 
 
 def test_merging_is_timed_where_it_chooses_the_specifications_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
