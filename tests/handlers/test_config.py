@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
-from handlers import config
+from handlers import cli, config, folder
+from handlers.api.formats import FORMATS, MASKS
+from handlers.bench.__main__ import DESCRIPTION, PROGRAM, QUESTIONS
 from handlers.config import ServingConfig
 from mpm_ops import runtime
+from mpm_ops.bench import parsers
+from mpm_ops.models import files
 
 COUNTS = ["align", "max_image_bytes", "max_image_pixels", "max_group_windows", "codec_threads"]
 
@@ -145,3 +149,10 @@ def test_fields_that_are_gone_say_what_to_do(name: str) -> None:
 def test_names_are_those_of_the_runtimes() -> None:
     assert set(config.RUNTIMES) == set(runtime.RUNTIMES)
     assert config.PRECISIONS == runtime.PRECISIONS
+
+
+def test_what_the_command_repeats_to_be_light_is_in_the_tables() -> None:
+    assert set(cli._FORMATS) == FORMATS.keys() - {"maps"}
+    assert {name: FORMATS[name].media_types[0] for name in MASKS} == folder.MEDIA_TYPES
+    assert cli._WEIGHTS == files._SUFFIXES
+    assert set(cli.QUESTIONS) == parsers(PROGRAM, DESCRIPTION, QUESTIONS)[1].keys()
