@@ -206,7 +206,10 @@ class TestTritonsQueue:
 
     def test_limit(self, own_triton: Triton, picture: bytes, valve: Path) -> None:
         with ThreadPoolExecutor(16) as clients:
-            answers = [clients.submit(infer_raw, own_triton.url, "tiny", picture) for _ in range(16)]
+            answers = []
+            for i in range(16):
+                answers.append(clients.submit(infer_raw, own_triton.url, "tiny", picture))
+                time.sleep(0.2 if i < 5 else 0)  # a burst of more would meet a queue of three
             wait_for(lambda: sum(answer.done() for answer in answers) >= 8)  # refused at once
             assert {answer.result().status for answer in answers if answer.done()} == {503}
             valve.unlink()
