@@ -19,6 +19,7 @@ import pytest
 import tritonclient.grpc
 from asking_triton import TIMEOUT, infer_raw, raw_outputs, stub_of
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from handlers.api.formats.views import encode_picture
 from handlers.cli import main
@@ -122,9 +123,18 @@ def is_healthy(server: Triton, *, timeout_seconds: float) -> bool:
 
 def num_requests(metrics_port: int) -> Counter[str]:
     """Requests by the code that they ended with."""
+    return Counter({s.labels["code"]: int(s.value) for s in samples(metrics_port) if s.name == "mpm_requests_total"})
+
+
+def wait_queued(server: Triton, number: int) -> None:
+    """Wait until so many requests are in Triton's queue, and those before them on their way to the engine."""
+    name = "nv_inference_pending_request_count"
+    wait_for(lambda: sum(s.value for s in samples(server.metrics_port) if s.name == name) == number)
+
+
+def samples(metrics_port: int) -> list[Sample]:
     text = fetch(f"http://127.0.0.1:{metrics_port}/metrics", timeout_seconds=TIMEOUT).body.decode()
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return Counter({s.labels["code"]: int(s.value) for s in samples if s.name == "mpm_requests_total"})
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def ready(server: Triton) -> int:
@@ -207,9 +217,11 @@ class TestTritonsQueue:
     def test_limit(self, own_triton: Triton, picture: bytes, valve: Path) -> None:
         with ThreadPoolExecutor(16) as clients:
             answers = []
-            for i in range(16):
+            for number in (0, 0, 0, 1, 2):  # in turn, for a queue of three has no room for a burst of them
                 answers.append(clients.submit(infer_raw, own_triton.url, "tiny", picture))
-                time.sleep(0.2 if i < 5 else 0)  # a burst of more would meet a queue of three
+                time.sleep(0.1)
+                wait_queued(own_triton, number)
+            answers += [clients.submit(infer_raw, own_triton.url, "tiny", picture) for _ in range(11)]
             wait_for(lambda: sum(answer.done() for answer in answers) >= 8)  # refused at once
             assert {answer.result().status for answer in answers if answer.done()} == {503}
             valve.unlink()
@@ -220,6 +232,7 @@ class TestTritonsQueue:
         with ThreadPoolExecutor(6) as clients:
             answers = [clients.submit(infer_raw, own_triton.url, "tiny", picture) for _ in range(4)]
             time.sleep(0.5)
+            wait_queued(own_triton, 1)  # two are in the engine, one is on its way there
             more = [clients.submit(infer_described, own_triton, picture, timeout=200_000) for _ in range(2)]
             refused = [answer.result() for answer in more]
             assert [response.status for response in refused] == [503, 503]
